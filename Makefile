@@ -1,0 +1,56 @@
+# make help lists the targets. Python 3.11 or newer is all that they need; `make PYTHON=python3.12` names another one.
+
+VENV ?= .venv
+PYTHON ?= python3
+RUN ?=
+export RUN
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest
+SLOW := slow and not gpu and not net and not interop
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow test-all lint format eval clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## make .venv with every version as in constraints.txt
+
+# torch comes first and alone, so that no other package's wish decides which build of it is taken.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; name one with make PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## cache, train and measure on the built-in world: runs/demo
+	$(BIN)/clt extract model=world
+	$(BIN)/clt train +experiment=topk name=demo
+	$(BIN)/clt eval run=runs/demo
+
+test: $(STAMP) ## the fast tests
+	$(PYTEST)
+
+test-slow: $(STAMP) ## the slow tests
+	$(PYTEST) -m "$(SLOW)"
+
+test-all: test test-slow ## both; tests that need a GPU, the network or other projects: pytest -m gpu, net, interop
+
+lint: $(STAMP) ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## mend what can be mended by machine
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+eval: $(STAMP) ## measure the newest run, or RUN=runs/NAME
+	$(BIN)/clt eval $${RUN:+"run=$$RUN"}
+
+clean: ## remove what the tools leave; never cache/, runs/ or models/
+	rm -rf build dist ./*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find conf pipeline tests -name __pycache__ -type d -prune -exec rm -rf {} +

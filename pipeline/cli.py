@@ -1,0 +1,141 @@
+"""The command line: `clt COMMAND [OVERRIDE]...`.
+
+Typer declares the commands and their options; everything about configuration is handed to `pipeline.config`, which is
+imported when a command runs, so that `clt --help` answers at once.
+"""
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="clt",
+    help="Train cross-layer transcoders from cached activations, and measure them.",
+    epilog="Start with: clt extract model=world, clt train +experiment=topk, clt eval. Each has its own --help.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Cfg(StrEnum):
+    job = "job"
+    hydra = "hydra"
+    all = "all"
+
+
+class Info(StrEnum):
+    all = "all"
+    config = "config"
+    defaults = "defaults"
+    defaults_tree = "defaults-tree"
+    plugins = "plugins"
+    searchpath = "searchpath"
+
+
+def _complete(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Overrides that continue what is typed. bash cuts words at `=` and replaces only the piece after it."""
+    from pipeline.config import complete
+
+    words = [str(word) for word in ctx.params.get("overrides") or []]
+    if "COMP_WORDS" not in os.environ:
+        return complete(ctx.info_name or "", words, incomplete)
+    pieces = os.environ["COMP_WORDS"].splitlines()[2 : int(os.environ["COMP_CWORD"]) + 1]
+    glued = " ".join(pieces).replace(" = ", "=").replace(" =", "=").split(" ")
+    *words, typed = glued
+    cut = typed.rfind("=") + 1
+    return [found[cut:] for found in complete(ctx.info_name or "", words, typed)]
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="OVERRIDE",
+        help="Settings: group=choice, key=value, +experiment=name. --cfg job shows them all.",
+        show_default=False,
+        autocompletion=_complete,
+    ),
+]
+Multirun = Annotated[bool, typer.Option("--multirun", "-m", help="Run every combination of a=1,2 b=x,y.")]
+ShowCfg = Annotated[Cfg | None, typer.Option("--cfg", "-c", help="Print the configuration and leave.")]
+Resolve = Annotated[bool, typer.Option("--resolve", help="With --cfg: resolve ${...}.")]
+ConfigDir = Annotated[Path | None, typer.Option("--config-dir", "-cd", help="Folder with YAML files of your own.")]
+ConfigName = Annotated[str | None, typer.Option("--config-name", "-cn", help="Root YAML to use instead.")]
+ShowInfo = Annotated[Info | None, typer.Option("--info", help="Print what Hydra knows and leave.")]
+
+
+def _launch(stage: str, overrides: list[str] | None, **flags: Any) -> None:
+    from pipeline.config import Request, launch
+
+    raise typer.Exit(launch(stage, Request(overrides=tuple(overrides or ()), **flags)))
+
+
+@app.command()
+def pretrain(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """Make a small language model from text, in Hugging Face format.
+
+    \b
+    clt pretrain                            the built-in world's model again, into models/world
+    clt pretrain lm.seed=1 to=models/other  another seed, another place
+    """
+    _launch("pretrain", **locals())
+
+
+@app.command()
+def extract(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """Cache what a model's MLPs read and wrote on a text. The same request again costs nothing.
+
+    \b
+    clt extract model=world
+    clt extract model=gpt2 dataset=text dataset.path=book.txt
+    clt extract model=local model.path=models/mine dataset=text dataset.path='texts/*.txt'
+    clt extract model=world dataset.n_tokens=2M cache.dir=/data/cache
+    """
+    _launch("extract", **locals())
+
+
+@app.command()
+def train(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """Train a cross-layer transcoder on a cache; the newest one, when no model or dataset is named.
+
+    \b
+    clt train +experiment=topk                          into runs/topk-0
+    clt train +experiment=topk name=mine optim.lr=1e-3  into runs/mine; again: continues it
+    clt train -m name=sweep activation.k=8,16 optim.lr=1e-3,2e-3
+                                                        four runs, runs/sweep/0 to runs/sweep/3, one cache
+    clt train +experiment=sparse --cfg job              print the configuration, run nothing
+    """
+    _launch("train", **locals())
+
+
+@app.command("eval")
+def evaluate(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """Measure a finished transcoder on held-out text; the newest run, when none is named.
+
+    \b
+    clt eval
+    clt eval run=runs/demo
+    clt eval run=runs/demo dataset=text dataset.path=book.txt
+    """
+    _launch("eval", **locals())
+
+
+def main() -> None:
+    """The console script `clt`."""
+    app(prog_name="clt")

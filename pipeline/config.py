@@ -1,0 +1,435 @@
+"""From the words on a command line to a typed configuration, and to the stage that takes it.
+
+The only file that knows Hydra. `launch` composes `conf/<command>.yaml` and the overrides, merges them into the
+dataclass of the command (so that a wrong key, type or choice is caught here, once), and calls the `run(config)` of the
+command's stage. Hydra itself creates no file and no directory: what a run leaves behind is its stage's business.
+
+Four things happen to the words before Hydra reads them (`prepare`):
+1. Values of text keys (a prompt, a name, a path) are quoted: commas, quotes, `=`, `~`, spaces and `1e3` survive.
+2. `experiment=X` becomes `+experiment=X`, since no defaults list names an experiment.
+3. `model=X` without `dataset=` takes the model's default dataset.
+4. `clt train` that names neither a model nor a dataset trains on the newest complete cache.
+"""
+
+import difflib
+import importlib
+import importlib.util
+import logging
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.plugins.completion_plugin import DefaultCompletionPlugin
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
+
+from pipeline.errors import UserError
+from pipeline.stages.options import EvalConfig, ExtractConfig, PretrainConfig, TrainConfig
+
+logger = logging.getLogger(__name__)
+
+Config = PretrainConfig | ExtractConfig | TrainConfig | EvalConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    schema: type[Config]
+    module: str
+    """Imported when the stage runs; has `run(config) -> Path`."""
+
+
+STAGES = {
+    "pretrain": Stage(PretrainConfig, "pipeline.stages.pretrain"),
+    "extract": Stage(ExtractConfig, "pipeline.stages.extract"),
+    "train": Stage(TrainConfig, "pipeline.stages.train"),
+    "eval": Stage(EvalConfig, "pipeline.stages.evaluate"),
+}
+
+TEXT_KEYS = {
+    "name", "run", "to", "prompt", "resume",
+    "model.path", "model.revision", "dataset.path", "cache.dir", "train.init_from",
+}  # fmt: skip
+"""Keys whose values reach the stage as they were typed. The price: they cannot be swept over with commas."""
+
+QUIET = {
+    "hydra.output_subdir": "null",
+    "hydra.run.dir": ".",
+    "hydra.sweep.subdir": ".",
+    "hydra/job_logging": "none",
+    "hydra/hydra_logging": "none",
+}
+"""Settings under which Hydra writes nothing and leaves logging to `log_to_stderr`."""
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+"""Where the built-in YAML lies in a checkout; in a wheel it is the package `pipeline.conf`."""
+
+if spec := importlib.util.find_spec("pipeline.conf"):
+    CONF = Path(next(iter(spec.submodule_search_locations or [str(CONF)])))
+
+for _name, _stage in STAGES.items():
+    ConfigStore.instance().store(name=f"{_name}_schema", node=_stage.schema)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A command line after its options are parsed; the fields are Hydra's flags of the same names."""
+
+    overrides: tuple[str, ...] = ()
+    multirun: bool = False
+    cfg: str | None = None
+    resolve: bool = False
+    config_dir: Path | None = None
+    config_name: str | None = None
+    info: str | None = None
+
+    def argv(self, stage: str, words: Sequence[str]) -> list[str]:
+        """The command line as Hydra wants it."""
+        argv = [f"clt {stage}"]
+        argv += ["--multirun"] if self.multirun else []
+        argv += ["--resolve"] if self.resolve else []
+        argv += ["--cfg", self.cfg] if self.cfg else []
+        argv += ["--info", self.info] if self.info else []
+        argv += ["--config-dir", str(self.config_dir)] if self.config_dir else []
+        argv += ["--config-name", self.config_name] if self.config_name else []
+        return argv + list(words)
+
+
+@dataclass
+class Outcomes:
+    """What became of the jobs of one command line."""
+
+    jobs: int = 0
+    refused: list[UserError] = field(default_factory=list)
+    crashed: list[Exception] = field(default_factory=list)
+    bases: dict[str, str] = field(default_factory=dict)
+    """Default names that this sweep has taken: experiment -> base of `name`."""
+
+
+def launch(stage: str, request: Request) -> int:
+    """Run one command line and return its exit code: 0 done, 2 the user's input (one line says what to mend),
+    1 our bug in a job of a sweep, 130 interrupted. Our bug outside a sweep is raised."""
+    log_to_stderr()
+    outcomes = Outcomes()
+    try:
+        _check_flags(request)
+        words = prepare(stage, request.overrides, request.config_dir, request.config_name)
+        _run_hydra(stage, request, words, _task(stage, request.multirun, outcomes))
+    except KeyboardInterrupt:
+        logger.error("interrupted")
+        return 130
+    except (UserError, HydraException, OmegaConfBaseException, YAMLError) as error:
+        logger.error(one_line(error, stage))
+        return 2
+    if request.multirun and (failed := len(outcomes.refused) + len(outcomes.crashed)):
+        logger.error(f"{failed} of {outcomes.jobs} jobs failed; the others are done")
+        return 1 if outcomes.crashed else 2
+    if outcomes.crashed:
+        raise outcomes.crashed[0]
+    if outcomes.refused:
+        logger.error(outcomes.refused[0])
+    return 2 if outcomes.refused else 0
+
+
+def compose(stage: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> Config:
+    """The configuration that `clt <stage> <overrides>` would run with, for Python callers and tests.
+
+    Raises UserError where the command line would print its one line.
+    """
+    try:
+        words = prepare(stage, overrides, config_dir)
+        words += [f"hydra.searchpath=[file://{config_dir.resolve()}]"] if config_dir else []
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = hydra.compose(stage, words, return_hydra_config=True)
+            choices = dict(cfg.hydra.runtime.choices)
+            with open_dict(cfg):
+                del cfg["hydra"]
+            return _typed(stage, cfg, choices, job=None, bases={})
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise UserError(one_line(error, stage)) from error
+
+
+def prepare(
+    stage: str, overrides: Iterable[str], config_dir: Path | None = None, config_name: str | None = None
+) -> list[str]:
+    """The overrides as Hydra is to see them: the four things in this file's docstring."""
+    _check_no_shadowing(config_dir)
+    words = [re.sub(r"^experiment=", "+experiment=", word) for word in overrides]
+    keys = {field.name for field in fields(STAGES[stage].schema)}
+    if {"model", "dataset"} <= keys:
+        words += _default_dataset(words, config_dir)
+    if "newest_cache" in keys and config_name is None:
+        named = _named(words, "model") | _named(words, "dataset") | _named(words, "newest_cache")
+        for body in _experiments(words, config_dir):
+            named |= body.keys() & {"model", "dataset", "newest_cache"}
+        words += [] if named else ["newest_cache=true"]
+    return [_verbatim(word) for word in words]
+
+
+def _verbatim(word: str) -> str:
+    """Quote the value of a text key; and of a group, where Hydra chokes on `arch=null` or `arch=3`."""
+    match = re.fullmatch(r"(\+{0,2}([\w.]+)=)(.*)", word, re.DOTALL)
+    unlikely_file = match and re.fullmatch(r"null|true|false|[-+.\d].*", match[3], re.IGNORECASE)
+    if match is None or not (match[2] in TEXT_KEYS or (unlikely_file and (CONF / match[2]).is_dir())):
+        if not re.match(r"[+~]*\w", word):
+            raise UserError(f"{word}: not of the form key=value (such as optim.lr=1e-3)")
+        return word
+    # OmegaConf takes ${ for an interpolation unless a backslash stands before it, and halves the backslashes there.
+    text = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", match[3])
+    return str(match[1] + QuotedString(text, Quote.single).with_quotes())
+
+
+def _named(words: Iterable[str], group: str) -> set[str]:
+    """{group} when a word sets the group or something in it, else nothing."""
+    keys = [word.lstrip("+~").partition("=")[0] for word in words]
+    return {group for key in keys if key == group or key.startswith((f"{group}.", f"{group}@"))}
+
+
+def _choices(words: Iterable[str], group: str) -> list[str]:
+    """The files chosen of a group; several when it is swept over."""
+    values = [value for key, _, value in (word.lstrip("+").partition("=") for word in words) if key == group]
+    return [choice.strip() for choice in re.split(r"[\[\],]", values[-1]) if choice.strip()] if values else []
+
+
+def _experiments(words: Iterable[str], config_dir: Path | None) -> Iterator[dict[str, Any]]:
+    """What each chosen experiment file sets, its defaults list unrolled: {"model": "gpt2", "optim": {...}}."""
+    for name in _choices(words, "experiment"):
+        body = _read(f"experiment/{name}", config_dir)
+        for entry in body.pop("defaults", []):
+            for key, value in entry.items() if isinstance(entry, dict) else []:
+                body.setdefault(re.sub(r"^(override |optional )*/?", "", key), value)
+        yield body
+
+
+def _default_dataset(words: list[str], config_dir: Path | None) -> list[str]:
+    """[dataset=X] when a model is chosen, on the command line or by the experiment, and no dataset is."""
+    models = _choices(words, "model")
+    datasets = _choices(words, "dataset")
+    for body in _experiments(words, config_dir):
+        chosen = body.get("model")
+        models += [chosen] if isinstance(chosen, str) and not _choices(words, "model") else []
+        datasets += [body["dataset"]] if isinstance(body.get("dataset"), str) else []
+    if datasets or not models:
+        return []
+    defaults = {model: str(_read(f"model/{model}", config_dir).get("default_dataset", "world")) for model in models}
+    if len(set(defaults.values())) > 1:
+        listed = ", ".join(f"{model}: {dataset}" for model, dataset in defaults.items())
+        raise UserError(f"the models' default datasets differ ({listed}); name one with dataset=")
+    return [f"dataset={next(iter(defaults.values()))}"]
+
+
+def _read(file: str, config_dir: Path | None) -> dict[str, Any]:
+    """The YAML of that name, or {} when there is none: then Hydra says so, with the choices."""
+    for folder in [CONF, config_dir]:
+        if folder and (path := folder / f"{file}.yaml").is_file():
+            content = OmegaConf.to_container(OmegaConf.load(path))
+            return dict(content) if isinstance(content, dict) else {}  # type: ignore[arg-type]
+    return {}
+
+
+def _check_flags(request: Request) -> None:
+    if request.config_dir and not request.config_dir.is_dir():
+        raise UserError(f"--config-dir {request.config_dir}: no such directory")
+    if request.resolve and not request.cfg:
+        raise UserError("--resolve goes with --cfg; add --cfg job")
+    if sum(map(bool, (request.multirun, request.cfg, request.info))) > 1:
+        raise UserError("only one of --multirun, --cfg and --info can be given; leave the others out")
+
+
+def _check_no_shadowing(config_dir: Path | None) -> None:
+    """Hydra would read the built-in file and pass over the user's without a word."""
+    for path in sorted(config_dir.rglob("*.yaml")) if config_dir else []:
+        if (CONF / path.relative_to(config_dir)).is_file():  # type: ignore[arg-type]
+            raise UserError(f"{path}: the built-in configuration has a file of this name; rename yours")
+
+
+def _run_hydra(stage: str, request: Request, words: list[str], task: Callable[[DictConfig], None]) -> None:
+    keys = {word.lstrip("+").partition("=")[0] for word in words}
+    quiet = [f"{key}={value}" for key, value in QUIET.items() if key not in keys]
+    with tempfile.TemporaryDirectory(prefix="clt-sweep-") as folder, _swapped_argv_and_environment() as argv:
+        if "hydra.sweep.dir" not in keys:
+            quiet.append(f"hydra.sweep.dir={QuotedString(folder, Quote.single).with_quotes()}")  # its multirun.yaml
+        argv[:] = request.argv(stage, [*quiet, *words])
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=stage)(task)()
+
+
+@contextmanager
+def _swapped_argv_and_environment() -> Iterator[list[str]]:
+    """hydra.main reads sys.argv, and with HYDRA_FULL_ERROR it raises its errors instead of printing them."""
+    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = [], "1"
+    try:
+        yield sys.argv
+    finally:
+        sys.argv = argv
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if full_error is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def _task(stage: str, sweep: bool, outcomes: Outcomes) -> Callable[[DictConfig], None]:
+    """What Hydra calls for each job: type the configuration and run the stage. Errors are noted instead of raised,
+    so that the other jobs of a sweep run and Hydra adds no words of its own."""
+    parent = os.getpid()
+
+    def task(cfg: DictConfig) -> None:
+        log_to_stderr()  # a launcher may run this in a process of its own
+        settings = HydraConfig.get()
+        job = int(settings.job.num) if sweep else None
+        outcomes.jobs += 1
+        if sweep:
+            logger.info(f"job {job}: {' '.join(settings.overrides.task)}")
+        try:
+            config = _typed(stage, cfg, dict(settings.runtime.choices), job, outcomes.bases)
+            importlib.import_module(STAGES[stage].module).run(config)
+        except UserError as error:
+            refusal = UserError(one_line(error, stage))
+            if sweep:
+                logger.error(f"job {job}: {refusal}")
+            outcomes.refused.append(refusal)
+        except Exception as error:
+            if sweep:
+                logger.exception(f"job {job} crashed")
+            outcomes.crashed.append(error)
+        if os.getpid() != parent and (outcomes.crashed or outcomes.refused):
+            raise [*outcomes.crashed, *outcomes.refused][0]  # only an exception finds its way back to the parent
+
+    return task
+
+
+def _typed(
+    stage: str, cfg: DictConfig, choices: dict[str, str | None], job: int | None, bases: dict[str, str]
+) -> Config:
+    """The command's dataclass, with its run's name filled in."""
+    # Merged once more, since `+key=value` and a root without the schema in its defaults pass Hydra unchecked.
+    try:
+        checked = OmegaConf.merge(OmegaConf.structured(STAGES[stage].schema), OmegaConf.to_container(cfg))
+        config: Config = OmegaConf.to_object(checked)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise UserError(one_line(error, stage)) from error
+    if isinstance(config, TrainConfig):
+        config.experiment = config.experiment or choices.get("experiment")
+        if config.name is None:
+            label = re.sub(r"[^\w.+-]+", "-", config.experiment or choices.get("arch") or config.arch.name)
+            config.name = bases.setdefault(label, _free_name(label))
+        if job is not None:
+            config.name = f"{config.name}/{job}"
+    return config
+
+
+def _free_name(label: str) -> str:
+    n = 0
+    while Path("runs", f"{label}-{n}").exists():
+        n += 1
+    return f"{label}-{n}"
+
+
+# ---------------------------------------------------------------------------------------------- errors, in one line
+
+
+def one_line(error: Exception, stage: str) -> str:
+    """The cause, the valid choices (the likeliest first) and the fix."""
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not of the form key=value (such as optim.lr=1e-3), or its value needs quotes"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return _wrong_choice(error)
+    text = " ".join(re.split(r"\s+See https?:", str(error))[0].split())
+    if ambiguous := re.match(r"Ambiguous value for argument '(.*?)' 1\. ", text):
+        return f"{ambiguous[1]}: several values; add -m to run one job for each"
+    where = found[0] if (found := re.match(r"In '[^']*': ", text)) else ""
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
+    if not isinstance(cause, OmegaConfBaseException):
+        return text
+    key = str(cause.full_key)
+    if isinstance(cause, MissingMandatoryValue):
+        return f"{where}{key} has no value; add {key}=... (clt {stage} --cfg job shows the whole configuration)"
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        return where + _wrong_key(key, cause.object_type)
+    return f"{where}{key}: {_wrong_value(' '.join(str(cause.msg).split()).split(' full_key: ')[0])}"
+
+
+def _wrong_choice(error: MissingConfigException) -> str:
+    group, _, choice = str(error.missing_cfg_file).rpartition("/")
+    choices = _likeliest_first(choice, error.options or [])
+    if not group:
+        return f"--config-name {choice}: no such file in the built-in configuration or in --config-dir"
+    return f"{group}={choice}: no such {group}; {choices or f'conf/{group}/{choice}.yaml is missing'}"
+
+
+def _wrong_key(key: str, schema: Any) -> str:
+    section, _, name = key.rpartition(".")
+    names = [field.name for field in fields(schema)] if is_dataclass(schema) else []
+    return f"{key}: no such key{f' in {section}' if section else ''}; {_likeliest_first(name, names)}"
+
+
+def _wrong_value(message: str) -> str:
+    kinds = {"Float": "a number", "Integer": "a whole number"}
+    if found := re.match(r"Value '(.*)' of type '.*' could not be converted to (\w+)", message):
+        return f"{found[1]!r} is not {kinds.get(found[2], found[2])}"
+    if found := re.match(r"Invalid value '(.*)', expected one of \[(.*)\]", message):
+        return f"{found[1]!r} is not a choice; {_likeliest_first(found[1], found[2].split(', '))}"
+    if found := re.match(r"Value '(.*)' is not a valid bool", message):
+        return f"{found[1]!r} is neither true nor false"
+    if re.match(r"field '.*' is not Optional", message):
+        return "null is not a value here"
+    if found := re.match(r"Invalid type assigned: .* is not a subclass of \w+. value: (.*)", message):
+        return f"{found[1]!r} given for a whole section; set its keys one by one, section.key=value"
+    return message
+
+
+def _likeliest_first(word: str, choices: Sequence[str]) -> str:
+    """'did you mean lr? choices: lr, beta1, beta2', or '' when there is nothing to choose from."""
+    close = difflib.get_close_matches(word, choices, n=3, cutoff=0.5)
+    guess = f"did you mean {close[0]}? " if close else ""
+    return f"{guess}choices: {', '.join([*close, *(c for c in choices if c not in close)])}" if choices else ""
+
+
+# ---------------------------------------------------------------------------------------------- logging, completion
+
+
+def log_to_stderr() -> None:
+    """Our messages from INFO, plain; other packages' from WARNING. Safe to call again."""
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if handler.name == "clt"]:
+        root.removeHandler(handler)
+    root.addHandler(_Stderr())
+    root.setLevel(logging.WARNING)
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to whatever sys.stderr is at the moment; names the level from WARNING up."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self.name = "clt"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return level + super().format(record)
+
+
+def complete(stage: str, words: Sequence[str], incomplete: str) -> list[str]:
+    """What the shell may put in place of the unfinished override: groups, choices, keys, values in force."""
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            plugin = DefaultCompletionPlugin(GlobalHydra.instance().config_loader())
+            return list(plugin._query(config_name=stage, line=" ".join([*words, incomplete])))
+    except (HydraException, OmegaConfBaseException, ValueError):
+        return []  # a command line that is wrong so far has no completions; running it says what is wrong

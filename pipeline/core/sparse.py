@@ -1,0 +1,163 @@
+"""Sparse features and the products with them.
+
+A token activates a few of a layer's F features, so nothing below does arithmetic on the others:
+
+    forward         y[b] = sum over active i of a[b, i] * W[i]           a bag of rows of W for each token
+    gradient of a   da[b, i] = dy[b] . W[i]                               the active pairs only
+    gradient of W   dW[i] = sum over tokens b with i active of a[b, i] * dy[b]      a bag of rows of dy for each feature
+
+The first two are `embedding_bag` and its own backward. The third is written here as an `embedding_bag` over the
+transposed pattern: torch's own weight gradient scatters into a dense table row by row, several times slower on a CPU.
+The dense products in `tests/oracle.py` are the reference.
+"""
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Pattern:
+    """Which features of one layer are active for which token: CSR by token.
+
+    indices [nnz] int64, the active features of token 0, then of token 1, ...; offsets [B + 1] int64, where each token's
+    begin. An entry may be padding: its value is 0 then, so that a fixed number a token fits the same form.
+    """
+
+    def __init__(self, indices: Tensor, offsets: Tensor, n_features: int) -> None:
+        self.indices, self.offsets, self.n_features = indices, offsets, n_features
+
+    @property
+    def n_tokens(self) -> int:
+        return self.offsets.numel() - 1
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """The token of each entry. [nnz]"""
+        ids = torch.arange(self.n_tokens, device=self.indices.device)
+        return ids.repeat_interleave(self.offsets.diff(), output_size=self.indices.numel())
+
+    @cached_property
+    def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The transposed pattern: (order [nnz] that sorts entries by feature, their tokens [nnz], offsets [F + 1])."""
+        features, order = torch.sort(self.indices, stable=True)
+        edges = torch.arange(self.n_features + 1, device=features.device)
+        return order, self.tokens[order], torch.searchsorted(features, edges)
+
+
+class Sparse(NamedTuple):
+    """Features of all layers in sparse form: `patterns[l]` and `values[l]` [nnz_l]."""
+
+    patterns: list[Pattern]
+    values: list[Tensor]
+
+    def dense(self) -> Tensor:
+        """[B, L, F]"""
+        return torch.stack([_scatter(p, v) for p, v in zip(self.patterns, self.values, strict=True)], dim=1)
+
+    def detach(self) -> "Sparse":
+        return Sparse(self.patterns, [v.detach() for v in self.values])
+
+
+Features = Tensor | Sparse
+"""[B, L, F], or the same in sparse form."""
+
+
+def fixed_k(indices: Tensor, n_features: int) -> Pattern:
+    """A pattern with K entries a token. [B, K] -> Pattern"""
+    n, k = indices.shape
+    return Pattern(indices.reshape(-1), torch.arange(0, n * k + 1, k, device=indices.device), n_features)
+
+
+def from_pairs(tokens: Tensor, indices: Tensor, n_tokens: int, n_features: int) -> Pattern:
+    """The pattern of (token, feature) pairs in ascending order. [nnz], [nnz] -> Pattern"""
+    edges = torch.arange(n_tokens + 1, device=tokens.device)
+    return Pattern(indices, torch.searchsorted(tokens, edges), n_features)
+
+
+def from_mask(mask: Tensor) -> Pattern:
+    """The pattern of a boolean [B, F]."""
+    tokens, indices = mask.nonzero(as_tuple=True)
+    return from_pairs(tokens, indices, *mask.shape)
+
+
+def sparsify(features: Tensor) -> Sparse:
+    """The sparse form of dense features. [B, L, F] -> Sparse"""
+    patterns = [from_mask(layer > 0) for layer in features.unbind(1)]
+    return Sparse(patterns, [features[:, i][p.tokens, p.indices] for i, p in enumerate(patterns)])
+
+
+def bag(pattern: Pattern, values: Tensor, table: Tensor) -> Tensor:
+    """Sum of the active features' rows, weighted. values [nnz], table [F, D] -> [B, D]
+
+    Differentiable in both; the gradient of `table` is exact and sums each feature's tokens in order.
+    """
+    rows = F.embedding_bag(
+        pattern.indices,
+        table.detach(),
+        pattern.offsets,
+        mode="sum",
+        per_sample_weights=values,
+        include_last_offset=True,
+    )
+    return _TableGradient.apply(rows, table, pattern, values.detach())
+
+
+def chosen_features(pattern: Pattern, values: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The features of the chosen pairs, differentiable in the encoder without keeping the other pre-activations.
+
+    values [nnz] = relu(x weight^T + bias) at the pattern's pairs, computed before without gradient; x [B, D], weight
+    [F, D], bias [F] -> [nnz]. No gradient flows to x, which is data, nor through a pair whose value is 0.
+    """
+    return _EncoderGradient.apply(weight, bias, values, x, pattern)
+
+
+def _bag_of_tokens(pattern: Pattern, weights: Tensor, table: Tensor) -> Tensor:
+    """For each feature the weighted sum of its tokens' rows. weights [nnz], table [B, D] -> [F, D]"""
+    order, tokens, offsets = pattern.by_feature
+    return F.embedding_bag(
+        tokens, table, offsets, mode="sum", per_sample_weights=weights[order], include_last_offset=True
+    )
+
+
+def _scatter(pattern: Pattern, values: Tensor) -> Tensor:
+    dense = values.new_zeros(pattern.n_tokens, pattern.n_features)
+    # Padding entries repeat index 0 with value 0, so they are added, not assigned.
+    return dense.index_put((pattern.tokens, pattern.indices), values, accumulate=True)
+
+
+class _TableGradient(torch.autograd.Function):
+    """Passes `rows` through and gives `table` its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, table: Tensor, pattern: Pattern, values: Tensor) -> Tensor:
+        ctx.save_for_backward(values)
+        ctx.pattern = pattern
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        (values,) = ctx.saved_tensors
+        table_grad = _bag_of_tokens(ctx.pattern, values, grad.contiguous()) if ctx.needs_input_grad[1] else None
+        return grad, table_grad, None, None
+
+
+class _EncoderGradient(torch.autograd.Function):
+    """Passes the chosen features through and gives the encoder its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor, values: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
+        ctx.save_for_backward(x, values)
+        ctx.pattern = pattern
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        x, values = ctx.saved_tensors
+        pattern: Pattern = ctx.pattern
+        grad = grad * (values > 0)
+        weight_grad = _bag_of_tokens(pattern, grad, x)
+        bias_grad = grad.new_zeros(pattern.n_features).index_add(0, pattern.indices, grad)
+        return weight_grad, bias_grad, None, None, None

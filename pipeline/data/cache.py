@@ -1,0 +1,300 @@
+"""The activation cache on disk: its layout, and the reader.
+
+A cache is a Zarr v3 group, `<cache.dir>/<model>-<dataset>-<key>/`, which any Zarr reader opens:
+
+    zarr.json              attributes: request, model, data set, hooks, norm, manifest, ... Written last: a directory
+                           without it is unfinished, and nothing can open it.
+    tokens                 int32 [n_contexts, T]
+    resid_mid, mlp_out     uint16 [N, L, D], the bits of bfloat16. Row r of training token t is Permutation(N, seed)(t),
+                           token t being (context t // (T-1), position 1 + t % (T-1)).
+    norm/gain, norm/bias   float32 [L, D], of the norm in front of each MLP
+    stats/<site>/mean, std float64 [L, D], and rms [L] (root of the mean square), over the training rows;
+                           sites resid_mid, mlp_in (the norm applied to the stored resid_mid) and mlp_out
+    calibration/, evaluation/  tokens, resid_mid, mlp_out of the held-out contexts, row t in the order of the tokens
+
+An array is cut along its first axis; each chunk is one file of plain little-endian numbers and a 4-byte crc32c, so that
+it can be memory-mapped. To Zarr a missing chunk is zeros; here the manifest is the truth: what it does not list does
+not exist, and a file that differs from it is refused. The name of the directory is the hash of what was asked for.
+"""
+
+import json
+import logging
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import google_crc32c
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.core.normalize import MlpNorm
+from pipeline.data.journal import read_state
+from pipeline.data.layout import (
+    JOURNAL,
+    KIND,
+    SCHEMA,
+    SITES,
+    STORED,
+    Json,
+    checksum,
+    checksum_of,
+    command_of,
+    directory_of,
+    key_of,
+    little,
+    prefix,
+    request_of,
+    spec_of,
+    total_bytes,
+)
+from pipeline.data.options import Codec, DatasetOptions, ModelOptions
+from pipeline.data.shuffle import Permutation
+from pipeline.data.tokens import Split
+from pipeline.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class Shard(NamedTuple):
+    """A chunk of the training rows: one file of each stored array."""
+
+    chunk: int
+    first: int
+    """Its first row."""
+    n_rows: int
+    """Rows that hold tokens. The last file is padded with zero rows, which nothing hands out."""
+
+
+def find(cache_dir: Path, model: ModelOptions, dataset: DatasetOptions, codec: Codec = Codec.raw) -> "Cache":
+    """The finished cache of these options. Raises UserError, with the command that makes it, when there is none."""
+    request = request_of(model, dataset, codec)
+    return with_key(cache_dir, key_of(request), request)
+
+
+def with_key(cache_dir: Path, key: str, request: Json) -> "Cache":
+    """The finished cache of a request that was made earlier. Raises UserError, with the command that makes it."""
+    path = directory_of(cache_dir, request)
+    if key_of(request) != key or not (path / "zarr.json").exists():
+        state = "is not finished" if (path / JOURNAL).exists() else "does not exist"
+        raise UserError(f"the cache {path} {state}; run: {command_of(request, cache_dir)}")
+    return Cache.open(path)
+
+
+def newest(cache_dir: Path) -> "Cache | None":
+    """The finished cache that was made last. What cannot be used is passed over, with a warning that says why."""
+    found: list[Cache] = []
+    for root in sorted(cache_dir.glob("*/zarr.json")):
+        try:
+            found.append(Cache.open(root.parent))
+        except UserError as error:
+            logger.warning("passed over: %s", error)
+    return max(found, key=lambda cache: str(cache.attributes["created"]), default=None)
+
+
+class Cache:
+    """A finished cache, opened for reading. Every chunk is checked against its checksum when it is first read."""
+
+    def __init__(self, path: Path, attributes: Json) -> None:
+        self.path = path
+        self.attributes = attributes
+        self.specs = {name: spec_of(entry) for name, entry in attributes["manifest"]["arrays"].items()}
+        self._checked: set[tuple[str, int]] = set()
+        self._tokens: NDArray[np.int32] | None = None
+
+    @classmethod
+    def open(cls, path: Path) -> "Cache":
+        """Raises UserError, with the fix, for a directory that is no finished cache, one of another schema, and one in
+        which a listed file is missing or of another size."""
+        attributes = read_attributes(path)
+        if damaged := next(damage(path, attributes), None):
+            raise _refusal(path, attributes["request"], *damaged)
+        return cls(path, attributes)
+
+    @property
+    def key(self) -> str:
+        return key_of(self.request)
+
+    @property
+    def request(self) -> Json:
+        """What was asked for: `model` and `dataset` are the options' fields."""
+        return self.attributes["request"]
+
+    @property
+    def model(self) -> Json:
+        """name, path, revision, architecture, weights_sha256, tokenizer_sha256, n_layers, d_model, vocab_size, dtype"""
+        return self.attributes["model"]
+
+    @property
+    def dataset(self) -> Json:
+        """The options, and the fingerprint of the packed tokens."""
+        return self.attributes["dataset"]
+
+    @property
+    def hooks(self) -> dict[str, str]:
+        """Where the base model was read, by the names that transformer_lens gives; {l} is the layer."""
+        return self.attributes["hooks"]
+
+    @property
+    def n_rows(self) -> int:
+        return self.specs["resid_mid"].shape[0]
+
+    @property
+    def n_layers(self) -> int:
+        return self.specs["resid_mid"].shape[1]
+
+    @property
+    def d_model(self) -> int:
+        return self.specs["resid_mid"].shape[2]
+
+    @property
+    def context(self) -> int:
+        """T, tokens in a context."""
+        return self.specs["tokens"].shape[1]
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all chunk files."""
+        return total_bytes(self.specs)
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """The training contexts, int32 [n_contexts, T]."""
+        if self._tokens is None:
+            self._tokens = self._array("tokens").astype(np.int32, copy=False)
+        return self._tokens
+
+    @property
+    def norm(self) -> MlpNorm:
+        """The norm in front of each MLP, float32 [L, D]."""
+        gain, bias = (torch.from_numpy(self._array(f"norm/{part}")) for part in ("gain", "bias"))
+        return MlpNorm(self.attributes["norm"]["kind"], gain, bias, self.attributes["norm"]["eps"])
+
+    def stats(self, site: str) -> tuple[Tensor, Tensor, Tensor]:
+        """(mean [L, D], std [L, D], rms [L]) of a site over all training rows, float64, in the model's units."""
+        assert site in SITES, site
+        mean, std, rms = (torch.from_numpy(self._array(f"stats/{site}/{part}")) for part in ("mean", "std", "rms"))
+        return mean, std, rms
+
+    def held_out(self, split: Split) -> tuple[NDArray[np.int32], Tensor, Tensor]:
+        """(contexts int32 [n, T], resid_mid, mlp_out, bfloat16 [n * (T-1), L, D]) of a held-out split, row t being
+        (context t // (T-1), position 1 + t % (T-1))."""
+        assert split is not Split.train
+        contexts = self._array(prefix(split) + "tokens")
+        resid_mid, mlp_out = (
+            torch.from_numpy(self._array(prefix(split) + name)).view(torch.bfloat16) for name in STORED
+        )
+        return contexts, resid_mid, mlp_out
+
+    def locate(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
+        """(context, position, token id) of training rows, each [k]."""
+        order = Permutation(self.n_rows, self.attributes["seed"])
+        context, position = np.divmod(order.inverse(np.asarray(rows)), self.context - 1)
+        return context, position + 1, self.tokens[context, position + 1]
+
+    def shards(self) -> list[Shard]:
+        spec = self.specs["resid_mid"]
+        return [Shard(i, i * spec.chunk_rows, spec.rows_in(i)) for i in range(spec.n_chunks)]
+
+    def map_chunk(self, name: str, chunk: int) -> NDArray[Any]:
+        """A chunk as a read-only memory map, padding left out."""
+        spec = self.specs[name]
+        file = spec.file(self.path, name, chunk)
+        with self._refusing(name, chunk):
+            if (name, chunk) not in self._checked:
+                self._compare(name, chunk, checksum_of(file, spec.chunk_bytes))
+            if file.stat().st_size < spec.file_bytes:
+                raise EOFError
+            return np.memmap(file, little(spec.dtype), "r", shape=spec.chunk_shape)[: spec.rows_in(chunk)]
+
+    def read_chunk(self, name: str, chunk: int, out: NDArray[Any]) -> NDArray[Any]:
+        """A chunk read into `out` (contiguous, of the shape and type of a chunk). Returns it without padding."""
+        spec = self.specs[name]
+        assert out.shape == spec.chunk_shape
+        assert out.dtype == little(spec.dtype)
+        flat = out.reshape(-1).view(np.uint8).data
+        with self._refusing(name, chunk), spec.file(self.path, name, chunk).open("rb", buffering=0) as file:
+            done = 0
+            while done < flat.nbytes:
+                n = file.readinto(flat[done:])
+                if not n:
+                    raise EOFError
+                done += n
+        if (name, chunk) not in self._checked:
+            self._compare(name, chunk, google_crc32c.value(out))
+        return out[: spec.rows_in(chunk)]
+
+    @contextmanager
+    def _refusing(self, name: str, chunk: int) -> Iterator[None]:
+        """A file that has gone or shrunk since the cache was opened is the user's to mend."""
+        try:
+            yield
+        except (FileNotFoundError, EOFError) as error:
+            what = "is truncated" if isinstance(error, EOFError) else "is missing"
+            raise _refusal(self.path, self.request, name, chunk, what) from error
+
+    def _array(self, name: str) -> NDArray[Any]:
+        """A whole array, in memory."""
+        spec = self.specs[name]
+        whole = np.empty((spec.n_chunks, *spec.chunk_shape), little(spec.dtype))
+        for chunk in range(spec.n_chunks):
+            self.read_chunk(name, chunk, whole[chunk])
+        return whole.reshape(-1, *spec.shape[1:])[: spec.shape[0]]
+
+    def _compare(self, name: str, chunk: int, checksum: int) -> None:
+        if checksum != self.attributes["manifest"]["arrays"][name]["crc32c"][chunk]:
+            file = self.specs[name].file(self.path, name, chunk)
+            fix = f"rm {shlex.quote(str(file))} && {command_of(self.request, self.path.parent)}"
+            raise UserError(f"{file} does not hold what was written (wrong checksum); make it again: {fix}")
+        self._checked.add((name, chunk))
+
+
+def read_attributes(path: Path) -> Json:
+    """The attributes of a finished cache. Raises UserError for anything else."""
+    file = path / "zarr.json"
+    if not file.exists():
+        state = read_state(path)
+        if state is None:
+            raise UserError(f"{path} is no cache (it has no zarr.json); make one with clt extract")
+        raise UserError(f"the cache {path} is not finished; go on with: {command_of(state['request'], path.parent)}")
+    again = f"remove {path} and make it again with clt extract"
+    try:
+        attributes: Json = json.loads(file.read_bytes())["attributes"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{file} is damaged; {again}") from error
+    if attributes.get("kind") != KIND:
+        raise UserError(f"{path} is a Zarr group, but no cache of this program; name a directory that clt extract made")
+    if attributes.get("schema") != SCHEMA:
+        has = f"schema {attributes.get('schema')}, this version reads {SCHEMA}"
+        raise UserError(f"{path} has {has}; make a new cache with clt extract (it gets a directory of its own)")
+    if attributes.get("checksum") != checksum(attributes):
+        raise UserError(f"{file} is damaged (its checksum is wrong); {again}")
+    return attributes
+
+
+def damage(path: Path, attributes: Json) -> Iterator[tuple[str, int, str]]:
+    """(array, chunk, what is wrong) for every chunk file that is not there or has another size, and ("", 0, what) for
+    metadata. Sizes only: what is inside is checked when it is read."""
+    for name, entry in attributes["manifest"]["arrays"].items():
+        spec = spec_of(entry)
+        for chunk in range(spec.n_chunks):
+            try:
+                size = spec.file(path, name, chunk).stat().st_size
+            except FileNotFoundError:
+                yield name, chunk, "is missing"
+                continue
+            if size != spec.file_bytes:
+                what = "truncated" if size < spec.file_bytes else "too long"
+                yield name, chunk, f"is {what} ({size:,} bytes, not {spec.file_bytes:,})"
+    for name, expected in attributes["manifest"]["metadata"].items():
+        file = path / name
+        if not file.exists() or google_crc32c.value(file.read_bytes()) != expected:
+            yield "", 0, f"{file} is missing or damaged"
+
+
+def _refusal(path: Path, request: Json, name: str, chunk: int, what: str) -> UserError:
+    subject = f"{path}: chunk {chunk} of {name} {what}" if name else what
+    return UserError(f"{subject}; make it again: {command_of(request, path.parent)}")

@@ -1,0 +1,88 @@
+"""Token contexts to rows of activations, and their sums.
+
+    for rows in harvest(model, packed, range(0, 128), batch_tokens=8192):
+        rows.resid_mid, rows.mlp_out        # bfloat16 [n, L, D] of training tokens rows.first, rows.first + 1, ...
+
+Position 0 of a context and the padding at the end of the last one are no rows. Activations are rounded to bfloat16
+(nearest, ties to even): that is what is stored, and what statistics are made of.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.core.normalize import MlpNorm
+from pipeline.data.layout import SITES
+from pipeline.data.models import LanguageModel
+from pipeline.data.tokens import Packed
+from pipeline.errors import UserError
+
+PIECE = 1 << 17
+"""Numbers summed at a time on a CPU: float64 copies of more leave its cache (16 times slower)."""
+
+
+class Rows(NamedTuple):
+    """Consecutive rows of a split, in the order of its tokens, on the model's device."""
+
+    first: int
+    resid_mid: Tensor
+    """bfloat16 [n, L, D]"""
+    mlp_out: Tensor
+    """bfloat16 [n, L, D]"""
+
+
+def harvest(model: LanguageModel, packed: Packed, contexts: range, batch_tokens: int) -> Iterator[Rows]:
+    """The rows of some contexts, one forward pass of about `batch_tokens` tokens at a time. Which contexts share a pass
+    depends on the arguments alone, so that extracting them again gives the same bits."""
+    width = packed.contexts.shape[1] - 1
+    n_contexts = max(1, batch_tokens // (width + 1))
+    for start in range(contexts.start, contexts.stop, n_contexts):
+        batch = packed.contexts[start : min(start + n_contexts, contexts.stop)]
+        resid_mid, mlp_out = model.collect(torch.from_numpy(batch.astype(np.int64)))
+        first = start * width
+        n_rows = min(len(batch) * width, packed.n_rows - first)
+        assert n_rows > 0, "a context without rows"
+        yield Rows(first, _rows(resid_mid, n_rows), _rows(mlp_out, n_rows))
+
+
+def _rows(values: Tensor, n_rows: int) -> Tensor:
+    """[n, T, L, D] -> [n_rows, L, D]"""
+    return values[:, 1:].to(torch.bfloat16).flatten(0, 1)[:n_rows]
+
+
+def sums(rows: Rows, norm: MlpNorm) -> NDArray[np.float64]:
+    """Sum and sum of squares over the rows, for each of SITES: [sites, 2, L, D]. `norm` on the rows' device.
+
+    Raises UserError when an activation is not finite.
+    """
+    n_rows, *shape = rows.resid_mid.shape
+    on_cpu = rows.resid_mid.device.type in ("cpu", "mps")  # mps has no float64
+    device = torch.device("cpu") if on_cpu else rows.resid_mid.device
+    total = torch.zeros(len(SITES), 2, *shape, dtype=torch.float64, device=device)
+    step = max(1, PIECE // (shape[0] * shape[1])) if on_cpu else n_rows
+    for start in range(0, n_rows, step):
+        resid_mid, mlp_out = rows.resid_mid[start : start + step], rows.mlp_out[start : start + step]
+        for site, values in enumerate((resid_mid, norm(resid_mid), mlp_out)):
+            exact = values.to(device, torch.float64)
+            total[site, 0] += exact.sum(dim=0)
+            total[site, 1] += exact.square().sum(dim=0)
+    result = total.cpu().numpy()
+    if not np.isfinite(result).all():
+        site, _, layer, _ = np.argwhere(~np.isfinite(result))[0]
+        raise UserError(f"{SITES[site]} of layer {layer} is not finite (NaN or infinity); use model.dtype=float32")
+    return result
+
+
+def statistics(total: NDArray[np.float64], n_rows: int) -> dict[str, NDArray[np.float64]]:
+    """`<site>/mean`, `<site>/std` [L, D] and `<site>/rms` [L] from the sums over all rows."""
+    found = {}
+    for site, (total_x, total_x2) in zip(SITES, total, strict=True):
+        mean, mean_square = total_x / n_rows, total_x2 / n_rows
+        found[f"{site}/mean"] = mean
+        found[f"{site}/std"] = np.sqrt(np.maximum(mean_square - mean**2, 0))  # rounding can leave -1e-17
+        found[f"{site}/rms"] = np.sqrt(mean_square.mean(axis=1))
+    return found

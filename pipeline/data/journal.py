@@ -1,0 +1,177 @@
+"""What an unfinished extraction has done: `<cache>/.journal/`.
+
+    lock             held (flock) by the extraction that is at work, with its process id
+    state.json       what is being made: request, identity of weights and tokens, shapes of the arrays. Written before
+                     anything else.
+    blocks-N         blocks of contexts whose rows are on disk, the smallest of them N: their numbers (int64), then
+                     their sums (float64), then a crc32c. Written aside and renamed, so it is whole or not there.
+
+Rows are scattered over all shards, so no shard is complete before nearly the last context; what is complete is a block
+of contexts. Blocks are numbered by what is extracted, not by who extracts it, and their sums are added up in the order
+of the numbers: stopping, resuming and the number of processes change no bit of the result.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.layout import CRC_BYTES, JOURNAL, Json
+from pipeline.data.shards import sync
+from pipeline.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class _Place(NamedTuple):
+    file: Path
+    row: int
+    n_rows: int
+
+
+class Journal:
+    """Opens the journal of the cache at `path`, making the directories, and holds its lock until `close`.
+
+    Raises UserError when another extraction of the same cache is at work.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.directory = path / JOURNAL
+        self._lock = _take_lock(self.directory)
+        self._places: dict[int, _Place] = {}
+        self._shape: tuple[int, ...] = ()
+
+    def state(self) -> Json | None:
+        """What is being made; None when nothing has been started."""
+        return read_state(self.directory.parent)
+
+    def start(self, state: Json) -> None:
+        """Forget what was done before, and note what is to be made now."""
+        for file in self.directory.glob("blocks-*"):
+            file.unlink()
+        write_aside(self.directory / "state.json", json.dumps(state, indent=1).encode())
+
+    def load(self, sums_shape: tuple[int, ...]) -> set[int]:
+        """The blocks that are done. Sums have this shape. A damaged file is named and dropped: its blocks are not."""
+        self._shape = sums_shape
+        self._places = {}
+        for file in sorted(self.directory.glob("blocks-*")):
+            if file.suffix == ".aside":
+                file.unlink()
+            elif (numbers := self._read_numbers(file)) is None:
+                logger.warning("%s is damaged: its blocks are extracted again", file)
+                file.unlink()
+            else:
+                self._note(file, numbers)
+        return set(self._places)
+
+    def append(self, numbers: list[int], sums: NDArray[np.float64]) -> None:
+        """Blocks whose rows are on disk. sums [n, *shape]"""
+        assert sums.shape == (len(numbers), *self._shape)
+        payload = np.array(numbers, "<i8").tobytes() + np.ascontiguousarray(sums, "<f8").tobytes()
+        file = self.directory / f"blocks-{min(numbers)}"
+        write_aside(file, payload + _crc(payload))
+        self._note(file, numbers)
+
+    def total(self, numbers: Iterable[int]) -> NDArray[np.float64]:
+        """The sums of these blocks, added in the order given."""
+        total = np.zeros(self._shape)
+        open_files: dict[Path, NDArray[np.float64]] = {}
+        for number in numbers:
+            file, row, n = self._places[number]
+            if file not in open_files:
+                open_files[file] = np.memmap(file, "<f8", "r", offset=8 * n, shape=(n, *self._shape))
+            total += open_files[file][row]
+        return total
+
+    def remove(self) -> None:
+        """The cache is finished: forget everything. The lock is held until `close`."""
+        shutil.rmtree(self.directory, ignore_errors=True)  # another process may just be trying for the lock
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+    def _note(self, file: Path, numbers: list[int]) -> None:
+        self._places |= {number: _Place(file, row, len(numbers)) for row, number in enumerate(numbers)}
+
+    def _read_numbers(self, file: Path) -> list[int] | None:
+        data = file.read_bytes()
+        payload = data[:-CRC_BYTES]
+        n, rest = divmod(len(payload), 8 * (1 + int(np.prod(self._shape))))
+        if rest or not n or data[-CRC_BYTES:] != _crc(payload):
+            return None
+        return [int(number) for number in np.frombuffer(payload, "<i8", n)]
+
+
+def read_state(path: Path) -> Json | None:
+    """What the unfinished cache at `path` is to be; None when there is none."""
+    file = path / JOURNAL / "state.json"
+    try:
+        state: Json = json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise UserError(f"{file} is damaged; remove {path} and run the same command again") from error
+    return state
+
+
+def tidy(path: Path) -> None:
+    """Remove the journal of a finished cache, left by a process that ended just after finishing it."""
+    if (path / JOURNAL).exists():
+        with contextlib.suppress(UserError, OSError):  # still at work, or not ours to write: no harm in leaving it
+            journal = Journal(path)
+            journal.remove()
+            journal.close()
+
+
+def write_aside(file: Path, data: bytes) -> None:
+    """Write a file so that it is there as a whole or not at all, even after a loss of power."""
+    aside = file.with_name(file.name + ".aside")
+    aside.write_bytes(data)
+    sync([aside])
+    aside.replace(file)
+    sync([file.parent])
+
+
+def _crc(payload: bytes) -> bytes:
+    return int(google_crc32c.value(payload)).to_bytes(CRC_BYTES, "little")
+
+
+def _take_lock(directory: Path) -> int:
+    """An open file that holds the lock; closing it (or dying) releases it."""
+    file = directory / "lock"
+    while True:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # the one at work has just finished and removed the directory
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.pread(fd, 32, 0).decode() or "?"
+            os.close(fd)
+            raise UserError(
+                f"another extraction (process {owner}) is making {directory.parent}; wait for it to end"
+            ) from error
+        if _is_file(fd, file):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, str(os.getpid()).encode(), 0)
+            return fd
+        os.close(fd)  # a lock on a file that has been removed meanwhile protects nothing
+
+
+def _is_file(fd: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), file.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,204 @@
+"""What lies where in a cache, and what it is called: arrays, chunk files, checksums, the request and its hash.
+
+Shards of rows are equally long (but the last), as few as keep them within `cache.shard_mb`: 32 MB, doubled while there
+would be more than 16,384 of them.
+"""
+
+import hashlib
+import json
+import re
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import google_crc32c
+import numpy as np
+
+from pipeline.data import tokens
+from pipeline.data.model_files import BUILTIN, source_identity
+from pipeline.data.options import Codec, DatasetOptions, ModelOptions
+from pipeline.data.tokens import Split
+from pipeline.errors import UserError
+
+SCHEMA = 1
+KIND = "clt-cache"
+SITES = ("resid_mid", "mlp_in", "mlp_out")
+STORED = ("resid_mid", "mlp_out")
+HOOKS = {"resid_mid": "blocks.{l}.ln2.hook_in", "mlp_out": "blocks.{l}.hook_mlp_out"}
+JOURNAL = ".journal"
+"""Where an extraction notes what it has done; gone when the cache is finished (`data/journal.py`)."""
+CRC_BYTES = 4
+PIECE_BYTES = 1 << 22
+SHARD_MB = 32
+MAX_SHARDS = 16384
+
+Json = dict[str, Any]
+
+
+class Spec(NamedTuple):
+    """Shape of one array and of its chunk files."""
+
+    shape: tuple[int, ...]
+    chunk_rows: int
+    """Length of a chunk along the first axis; along the others it is as long as the array."""
+    dtype: str
+    dims: tuple[str, ...]
+
+    @property
+    def n_chunks(self) -> int:
+        return -(-self.shape[0] // self.chunk_rows)
+
+    @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        return (self.chunk_rows, *self.shape[1:])
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Payload of a chunk file, which the checksum follows. The last chunk is as large as the others."""
+        return int(np.prod(self.chunk_shape)) * np.dtype(self.dtype).itemsize
+
+    @property
+    def file_bytes(self) -> int:
+        return self.chunk_bytes + CRC_BYTES
+
+    def rows_in(self, chunk: int) -> int:
+        return min(self.chunk_rows, self.shape[0] - chunk * self.chunk_rows)
+
+    def file(self, root: Path, name: str, chunk: int) -> Path:
+        """Zarr's default chunk key: <array>/c/<chunk>/0/0."""
+        return root.joinpath(name, "c", str(chunk), *["0"] * (len(self.shape) - 1))
+
+
+def spec_of(entry: Json) -> Spec:
+    """A Spec from its fields in a manifest."""
+    return Spec(tuple(entry["shape"]), entry["chunk_rows"], entry["dtype"], tuple(entry["dims"]))
+
+
+class Size(NamedTuple):
+    """Of one split."""
+
+    n_contexts: int
+    n_rows: int
+
+
+def hierarchy(n_layers: int, d_model: int, context: int, sizes: dict[Split, Size], shard_mb: str) -> dict[str, Spec]:
+    """Every array of a cache, by its path in the group. Raises UserError for a shard size that is none."""
+    per_layer, per_dim = ("layer",), ("layer", "d_model")
+    specs = {}
+    for split, size in sizes.items():
+        rows = _shard_rows(size.n_rows, n_layers * d_model * 2, shard_mb)
+        contexts = _shard_rows(size.n_contexts, context * 4, "auto")
+        shape = (size.n_rows, n_layers, d_model)
+        specs[prefix(split) + "tokens"] = Spec((size.n_contexts, context), contexts, "int32", ("context", "position"))
+        specs |= {prefix(split) + name: Spec(shape, rows, "uint16", ("row", *per_dim)) for name in STORED}
+    for part in ("gain", "bias"):
+        specs[f"norm/{part}"] = Spec((n_layers, d_model), n_layers, "float32", per_dim)
+    for site in SITES:
+        for part in ("mean", "std"):
+            specs[f"stats/{site}/{part}"] = Spec((n_layers, d_model), n_layers, "float64", per_dim)
+        specs[f"stats/{site}/rms"] = Spec((n_layers,), n_layers, "float64", per_layer)
+    return specs
+
+
+def _shard_rows(n_rows: int, row_bytes: int, shard_mb: str) -> int:
+    if shard_mb == "auto":
+        limit = SHARD_MB << 20
+        while -(-n_rows // max(1, limit // row_bytes)) > MAX_SHARDS:
+            limit *= 2
+    else:
+        if not re.fullmatch(r"\d+(\.\d+)?", shard_mb) or not (limit := int(float(shard_mb) * 2**20)):
+            raise UserError(f"cache.shard_mb={shard_mb} is no size; use auto or a number of MB such as 32")
+    n_shards = -(-n_rows // max(1, limit // row_bytes))
+    return -(-n_rows // n_shards)
+
+
+def prefix(split: Split) -> str:
+    """Where the arrays of a split stand in the group."""
+    return "" if split is Split.train else f"{split}/"
+
+
+def request_of(model: ModelOptions, dataset: DatasetOptions, codec: Codec = Codec.raw) -> Json:
+    """What determines a cache's content, in plain values: options (not devices or batch sizes) and the hashes of local
+    files. Raises UserError for options that contradict one another and for files that are not there."""
+    described = json.loads(json.dumps({"model": asdict(model), "dataset": asdict(dataset)}))
+    del described["model"]["device"], described["model"]["default_dataset"]
+    if dataset.n_tokens != "all":  # 400k and 400000 are one request
+        described["dataset"]["n_tokens"] = str(tokens.count(dataset.n_tokens))
+    source = {"model": source_identity(model), "dataset": tokens.source_identity(dataset)}
+    return {"schema": SCHEMA, **described, "codec": str(codec), "source": source}
+
+
+def key_of(request: Json) -> str:
+    """The name of a request's content: 12 hex digits."""
+    return hashlib.sha256(canonical(request)).hexdigest()[:12]
+
+
+def directory_of(cache_dir: Path, request: Json) -> Path:
+    """Where the cache of a request lies, finished or not."""
+    names = [re.sub(r"[^\w.-]+", "_", request[part]["name"]) for part in ("model", "dataset")]
+    return cache_dir / f"{names[0]}-{names[1]}-{key_of(request)}"
+
+
+def command_of(request: Json, cache_dir: Path) -> str:
+    """The command that makes the cache of a request."""
+    return f"clt extract {overrides_of(request, cache_dir)}"
+
+
+def overrides_of(request: Json, cache_dir: Path) -> str:
+    """What to say on a command line to name a request, quoted for a shell."""
+    model, dataset = request["model"], request["dataset"]
+    if model["path"] == BUILTIN and model["name"] == "world":
+        words = ["model=world"]
+    elif model["name"] == "local" or Path(model["path"]).expanduser().is_dir():
+        words = ["model=local", f"model.path={model['path']}"]
+        words += [f"model.name={model['name']}"] if model["name"] != "local" else []
+    else:
+        words = [f"model={model['name']}"]
+    words += [f"model.{key}={model[key]}" for key in ("revision",) if model[key] is not None]
+    words += [f"model.dtype={model['dtype']}"] if model["dtype"] != "auto" else []
+    words.append(f"dataset={dataset['kind']}")
+    for key, value in dataset.items():
+        if key != "kind" and value is not None and (key != "name" or value != dataset["kind"]):
+            words.append(f"dataset.{key}={value}")
+    words += [f"cache.codec={request['codec']}"] if request["codec"] != Codec.raw else []
+    words += [f"cache.dir={cache_dir}"] if str(cache_dir) != "cache" else []
+    return " ".join(shlex.quote(word) for word in words)
+
+
+def checksum(attributes: Json) -> int:
+    """crc32c of the attributes themselves."""
+    return int(google_crc32c.value(canonical({k: v for k, v in attributes.items() if k != "checksum"})))
+
+
+def checksum_of(file: Path, n_bytes: int) -> int:
+    """crc32c of the first n_bytes of a file, read in pieces (bytes, so that other threads go on meanwhile). Raises
+    EOFError when it is shorter."""
+    crc = 0
+    with file.open("rb", buffering=0) as stream:
+        while n_bytes:
+            piece = stream.read(min(PIECE_BYTES, n_bytes))
+            if not piece:
+                raise EOFError(f"{file} ends early")
+            crc = google_crc32c.extend(crc, piece)
+            n_bytes -= len(piece)
+    return int(crc)
+
+
+def canonical(value: Json) -> bytes:
+    """JSON in one spelling, for hashes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def total_bytes(specs: dict[str, Spec]) -> int:
+    return sum(spec.n_chunks * spec.file_bytes for spec in specs.values())
+
+
+def gb(n_bytes: int) -> str:
+    """1234567890 -> 1.23 GB (10^9 bytes)"""
+    value, unit = (n_bytes / 1e9, "GB") if n_bytes >= 1e8 else (n_bytes / 1e6, "MB")
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+
+
+def little(dtype: str) -> np.dtype[Any]:
+    return np.dtype(dtype).newbyteorder("<")

@@ -1,0 +1,201 @@
+"""Cache to batches of training rows, in an order that is a function of a seed.
+
+1. An epoch visits the shards in a seeded order, and the rows of each in a seeded order. Epochs follow one another
+   without end, and batch b is rows [b*B, (b+1)*B) of that stream, so a position in it is one integer.
+2. One thread brings shards: as memory maps, or read into buffers that are used again (`cache.read`). A second one
+   gathers rows from them into batches, in buffers that are used again. Both run ahead by a fixed number.
+
+Since rows are stored in an order that is random over the whole cache, a batch mixes contexts as an ideal shuffle would.
+"""
+
+import logging
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Generic, NamedTuple, Self, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.data.cache import Cache, Shard
+from pipeline.data.layout import STORED
+from pipeline.data.options import Read
+from pipeline.data.shuffle import Permutation, derive
+
+logger = logging.getLogger(__name__)
+
+SHARDS_AHEAD = 1
+"""Shards that are being read, or wait, while the rows of one are handed out."""
+BATCHES_AHEAD = 2
+"""Batches that are being gathered, or wait, while the trainer has one."""
+
+T = TypeVar("T")
+Stored = list[NDArray[np.uint16]]
+"""The rows of a shard in each of the stored arrays: [n, L, D]"""
+
+
+class Batch(NamedTuple):
+    """Rows of a cache, on the CPU."""
+
+    resid_mid: Tensor
+    """bfloat16 [B, L, D]"""
+    mlp_out: Tensor
+    """bfloat16 [B, L, D]"""
+    rows: Tensor
+    """int64 [B], row numbers in the cache"""
+
+
+class Loader:
+    """Endless batches of `batch_tokens` rows, from batch number `start` on.
+
+    A batch lies in a buffer that is used again: it is valid until the next one is asked for, and a copy to a device
+    that does not block has to be waited for before that. pin: buffers in page-locked memory, from which such copies
+    run. Memory: see `buffer_bytes`. A damaged shard raises UserError from `next`.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        batch_tokens: int,
+        seed: int,
+        read: Read = Read.auto,
+        start: int = 0,
+        pin: bool = False,
+    ) -> None:
+        assert batch_tokens > 0
+        assert start >= 0
+        self.cache = cache
+        self.position = start
+        """Batches handed out so far, those before `start` included: `start` of a loader that goes on from here."""
+        self.read = read if read is not Read.auto else choose_read(cache)
+        self._batch_tokens = batch_tokens
+        self._seed = seed
+        self._shards = cache.shards()
+        shape = (batch_tokens, cache.n_layers, cache.d_model)
+        self._buffers = [
+            Batch(
+                torch.empty(shape, dtype=torch.bfloat16, pin_memory=pin),
+                torch.empty(shape, dtype=torch.bfloat16, pin_memory=pin),
+                torch.empty(batch_tokens, dtype=torch.int64, pin_memory=pin),
+            )
+            for _ in range(BATCHES_AHEAD + 1)
+        ]
+        spec = cache.specs[STORED[0]]
+        n_shard_buffers = SHARDS_AHEAD + 1 if self.read is Read.readinto else 0
+        self._shard_buffers = [[np.empty(spec.chunk_shape, "<u2") for _ in STORED] for _ in range(n_shard_buffers)]
+        self._reader = _Ahead(self._bring_shards(), SHARDS_AHEAD, "shards")
+        self._gatherer = _Ahead(self._gather(), BATCHES_AHEAD, "batches")
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory of the buffers: BATCHES_AHEAD + 1 batches and, when shards are read into memory, SHARDS_AHEAD + 1
+        shards. Of maps, the system keeps in memory what it has room for."""
+        batches = sum(t.nbytes for batch in self._buffers for t in batch)
+        return batches + sum(array.nbytes for arrays in self._shard_buffers for array in arrays)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = self._gatherer.get()
+        self.position += 1
+        return batch
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._reader.stop()
+        self._gatherer.stop()
+
+    def _visits(self) -> Iterator[tuple[Shard, Permutation, int]]:
+        """(shard, order of its rows, first of them to take) from the start position on, without end."""
+        epoch, skip = divmod(self.position * self._batch_tokens, self.cache.n_rows)
+        while True:
+            order = Permutation(len(self._shards), derive(self._seed, "shards", epoch))
+            for number in order.forward(np.arange(len(self._shards))):
+                shard = self._shards[number]
+                if skip < shard.n_rows:
+                    yield shard, Permutation(shard.n_rows, derive(self._seed, "rows", epoch, shard.chunk)), skip
+                skip = max(0, skip - shard.n_rows)
+            epoch += 1
+
+    def _bring_shards(self) -> Iterator[tuple[Shard, Permutation, int, Stored]]:
+        for turn, (shard, order, skip) in enumerate(self._visits()):
+            if self.read is Read.mmap:
+                arrays = [self.cache.map_chunk(name, shard.chunk) for name in STORED]
+            else:
+                buffers = self._shard_buffers[turn % len(self._shard_buffers)]
+                arrays = [self.cache.read_chunk(n, shard.chunk, out) for n, out in zip(STORED, buffers, strict=True)]
+            yield shard, order, skip, arrays
+
+    def _gather(self) -> Iterator[Batch]:
+        turn, filled = 0, 0
+        while True:
+            shard, order, done, arrays = self._reader.get()
+            while done < shard.n_rows:
+                batch = self._buffers[turn % len(self._buffers)]
+                n = min(shard.n_rows - done, self._batch_tokens - filled)
+                index = order.forward(np.arange(done, done + n))
+                for source, target in zip(arrays, batch, strict=False):
+                    _take(source, index, target[filled : filled + n].view(torch.uint16).numpy())
+                batch.rows.numpy()[filled : filled + n] = shard.first + index
+                done, filled = done + n, filled + n
+                if filled == self._batch_tokens:
+                    yield batch
+                    turn, filled = turn + 1, 0
+
+
+def _take(source: NDArray[np.uint16], index: NDArray[np.int64], out: NDArray[np.uint16]) -> None:
+    """out = source[index]. `clip` because numpy goes through a copy of `out` otherwise; the index is in range."""
+    np.take(source, index, axis=0, out=out, mode="clip")
+
+
+def choose_read(cache: Cache) -> Read:
+    """Memory maps when the whole cache fits into the memory that is free now, so that it is read from disk once."""
+    free = _available_memory()
+    read = Read.mmap if cache.n_bytes <= free else Read.readinto
+    logger.debug("cache.read=auto: %s (%d MB, %d MB of memory free)", read, cache.n_bytes >> 20, free >> 20)
+    return read
+
+
+def _available_memory() -> int:
+    """Bytes that can be had without swapping, the page cache included."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+class _Ahead(Generic[T]):
+    """Runs a generator in a thread, `depth` items ahead of what `get` gave last. What it raises, `get` raises."""
+
+    def __init__(self, items: Iterator[T], depth: int, name: str) -> None:
+        self._items = items
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"loader-{name}")
+        self._coming = deque(self._thread.submit(self._next) for _ in range(depth))
+
+    def get(self) -> T:
+        """The next item; the one before is released."""
+        self._coming.append(self._thread.submit(self._next))
+        return self._coming.popleft().result()
+
+    def stop(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _next(self) -> T:
+        for item in self._items:
+            return item
+        raise RuntimeError("this loader has failed before")  # a generator that has raised is at its end

@@ -1,0 +1,232 @@
+"""What has to be written for a cache to be finished: everything, the rest, or what is damaged. Nothing is written here.
+
+Work is cut into blocks of contexts, which are numbered by what is extracted: their size follows from the model, not
+from speed, batch or process count.
+"""
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+import pipeline
+from pipeline.core.normalize import MlpNorm
+from pipeline.data import tokens
+from pipeline.data.cache import damage, read_attributes
+from pipeline.data.journal import read_state
+from pipeline.data.layout import (
+    HOOKS,
+    KIND,
+    SCHEMA,
+    SITES,
+    STORED,
+    Json,
+    Size,
+    Spec,
+    gb,
+    hierarchy,
+    prefix,
+    spec_of,
+    total_bytes,
+)
+from pipeline.data.models import LanguageModel
+from pipeline.data.options import DatasetOptions
+from pipeline.data.shuffle import Permutation
+from pipeline.data.tokens import Packed, Split
+from pipeline.errors import UserError
+
+BLOCK_FLOP = 1e12
+"""Work of a block in the MLPs and attention projections: about 10 s of one CPU core."""
+BLOCK_TOKENS = (8192, 65536)
+"""Fewest and most tokens of a block. Its sums take 12/tokens of the disk that its rows take."""
+
+
+class Block(NamedTuple):
+    """A run of contexts of one split."""
+
+    number: int
+    split: Split
+    contexts: range
+
+
+class Plan(NamedTuple):
+    path: Path
+    about: Json
+    """Attributes that are known before anything is extracted."""
+    norm: MlpNorm
+    packed: dict[Split, Packed]
+    specs: dict[str, Spec]
+    blocks: list[Block]
+    """All of them, whether needed or not."""
+    finished: dict[str, dict[int, int]]
+    """Chunks that stay as they are: array -> chunk -> checksum."""
+    before: Json | None
+    """What was there: the attributes of a damaged cache, or the state of an unfinished one."""
+
+    @property
+    def n_rows(self) -> int:
+        """Of all splits."""
+        return sum(packed.n_rows for packed in self.packed.values())
+
+    @property
+    def bytes_per_token(self) -> int:
+        return sum(2 * int(np.prod(self.specs[name].shape[1:])) for name in STORED)
+
+    @property
+    def total_bytes(self) -> int:
+        return total_bytes(self.specs)
+
+    @property
+    def missing_bytes(self) -> int:
+        """What is not on disk yet, the journal's sums included."""
+        sums = 8 * len(self.blocks) * int(np.prod(self.sums_shape))
+        return sums + sum(spec.file_bytes for name, spec, i in self.chunks() if not self.is_whole(name, i))
+
+    @property
+    def sums_shape(self) -> tuple[int, ...]:
+        """Of a block: sites, sum and sum of squares, L, D."""
+        return (len(SITES), 2, *self.norm.gain.shape)
+
+    def chunks(self) -> Iterator[tuple[str, Spec, int]]:
+        return ((name, spec, i) for name, spec in self.specs.items() for i in range(spec.n_chunks))
+
+    def is_whole(self, name: str, chunk: int) -> bool:
+        """Whether a chunk's file is there at its full size."""
+        file = self.specs[name].file(self.path, name, chunk)
+        return file.exists() and file.stat().st_size == self.specs[name].file_bytes
+
+    def is_finished(self, name: str) -> bool:
+        return len(self.finished.get(name, {})) == self.specs[name].n_chunks
+
+    def needed(self) -> list[Block]:
+        """The blocks with rows in unfinished chunks, and all training blocks when statistics are missing."""
+        stats = all(self.is_finished(name) for name in self.specs if name.startswith("stats/"))
+        wanted: set[int] = set()
+        for split in Split:
+            numbers = np.array([block.number for block in self.blocks if block.split is split])
+            if (split is Split.train and not stats) or not any(self.finished.get(prefix(split) + n) for n in STORED):
+                wanted |= set(numbers.tolist())
+                continue
+            n_rows, width = self.packed[split].n_rows, self.packed[split].contexts.shape[1] - 1
+            for rows in self._unfinished_rows(split):
+                t = Permutation(n_rows, self.about["seed"]).inverse(rows) if split is Split.train else rows
+                wanted |= set(numbers[np.unique(t // (width * self.about["block_contexts"]))].tolist())
+        return [block for block in self.blocks if block.number in wanted]
+
+    def _unfinished_rows(self, split: Split) -> Iterator[NDArray[np.int64]]:
+        for name in (prefix(split) + name for name in STORED):
+            spec, done = self.specs[name], self.finished.get(name, {})
+            for chunk in set(range(spec.n_chunks)) - set(done):
+                yield np.arange(chunk * spec.chunk_rows, chunk * spec.chunk_rows + spec.rows_in(chunk))
+
+
+def describe(model: LanguageModel, dataset: DatasetOptions, packed: dict[Split, Packed], request: Json) -> Json:
+    """The attributes that are known before anything is extracted."""
+    names = ("torch", "transformers", "transformer-lens", "datasets", "zarr", "numpy")
+    fields = ("name", "path", "revision", "architecture", "n_layers", "d_model", "vocab_size")
+    norm = model.mlp_norm()
+    return {
+        "kind": KIND,
+        "schema": SCHEMA,
+        "request": request,
+        "model": {field: getattr(model, field) for field in fields}
+        | {"weights_sha256": model.weights_hash(), "tokenizer_sha256": model.tokenizer_hash()}
+        | {"dtype": str(model.dtype).removeprefix("torch.")},
+        "dataset": json.loads(json.dumps(asdict(dataset))) | {"fingerprint": tokens.fingerprint(packed)},
+        "hooks": HOOKS,
+        "norm": {"kind": norm.kind, "eps": norm.eps},
+        "context": dataset.context,
+        "bos_token_id": model.bos_token_id,
+        "eos_token_id": model.eos_token_id,
+        "n_rows": {str(split): packed[split].n_rows for split in Split},
+        "rows": "positions 1 to T-1 of every context; padding at the end of the last one is left out",
+        "order": "row perm(t) holds token t; perm: the Feistel permutation of pipeline/data/shuffle.py with this seed",
+        "seed": dataset.seed,
+        "block_contexts": _block_contexts(model.n_layers, model.d_model, dataset.context),
+        "versions": {n: importlib.metadata.version(n) for n in names} | {"clt-pipeline": pipeline.__version__},
+    }
+
+
+def make_plan(path: Path, about: Json, norm: MlpNorm, packed: dict[Split, Packed], shard_mb: str) -> Plan:
+    """Raises UserError when another model or other tokens were being extracted to `path`, and for a shard size that is
+    none. An extraction that goes on keeps the shard size that it began with."""
+    sizes = {split: Size(len(packed[split].contexts), packed[split].n_rows) for split in Split}
+    n_layers, d_model = norm.gain.shape
+    specs = hierarchy(n_layers, d_model, about["context"], sizes, shard_mb)
+    published = (path / "zarr.json").exists()
+    before = read_attributes(path) if published else read_state(path)
+    about = about | {"block_contexts": (before or about)["block_contexts"]}
+    blocks = _blocks(sizes, about["block_contexts"])
+    plan = Plan(path, about, norm, packed, specs, blocks, {}, before)
+    if before is None:
+        return plan
+    _check_same(path, before, about)
+    arrays = before["manifest"]["arrays"]
+    plan = plan._replace(specs={name: spec_of(entry) for name, entry in arrays.items()})
+    bad = {(name, chunk) for name, chunk, _ in damage(path, before)} if published else set()
+    for name, _, chunk in plan.chunks():
+        crc = arrays[name]["crc32c"][chunk]
+        if crc is not None and (name, chunk) not in bad and plan.is_whole(name, chunk):
+            plan.finished.setdefault(name, {})[chunk] = crc
+    return plan
+
+
+def check_space(plan: Plan) -> None:
+    """Raises UserError when what is missing does not fit on the disk."""
+    free = free_bytes(plan.path)
+    if plan.missing_bytes > free:
+        sizes = f"{gb(plan.missing_bytes)} to write, {gb(free)} free on {disk_of(plan.path)}"
+        fix = "use a smaller dataset.n_tokens, or cache.dir= on another disk"
+        raise UserError(f"the cache does not fit: {sizes} ({plan.bytes_per_token:,} bytes a token); {fix}")
+
+
+def free_bytes(path: Path) -> int:
+    return shutil.disk_usage(_existing(path)).free
+
+
+def disk_of(path: Path) -> Path:
+    """Where the disk that holds (or will hold) `path` is mounted."""
+    place = _existing(path).resolve()
+    while not place.is_mount():
+        place = place.parent
+    return place
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def _check_same(path: Path, before: Json, about: Json) -> None:
+    """One cache holds the activations of one model on one text."""
+    places = {
+        "weights of the model": ("model", "weights_sha256"),
+        "tokenizer": ("model", "tokenizer_sha256"),
+        "revision of the model": ("model", "revision"),
+        "arithmetic (model.dtype)": ("model", "dtype"),
+        "text": ("dataset", "fingerprint"),
+    }
+    differ = [what for what, (part, key) in places.items() if before[part][key] != about[part][key]]
+    if differ:
+        fix = f"put back what it was begun with, or remove {path} to start anew"
+        raise UserError(f"{path} was begun with another {' and another '.join(differ)}; {fix}")
+
+
+def _block_contexts(n_layers: int, d_model: int, context: int) -> int:
+    fewest, most = BLOCK_TOKENS
+    n_tokens = BLOCK_FLOP / (24 * n_layers * d_model**2)
+    return max(1, int(min(max(n_tokens, fewest), most)) // context)
+
+
+def _blocks(sizes: dict[Split, Size], n_contexts: int) -> list[Block]:
+    blocks: list[Block] = []
+    for split, size in sizes.items():
+        for start in range(0, size.n_contexts, n_contexts):
+            blocks.append(Block(len(blocks), split, range(start, min(start + n_contexts, size.n_contexts))))
+    return blocks

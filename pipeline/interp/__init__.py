@@ -1,0 +1,1 @@
+"""Uses of a trained transcoder: in place of a model's MLPs, and what that does."""

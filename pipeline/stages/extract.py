@@ -1,0 +1,133 @@
+"""`clt extract`: text + base model -> cache directory.
+
+    clt extract model=world
+    clt extract model=local model.path=DIR dataset=text dataset.path=FILE
+
+1. What is asked for names the cache: when it is there, nothing is loaded and nothing is done.
+2. Documents are split and packed into contexts.
+3. The base model runs over the contexts, block by block; the residual stream before each MLP and the MLP's output are
+   scattered over the shards in their final, random order. A stopped extraction goes on with the same command.
+"""
+
+import logging
+import shlex
+import time
+from pathlib import Path
+
+from pipeline.data import models, tokens
+from pipeline.data.cache import Cache, damage, newest, read_attributes
+from pipeline.data.harvest import harvest, sums
+from pipeline.data.journal import tidy
+from pipeline.data.layout import STORED, Json, directory_of, gb, overrides_of, request_of
+from pipeline.data.models import LanguageModel
+from pipeline.data.plan import Block, Plan, check_space, describe, free_bytes, make_plan
+from pipeline.data.tokens import Packed, Split
+from pipeline.data.writer import Writer
+from pipeline.errors import UserError
+from pipeline.progress import Progress
+from pipeline.stages.options import ExtractConfig
+
+logger = logging.getLogger(__name__)
+
+
+def run(cfg: ExtractConfig) -> Path:
+    """Make the cache, or go on with it, or say that it is there. -> its directory"""
+    if cfg.extract.batch_tokens < 1:
+        raise UserError(f"extract.batch_tokens={cfg.extract.batch_tokens} must be at least 1")
+    request = request_of(cfg.model, cfg.dataset, cfg.cache.codec)
+    path = directory_of(Path(cfg.cache.dir), request)
+    if _is_there(path):
+        logger.info("already there, nothing to do: %s\n%s", _summary(Cache.open(path)), _next(path, request))
+        return path
+    model = models.load(cfg.model)
+    model.check_context(cfg.dataset.context)
+    packed = tokens.pack(cfg.dataset, model.tokenizer, model.bos_token_id)
+    _check_vocabulary(model, packed)
+    plan = make_plan(path, describe(model, cfg.dataset, packed, request), model.mlp_norm(), packed, cfg.cache.shard_mb)
+    _say(cfg, model, plan)
+    check_space(plan)
+    start = time.monotonic()
+    with Writer(plan) as writer:
+        n_tokens = _extract(model, writer, cfg.extract.batch_tokens)
+        writer.publish()
+    rate = n_tokens / (time.monotonic() - start)
+    logger.info("%s, %s tokens/s\n%s", _summary(Cache.open(path)), f"{rate:,.0f}", _next(path, request))
+    return path
+
+
+def _is_there(path: Path) -> bool:
+    """Whether the cache is finished and whole."""
+    if not (path / "zarr.json").exists():
+        return False
+    found = next(damage(path, read_attributes(path)), None)
+    if found is None:
+        tidy(path)
+        return True
+    array, chunk, what = found
+    logger.warning("making again what is damaged: %s %s", f"{path}: chunk {chunk} of {array}" if array else "", what)
+    return False
+
+
+def _extract(model: LanguageModel, writer: Writer, batch_tokens: int) -> int:
+    """Run the base model over the blocks that are left. -> their tokens"""
+    packed, norm = writer.plan.packed, writer.plan.norm.to(str(model.device))
+    n_left = sum(_n_rows(block, packed) for block in writer.todo)
+    n_rows = writer.plan.n_rows
+    if n_left < n_rows:
+        logger.info("going on: %s of %s tokens are done", f"{n_rows - n_left:,}", f"{n_rows:,}")
+    with Progress(n_rows, unit="tok", desc="extract", initial=n_rows - n_left) as progress:
+        for block in writer.todo:
+            total = None
+            for rows in harvest(model, packed[block.split], block.contexts, batch_tokens):
+                writer.write(block.split, rows)
+                part = sums(rows, norm)
+                total = part if total is None else total + part
+                progress.update(len(rows.resid_mid))
+            assert total is not None
+            writer.finish_block(block, total)
+    return n_left
+
+
+def _n_rows(block: Block, packed: dict[Split, Packed]) -> int:
+    contexts, n_rows = packed[block.split]
+    width = contexts.shape[1] - 1
+    return min(block.contexts.stop * width, n_rows) - block.contexts.start * width
+
+
+def _check_vocabulary(model: LanguageModel, packed: dict[Split, Packed]) -> None:
+    largest = max(int(split.contexts.max()) for split in packed.values())
+    if largest >= model.vocab_size:
+        why = f"its tokenizer gave token {largest}, its embedding has {model.vocab_size}"
+        raise UserError(f"model={model.name}: {why}; put the tokenizer that belongs to it into {model.directory}")
+
+
+def _say(cfg: ExtractConfig, model: LanguageModel, plan: Plan) -> None:
+    """What will be done, before it is done."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    train, held_out = plan.packed[Split.train], plan.packed[Split.calibration]
+    spec = plan.specs[STORED[0]]
+    lines = {
+        "model": f"{model.name}, {model.n_layers} layers of {model.d_model}, {dtype} on {model.device}",
+        "dataset": f"{cfg.dataset.name}, {train.n_rows:,} tokens in {len(train.contexts):,} contexts of "
+        f"{cfg.dataset.context}; 2 x {len(held_out.contexts):,} contexts held out",
+        "cache": f"{plan.bytes_per_token:,} bytes a token, {gb(plan.total_bytes)} in all, "
+        f"{len(STORED)} x {spec.n_chunks:,} shards of {spec.file_bytes / 2**20:.3g} MB; "
+        f"{gb(free_bytes(plan.path))} free",
+        "path": str(plan.path),
+    }
+    for name, text in lines.items():
+        logger.info("%-10s %s", name, text)
+
+
+def _summary(cache: Cache) -> str:
+    n_shards = len(cache.shards())
+    return f"{cache.path}: {cache.n_rows:,} rows in {len(STORED)} x {n_shards:,} shards, {gb(cache.n_bytes)}"
+
+
+def _next(path: Path, request: Json) -> str:
+    """The command that trains on this cache. Without a model and a dataset it takes the newest one."""
+    command = "next: clt train +experiment=topk"
+    last = newest(path.parent)
+    if last is None or last.path != path:
+        return f"{command} {overrides_of(request, path.parent)}"
+    return command if str(path.parent) == "cache" else f"{command} cache.dir={shlex.quote(str(path.parent))}"

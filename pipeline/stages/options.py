@@ -1,0 +1,78 @@
+"""The typed configuration of every command: what `conf/<command>.yaml` is merged into."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pipeline.arch.options import ArchOptions
+from pipeline.core.options import ActivationOptions, LossOptions
+from pipeline.data.options import CacheOptions, DatasetOptions, ExtractOptions, ModelOptions
+from pipeline.train.options import LmOptions, LogOptions, OptimOptions, TrainOptions
+
+
+class Documents(StrEnum):
+    held_out = "held_out"
+    all = "all"
+
+
+@dataclass
+class EvalOptions:
+    n_contexts: int | None = None
+    """Evaluation contexts to use; null is all that the cache holds (or dataset.held_out of another text)."""
+
+    batch_tokens: int = 4096
+    """Tokens in a forward pass. No effect on the result."""
+
+    documents: Documents = Documents.held_out
+    """Of another text (`dataset=`): its evaluation documents only, or all of it. The first is safe when the text, or a
+    part of it, was trained on, since which documents are evaluation documents depends on their content alone."""
+
+
+@dataclass
+class PretrainConfig:
+    lm: LmOptions
+    dataset: DatasetOptions
+    to: str | None = None
+    """Directory of the new model; null is models/<lm.name>."""
+
+
+@dataclass
+class ExtractConfig:
+    model: ModelOptions
+    dataset: DatasetOptions
+    cache: CacheOptions
+    extract: ExtractOptions
+
+
+@dataclass
+class TrainConfig:
+    model: ModelOptions
+    dataset: DatasetOptions
+    cache: CacheOptions
+    arch: ArchOptions
+    activation: ActivationOptions
+    loss: LossOptions
+    optim: OptimOptions
+    train: TrainOptions
+    log: LogOptions
+    name: str | None = None
+    """The run is written to runs/<name>; null is <experiment>-<n>, the first n that is free."""
+
+    experiment: str | None = None
+    """Name of the experiment file, for the default of `name`."""
+
+    newest_cache: bool = False
+    """Train on the newest complete cache. The command line sets it when it names neither model nor dataset."""
+
+
+@dataclass
+class EvalConfig:
+    cache: CacheOptions
+    eval: EvalOptions
+    run: str | None = None
+    """Run directory; null is the newest that holds a finished transcoder."""
+
+    dataset: DatasetOptions | None = None
+    """Other text to evaluate on, without the cache."""
+
+    device: str = "auto"
+    """Where the base model and the transcoder run: auto, cpu, cuda or cuda:N."""

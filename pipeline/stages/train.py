@@ -1,0 +1,212 @@
+"""`clt train`: cache -> run directory.
+
+clt train +experiment=topk name=demo
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from pipeline.data.loader import Loader
+from torch import Tensor
+
+from pipeline import arch
+from pipeline.arch import Dims, Transcoder, init
+from pipeline.arch.options import Init
+from pipeline.core import activations
+from pipeline.data import cache as caches
+from pipeline.data.cache import Cache
+from pipeline.data.models import resolve_device
+from pipeline.data.options import DatasetOptions, ModelOptions
+from pipeline.data.tokens import Split, count
+from pipeline.errors import UserError
+from pipeline.plain import from_plain, to_plain
+from pipeline.stages.options import TrainConfig
+from pipeline.train import artifact, calibrate, checkpoint, inputs, optim
+from pipeline.train import run as runs
+from pipeline.train.inputs import Inputs, Statistics
+from pipeline.train.loop import Plan, Trainer
+from pipeline.train.objective import Objective
+
+logger = logging.getLogger(__name__)
+
+
+def run(cfg: TrainConfig) -> Path:
+    """Train, calibrate, fold and save; or continue, or say that the run is finished. -> runs/NAME"""
+    assert cfg.name is not None
+    cache = _find_cache(cfg)
+    plan = _plan(cfg, cache)
+    device = resolve_device(cfg.train.device)
+    dims = Dims(cache.n_layers, cache.d_model)
+    torch.manual_seed(cfg.train.seed)
+    model = arch.build(cfg.arch, dims, activations.build(cfg.activation, dims.n_layers, cfg.arch.d_features)).to(device)
+    maps = inputs.scaling(cfg.train.norm, _statistics(cache, cfg.arch.site), _statistics(cache, "mlp_out"))
+    prepare = inputs.build(cache.norm, cfg.arch.site, maps, device)
+    objective = Objective(cfg.loss, model, inputs.variance(_statistics(cache, "mlp_out"), maps), plan.n_steps)
+    optimizer = optim.build(model.parameters(), cfg.optim)
+    if cfg.arch.init == Init.data and cache.n_rows < cfg.arch.d_features:
+        raise UserError(
+            f"arch.init=data draws {cfg.arch.d_features} different rows, the cache has {cache.n_rows}; "
+            "use arch.init=uniform or a larger dataset.n_tokens"
+        )
+
+    directory = runs.start(cfg.name, cfg)
+    if runs.finished(directory):
+        logger.info("%s is finished already\nnext: clt eval run=%s", directory, directory)
+        return directory
+    trainer = Trainer(directory, model, optimizer, objective, prepare, plan, cfg.optim)
+    trainer.about = {"cache": cache.key}
+    last = checkpoint.newest(directory)
+    _say(cfg, cache, plan, model, device, last)
+    if last is not None:
+        trainer.resume(last)
+    else:
+        _initialise(cfg, model, cache, prepare)
+    with Loader(cache, plan.batch_tokens, cfg.train.seed, read=cfg.cache.read, start=trainer.state.step) as batches:
+        metrics = trainer.fit(iter(batches))
+    _finish(cfg, cache, trainer, metrics or _last_metrics(directory))
+    logger.info("%s\nnext: clt eval run=%s", directory, directory)
+    return directory
+
+
+def _find_cache(cfg: TrainConfig) -> Cache:
+    """The cache that the settings name; with `newest_cache` that of the unfinished run of this name, or the newest.
+
+    In the second case the settings take on the cache's model and dataset, so that config.yaml says what was used.
+    """
+    root = Path(cfg.cache.dir)
+    if not cfg.newest_cache:
+        return caches.find(root, cfg.model, cfg.dataset, cfg.cache.codec)
+    assert cfg.name is not None
+    before = runs.saved(runs.RUNS / cfg.name)
+    if before is not None:
+        _take_on(cfg, before)
+        return caches.find(root, cfg.model, cfg.dataset, cfg.cache.codec)
+    cache = caches.newest(root)
+    if cache is None:
+        raise UserError(f"no finished cache under {root}/; make one with clt extract model={cfg.model.name}")
+    logger.info("no model or dataset named: using the newest cache, %s", cache.path)
+    _take_on(cfg, cache.request)
+    return cache
+
+
+def _take_on(cfg: TrainConfig, saved: dict[str, Any]) -> None:
+    cfg.model = from_plain(ModelOptions, saved["model"])
+    cfg.dataset = from_plain(DatasetOptions, saved["dataset"])
+
+
+def _plan(cfg: TrainConfig, cache: Cache) -> Plan:
+    """Resolve lengths given in tokens, and `auto`."""
+    options = cfg.train
+    if options.batch_tokens < 1 or options.batch_tokens > cache.n_rows:
+        raise UserError(
+            f"train.batch_tokens={options.batch_tokens} must lie between 1 and the cache's {cache.n_rows} rows"
+        )
+    if (options.n_tokens is None) == (options.n_steps is None):
+        raise UserError("give the length of the run once: train.n_tokens or train.n_steps, the other null")
+    tokens = count(options.n_tokens) if options.n_tokens else 0
+    n_steps = options.n_steps if options.n_steps is not None else max(1, tokens // options.batch_tokens)
+    if n_steps < 1:
+        raise UserError(f"train.n_steps={n_steps} must be at least 1")
+    tokens = n_steps * options.batch_tokens
+    window = min(tokens // 10, 10_000_000) if options.dead_window == "auto" else count(options.dead_window)
+    every = tokens // 5 if options.checkpoint_every == "auto" else count(options.checkpoint_every)
+    if options.keep_checkpoints < 1:
+        raise UserError(f"train.keep_checkpoints={options.keep_checkpoints} must be at least 1")
+    if cfg.log.every < 1:
+        raise UserError(f"log.every={cfg.log.every} must be at least 1")
+    return Plan(
+        n_steps=n_steps,
+        batch_tokens=options.batch_tokens,
+        dead_window=max(window, 1),
+        checkpoint_steps=max(1, every // options.batch_tokens),
+        keep_checkpoints=options.keep_checkpoints,
+        log_steps=cfg.log.every,
+        y_variance=_statistics(cache, "mlp_out").std.square(),
+    )
+
+
+def _say(
+    cfg: TrainConfig, cache: Cache, plan: Plan, model: Transcoder, device: torch.device, last: Path | None
+) -> None:
+    parameters = sum(p.numel() for p in model.parameters())
+    logger.info("cache      %s: %s rows, %d layers of %d", cache.path, f"{cache.n_rows:,}", *model.dims)
+    logger.info(
+        "transcoder %s, %s x %d features, %s, %s parameters, on %s",
+        cfg.arch.name,
+        cfg.activation.name,
+        model.d_features,
+        cfg.arch.site,
+        f"{parameters:,}",
+        device,
+    )
+    tokens = plan.n_steps * plan.batch_tokens
+    logger.info(
+        "run        runs/%s: %s steps of %s tokens, %.1f passes over the cache",
+        cfg.name,
+        f"{plan.n_steps:,}",
+        f"{plan.batch_tokens:,}",
+        tokens / cache.n_rows,
+    )
+    if last is not None:
+        logger.info("continuing from %s", last)
+
+
+def _initialise(cfg: TrainConfig, model: Transcoder, cache: Cache, prepare: Inputs) -> None:
+    generator = torch.Generator().manual_seed(cfg.train.seed)
+    if cfg.arch.init == Init.uniform:
+        init.uniform(model, generator)
+        return
+    n = min(cache.n_rows, max(8192, 4 * model.d_features))
+    with Loader(cache, n, cfg.train.seed, read=cfg.cache.read) as batches:
+        batch = next(iter(batches))
+        x, y = prepare(batch.resid_mid, batch.mlp_out)
+    init.from_data(model, x, y, generator)
+
+
+def _finish(cfg: TrainConfig, cache: Cache, trainer: Trainer, metrics: dict[str, object]) -> None:
+    """Thresholds from the calibration split, their L0 and FVU on the evaluation split, folding, runs/NAME/final."""
+    model, prepare, batch = trainer.model.eval(), trainer.inputs, trainer.plan.batch_tokens
+    x, _ = _held_out(cache, Split.calibration, prepare)
+    threshold = calibrate.thresholds(model, x, batch, cfg.train.seed)
+    measured_x, measured_y = _held_out(cache, Split.evaluation, prepare)
+    y_scale = prepare.scaling.y_scale
+    before = calibrate.measure(model, measured_x, measured_y, y_scale, batch, cfg.train.seed)
+    model.activation = activations.FixedThreshold(threshold)
+    after = calibrate.measure(model, measured_x, measured_y, y_scale, batch, cfg.train.seed)
+    logger.info("held out   %s: L0 %.2f, FVU %.4f", cfg.activation.name, before["l0"], before["fvu"])
+    logger.info("           fixed thresholds: L0 %.2f, FVU %.4f", after["l0"], after["fvu"])
+    model.fold(prepare.scaling)
+    y_mean = _statistics(cache, "mlp_out").mean
+    config = {
+        **artifact.describe(cfg.arch, model.dims, cfg.activation),
+        "units": "model",
+        "hooks": cache.hooks,
+        "model": cache.model,
+        "dataset": cache.dataset,
+        "cache": {"key": cache.key, "path": str(cache.path), "request": cache.request},
+        "train": to_plain(cfg.train),
+        "calibration": {
+            "calibration_tokens": x.shape[0],
+            "evaluation_tokens": measured_x.shape[0],
+            "exact": before,
+            "threshold": after,
+        },
+        "metrics": metrics,
+    }
+    artifact.save(trainer.directory, model, threshold, y_mean, config)
+
+
+def _held_out(cache: Cache, split: Split, prepare: Inputs) -> tuple[Tensor, Tensor]:
+    _, resid_mid, mlp_out = cache.held_out(split)
+    return prepare(resid_mid, mlp_out)
+
+
+def _statistics(cache: Cache, site: str) -> Statistics:
+    return Statistics(*cache.stats(site))
+
+
+def _last_metrics(directory: Path) -> dict[str, object]:
+    return json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])

@@ -1,0 +1,1 @@
+"""The loop and its state. Reads activations from a cache; never loads a language model to explain."""

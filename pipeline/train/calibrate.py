@@ -1,0 +1,82 @@
+"""Fixed thresholds for a rule that looks at the batch or ranks features against each other.
+
+For each feature: how often did the training rule choose it on the calibration split? Its threshold is the midpoint
+between the smallest pre-activation that keeps this count and the largest that would exceed it, so that a = h 1[h >
+theta] fires exactly as often on that split. A feature that the rule never chose there gets the largest pre-activation
+seen.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pipeline.arch import Transcoder
+from pipeline.core.activations import FixedThreshold, JumpReLU
+from pipeline.core.metrics import Firing, Reconstruction
+from pipeline.core.sparse import Sparse
+
+FEATURES_AT_ONCE = 1024
+"""Bounds the memory of sorting: this many pre-activations of every calibration token."""
+
+
+def shuffled_batches(n: int, batch: int, seed: int) -> Iterator[Tensor]:
+    """Row numbers of [0, n) in seeded order, `batch` at a time: what the BatchTopK rules are measured on."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return iter(order.split(batch))
+
+
+@torch.no_grad()
+def firing_counts(model: Transcoder, x: Tensor, batch: int, seed: int) -> Tensor:
+    """How often the model's own rule fires each feature. x [n, L, D] -> int64 [L, F]"""
+    firing = Firing(model.dims.n_layers, model.d_features)
+    for rows in shuffled_batches(x.shape[0], batch, seed):
+        firing.update(dense_features(model, x[rows]))
+    return firing.fires
+
+
+@torch.no_grad()
+def thresholds(model: Transcoder, x: Tensor, batch: int, seed: int) -> Tensor:
+    """theta [L, F] >= 0 for the calibration inputs x [n, L, D], in the transcoder's units."""
+    if isinstance(model.activation, JumpReLU | FixedThreshold):
+        return model.activation.threshold.detach().clone()
+    if not model.activation.chooses:
+        return torch.zeros(model.dims.n_layers, model.d_features, device=x.device)
+    counts = firing_counts(model, x, batch, seed)
+    theta = torch.empty(counts.shape, device=x.device)
+    for layer in range(model.dims.n_layers):
+        for start in range(0, model.d_features, FEATURES_AT_ONCE):
+            block = slice(start, start + FEATURES_AT_ONCE)
+            weight, bias = model.encoders[layer][block], model.b_enc[layer][block]
+            # The same product as in training, row for row, so that the midpoint separates what the rule separated.
+            pre_acts = torch.cat([torch.nn.functional.linear(h, weight, bias) for h in x[:, layer].split(batch)])
+            theta[layer, block] = at_count(pre_acts, counts[layer, block].to(x.device))
+    return theta
+
+
+def at_count(pre_acts: Tensor, counts: Tensor) -> Tensor:
+    """Thresholds above which exactly counts[i] of the positive values in column i lie. [n, F], [F] -> [F]"""
+    ordered = pre_acts.clamp(min=0).sort(dim=0, descending=True).values
+    last = torch.cat([ordered, torch.zeros_like(ordered[:1])])
+    below = last.gather(0, counts[None])[0]
+    above = last.gather(0, (counts - 1).clamp(min=0)[None])[0]
+    middle = ((above.double() + below.double()) / 2).to(below.dtype)
+    # Between neighbouring floats the midpoint rounds to one of them; `below` still separates under a strict >.
+    return torch.where((counts > 0) & (middle < above), middle, below)
+
+
+@torch.no_grad()
+def measure(model: Transcoder, x: Tensor, y: Tensor, y_scale: Tensor, batch: int, seed: int) -> dict[str, float | None]:
+    """Total L0 and pooled FVU (model's units) of the model as it stands, on shuffled batches of training size."""
+    firing = Firing(model.dims.n_layers, model.d_features)
+    reconstruction = Reconstruction(*model.dims)
+    for rows in shuffled_batches(x.shape[0], batch, seed):
+        out = model(x[rows])
+        firing.update(out.features.dense() if isinstance(out.features, Sparse) else out.features)
+        reconstruction.update(out.y_hat * y_scale, y[rows] * y_scale)
+    return {"l0": firing.l0()["total"], "fvu": reconstruction.fvu()["pooled"]}
+
+
+def dense_features(model: Transcoder, x: Tensor) -> Tensor:
+    """Features under the model's own rule. [B, L, D] -> [B, L, F]"""
+    return model.choose(x).dense() if model.activation.chooses else model.activation(model.encode(x))

@@ -1,0 +1,139 @@
+"""Checkpoints: everything that an exact continuation needs, as safetensors and JSON. Nothing is pickled.
+
+    checkpoints/step_N/
+        model.safetensors        weights and buffers of the transcoder, in the transcoder's units
+        optimizer.safetensors    the optimiser's tensors, named <what>/<parameter>
+        state.safetensors        tokens since each feature fired, the random generator
+        state.json               step, tokens, the cache's key
+
+The data position is the step: batch n of a run is a function of the seed and n (`data/loader.py`). A checkpoint is
+written beside its place, synced and renamed, so that whatever bears its name is whole.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.arch import Transcoder
+from pipeline.errors import UserError
+
+
+@dataclass
+class State:
+    """What changes during a run, weights and optimiser apart."""
+
+    step: int
+    """Optimiser steps done, which is also the number of batches consumed."""
+
+    tokens_since_fired: Tensor
+    """[L, F] int64"""
+
+
+def save(
+    directory: Path, model: Transcoder, optimizer: torch.optim.Optimizer, state: State, about: dict[str, object]
+) -> Path:
+    """Write checkpoints/step_N of a run directory. `about` goes into state.json."""
+    target = directory / "checkpoints" / f"step_{state.step}"
+    tensors = {"tokens_since_fired": state.tokens_since_fired, "torch_rng": torch.get_rng_state()}
+    with atomic_directory(target) as aside:
+        save_file(_contiguous(model.state_dict()), aside / "model.safetensors")
+        save_file(_contiguous(_optimizer_tensors(model, optimizer)), aside / "optimizer.safetensors")
+        save_file(_contiguous(tensors), aside / "state.safetensors")
+        (aside / "state.json").write_text(json.dumps({"step": state.step, **about}, indent=2) + "\n")
+    return target
+
+
+def load(checkpoint: Path, model: Transcoder, optimizer: torch.optim.Optimizer) -> State:
+    """Restore model, optimiser and random generator in place, and return the rest."""
+    model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    _restore_optimizer(model, optimizer, load_file(checkpoint / "optimizer.safetensors"))
+    tensors = load_file(checkpoint / "state.safetensors")
+    torch.set_rng_state(tensors["torch_rng"])
+    step = json.loads((checkpoint / "state.json").read_text())["step"]
+    return State(step, tensors["tokens_since_fired"].to(model.b_enc.device))
+
+
+def newest(directory: Path) -> Path | None:
+    """The checkpoint with the most steps in a run directory."""
+    found = _all(directory)
+    return found[-1] if found else None
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    for old in _all(directory)[:-keep]:
+        shutil.rmtree(old)
+
+
+class atomic_directory:
+    """Context: a directory to fill, which takes its name only when everything in it is on disk."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.aside = target.with_name(f".{target.name}.tmp")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.aside, ignore_errors=True)
+        self.aside.mkdir(parents=True)
+        return self.aside
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is None:
+            for path in [*self.aside.rglob("*"), self.aside]:
+                _sync(path)
+            if self.target.exists():
+                shutil.rmtree(self.target)
+            self.aside.rename(self.target)
+            _sync(self.target.parent)
+            return
+        shutil.rmtree(self.aside, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(
+                f"{self.target} could not be written ({error.strerror}); free some space and run again"
+            ) from error
+
+
+def _all(directory: Path) -> list[Path]:
+    named = [
+        (int(m[1]), p) for p in (directory / "checkpoints").glob("step_*") if (m := re.fullmatch(r"step_(\d+)", p.name))
+    ]
+    return [path for _, path in sorted(named)]
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+
+
+def _optimizer_tensors(model: Transcoder, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{what}/{names[parameter]}": torch.as_tensor(tensor)
+        for parameter, moments in optimizer.state.items()
+        for what, tensor in moments.items()
+    }
+
+
+def _restore_optimizer(model: Transcoder, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()
+    for key, tensor in tensors.items():
+        what, name = key.split("/", 1)
+        parameter = parameters[name]
+        # Step counters stay where the optimiser put them: on the CPU unless it is fused on a GPU.
+        device = parameter.device if tensor.dim() or optimizer.defaults.get("fused") else tensor.device
+        optimizer.state[parameter][what] = tensor.to(device)

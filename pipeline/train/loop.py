@@ -1,0 +1,231 @@
+"""The training loop: a batch, a step, the counters, a line in the log."""
+
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from pipeline.arch import Output, Transcoder
+from pipeline.core.sparse import Sparse
+from pipeline.data.loader import Batch
+from pipeline.errors import UserError
+from pipeline.progress import Progress
+from pipeline.train import checkpoint
+from pipeline.train.checkpoint import State
+from pipeline.train.inputs import Inputs
+from pipeline.train.objective import Objective
+from pipeline.train.options import OptimOptions
+from pipeline.train.schedule import learning_rate
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Plan:
+    """The numbers of a run, resolved."""
+
+    n_steps: int
+    batch_tokens: int
+    dead_window: int
+    """Tokens without firing after which a feature is dead."""
+    checkpoint_steps: int
+    keep_checkpoints: int
+    log_steps: int
+    y_variance: Tensor
+    """[L, D] variance of the targets over the cache, in the model's units."""
+
+
+class Trainer:
+    """One run: `fit` goes from the state's step to the last and returns the last line of the log."""
+
+    def __init__(
+        self,
+        directory: Path,
+        model: Transcoder,
+        optimizer: torch.optim.Optimizer,
+        objective: Objective,
+        inputs: Inputs,
+        plan: Plan,
+        optim: OptimOptions,
+    ) -> None:
+        self.directory, self.model, self.optimizer = directory, model, optimizer
+        self.objective, self.inputs, self.plan, self.optim = objective, inputs, plan, optim
+        never = torch.zeros(model.dims.n_layers, model.d_features, dtype=torch.int64, device=inputs.device)
+        self.state = State(0, never)
+        self.about: dict[str, object] = {}
+
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint: as if the run had never stopped."""
+        self.state = checkpoint.load(path, self.model, self.optimizer)
+        _keep_lines(self.directory / "metrics.jsonl", self.state.step)
+
+    def fit(self, batches: Iterator[Batch]) -> dict[str, object]:
+        """`batches` begins at the batch that follows the state. Ctrl-C saves a checkpoint first."""
+        plan, state = self.plan, self.state
+        record: dict[str, object] = {}
+        total = plan.n_steps * plan.batch_tokens
+        clock = _Clock()
+        self.model.train()
+        with _stop_requests() as requested, Progress(total, "tok", "train", state.step * plan.batch_tokens) as bar:
+            while state.step < plan.n_steps:
+                clock.data_asked()
+                batch = next(batches)
+                clock.data_arrived()
+                rate = learning_rate(self.optim, state.step, plan.n_steps)
+                out, y, terms = self.step(batch, rate)
+                state.step += 1
+                fields: dict[str, str | float] = {}
+                if state.step % plan.log_steps == 0 or state.step == plan.n_steps:
+                    record = self.record(out, y, terms, rate)
+                    _append(self.directory / "metrics.jsonl", record)
+                    _append(self.directory / "timings.jsonl", clock.record(state.step, plan.batch_tokens))
+                    fields = _bar_fields(record)
+                bar.update(plan.batch_tokens, **fields)
+                if state.step % plan.checkpoint_steps == 0 or state.step == plan.n_steps or requested():
+                    self.save()
+                if requested():
+                    logger.info("stopped at step %d of %d; the same command continues", state.step, plan.n_steps)
+                    raise KeyboardInterrupt
+        return record
+
+    def step(self, batch: Batch, rate: float) -> tuple[Output, Tensor, dict[str, Tensor]]:
+        """One optimiser step, and the counters that follow from it."""
+        x, y = self.inputs(batch.resid_mid, batch.mlp_out)
+        out: Output = self.model(x, self.objective.needs_pre_acts)
+        terms = self.objective(self.model, out, x, y, self.dead(), self.state.step)
+        loss = torch.stack(list(terms.values())).sum()
+        if not math.isfinite(loss.item()):
+            raise UserError(self._diverged(terms))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.state.tokens_since_fired += y.shape[0]
+        self.state.tokens_since_fired[fired(out)] = 0
+        return out, y, terms
+
+    def dead(self) -> Tensor:
+        """Features that have not fired for `dead_window` tokens. [L, F] bool; none before that many were seen."""
+        return self.state.tokens_since_fired >= self.plan.dead_window
+
+    def save(self) -> None:
+        checkpoint.save(self.directory, self.model, self.optimizer, self.state, self.about)
+        checkpoint.prune(self.directory, self.plan.keep_checkpoints)
+
+    @torch.no_grad()
+    def record(self, out: Output, y: Tensor, terms: dict[str, Tensor], rate: float) -> dict[str, object]:
+        """A line of metrics.jsonl, of this step's batch. fvu: pooled, in the model's units, cache's variance."""
+        tokens = self.state.step * self.plan.batch_tokens
+        error = ((out.y_hat - y) * self.inputs.scaling.y_scale).square().sum() / y.shape[0]
+        return {
+            "step": self.state.step,
+            "tokens": tokens,
+            "loss": float(torch.stack(list(terms.values())).sum()),
+            **{f"loss/{name}": float(term) for name, term in terms.items()},
+            "fvu": float(error) / float(self.plan.y_variance.sum()),
+            "l0": active(out) / y.shape[0],
+            "dead_fraction": float(self.dead().float().mean()) if tokens >= self.plan.dead_window else None,
+            "lr": rate,
+        }
+
+    def _diverged(self, terms: dict[str, Tensor]) -> str:
+        bad = ", ".join(name for name, term in terms.items() if not math.isfinite(float(term)))
+        last = checkpoint.newest(self.directory)
+        return (
+            f"the loss ({bad}) is no longer finite at step {self.state.step}; lower optim.lr={self.optim.lr}"
+            f" and train under another name (last good checkpoint: {last or 'none'})"
+        )
+
+
+def fired(out: Output) -> Tensor:
+    """Which features fired at all in the batch. [L, F] bool"""
+    if isinstance(out.features, Sparse):
+        return torch.stack(
+            [
+                torch.zeros(p.n_features, dtype=torch.bool, device=v.device).index_fill(0, p.indices[v > 0], True)
+                for p, v in zip(out.features.patterns, out.features.values, strict=True)
+            ]
+        )
+    return (out.features > 0).any(dim=0)
+
+
+def active(out: Output) -> int:
+    """Number of active (token, feature) pairs over all layers."""
+    if isinstance(out.features, Sparse):
+        return sum(int((values > 0).sum()) for values in out.features.values)
+    return int((out.features > 0).sum())
+
+
+class _Clock:
+    """Where the time between two log lines went."""
+
+    def __init__(self) -> None:
+        self.start = self.asked = time.perf_counter()
+        self.waited, self.steps = 0.0, 0
+
+    def data_asked(self) -> None:
+        self.asked = time.perf_counter()
+
+    def data_arrived(self) -> None:
+        self.waited += time.perf_counter() - self.asked
+        self.steps += 1
+
+    def record(self, step: int, batch_tokens: int) -> dict[str, object]:
+        now = time.perf_counter()
+        elapsed = now - self.start
+        line: dict[str, object] = {
+            "step": step,
+            "tokens_per_s": self.steps * batch_tokens / elapsed,
+            "step_ms": 1e3 * elapsed / self.steps,
+            "data_ms": 1e3 * self.waited / self.steps,
+        }
+        self.start, self.waited, self.steps = now, 0.0, 0
+        return line
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turn SIGINT and SIGTERM into a flag that is looked at between steps, so that what is saved is a whole step."""
+    asked: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _append(path: Path, line: dict[str, object]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _keep_lines(path: Path, step: int) -> None:
+    """Drop what was logged after the checkpoint: those steps are taken again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in lines))
+
+
+def _bar_fields(record: dict[str, object]) -> dict[str, str | float]:
+    dead = record["dead_fraction"]
+    return {
+        "loss": f"{record['loss']:.3g}",
+        "fvu": f"{record['fvu']:.4f}",
+        "l0": f"{record['l0']:.1f}",
+        "dead": "-" if dead is None else f"{dead:.3f}",
+    }

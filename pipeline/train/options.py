@@ -1,0 +1,113 @@
+"""What the user may say about training. Free of torch, so that the command line starts at once."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class LrSchedule(StrEnum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Norm(StrEnum):
+    rms = "rms"
+    standard = "standard"
+
+
+@dataclass
+class OptimOptions:
+    name: str
+    """adam."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+
+    warmup: float = 0.02
+    """Share of the run over which the learning rate rises from 0."""
+
+    decay: float = 0.3
+    """Share of the run, at its end, over which the learning rate falls to 0."""
+
+    schedule: LrSchedule = LrSchedule.linear
+    """Shape of the fall: linear, cosine, or constant for none."""
+
+
+@dataclass
+class TrainOptions:
+    n_tokens: str | None = None
+    """Length in tokens (400k, 10M); more than the cache holds means further passes. Null when n_steps is set."""
+
+    n_steps: int | None = None
+    """Length in optimiser steps. Null when n_tokens is set."""
+
+    batch_tokens: int = 1024
+    """Tokens of a step."""
+
+    seed: int = 0
+    """Seed of the initial weights and of the order of the rows."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    norm: Norm = Norm.rms
+    """rms: one scalar for each layer and side. standard: mean and standard deviation of each dimension."""
+
+    dead_window: str = "auto"
+    """A feature is dead when it has not fired for so many tokens; auto is a tenth of the run, at most 10M."""
+
+    checkpoint_every: str = "auto"
+    """Tokens between checkpoints; auto is a fifth of the run."""
+
+    keep_checkpoints: int = 1
+    """How many of the newest checkpoints stay."""
+
+
+@dataclass
+class LogOptions:
+    every: int = 50
+    """Steps between lines of metrics.jsonl."""
+
+
+class Weights(StrEnum):
+    float32 = "float32"
+    float16 = "float16"
+
+
+@dataclass
+class LmOptions:
+    """A small GPT-2-architecture language model for `clt pretrain`."""
+
+    name: str
+    n_layers: int = 4
+    d_model: int = 128
+    n_heads: int = 4
+    d_mlp: int = 512
+    n_steps: int = 3000
+    batch_tokens: int = 4096
+    """Tokens of a step."""
+
+    optim: OptimOptions = field(
+        default_factory=lambda: OptimOptions(
+            name="adamw", lr=3e-3, beta2=0.98, warmup=0.02, decay=0.98, schedule=LrSchedule.cosine
+        )
+    )
+    weight_decay: float = 0.1
+    """AdamW's, on matrices only."""
+
+    seed: int = 0
+    """Seed of the initial weights and of the order of the contexts."""
+
+    early_attention_penalty: float = 0.0
+    """Weight of the mean attention of layer 0 to earlier tokens other than the first. It makes the model look facts up
+    where the subject stands, which a transcoder can explain, rather than copy the subject to the end first."""
+
+    weights: Weights = Weights.float32
+    """How the finished weights are stored. float16 halves the file; it is only for small models whose weights stay far
+    from its limits. Training is in float32 either way."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""

@@ -1,0 +1,71 @@
+"""The run directory: `runs/NAME/`, and what a second start under the same name means."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.errors import UserError
+from pipeline.plain import to_plain
+
+RUNS = Path("runs")
+
+NO_EFFECT = {"cache.dir", "cache.read", "newest_cache", "train.keep_checkpoints", "experiment"}
+"""Settings that do not change what a run computes, so they may differ when it is continued."""
+
+
+def start(name: str, config: Any) -> Path:
+    """The directory of run `name`, made when it is new, with its config.yaml.
+
+    config: the command's dataclass. Raises UserError when the name is taken by a run with other settings.
+    """
+    directory = RUNS / name
+    file = directory / "config.yaml"
+    plain = to_plain(config)
+    if file.exists():
+        _refuse_difference(name, flatten(yaml.safe_load(file.read_text())), flatten(plain))
+    elif directory.exists() and any(not child.name.isdigit() for child in directory.iterdir()):
+        raise UserError(f"{directory} exists and is no run (it has no config.yaml); choose another name=")
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        aside = file.with_suffix(".tmp")
+        aside.write_text(yaml.safe_dump(plain, sort_keys=False))
+        aside.rename(file)
+    return directory
+
+
+def finished(directory: Path) -> bool:
+    return (directory / "final" / "config.json").exists()
+
+
+def saved(directory: Path) -> dict[str, Any] | None:
+    """The settings of a run that exists, as they stand in config.yaml."""
+    file = directory / "config.yaml"
+    return yaml.safe_load(file.read_text()) if file.exists() else None
+
+
+def newest() -> Path:
+    """The finished run that ended last, sweeps included. UserError when there is none."""
+    done = [path.parent.parent for path in (*RUNS.glob("*/final/config.json"), *RUNS.glob("*/*/final/config.json"))]
+    if not done:
+        raise UserError(
+            f"no finished run under {RUNS}/; train one (clt train +experiment=topk) or name it with run=DIR"
+        )
+    return max(done, key=lambda run: (run / "final" / "config.json").stat().st_mtime_ns)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _refuse_difference(name: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    keys = sorted(old.keys() | new.keys())
+    differ = [key for key in keys if old.get(key) != new.get(key) and key not in NO_EFFECT]
+    if differ:
+        shown = ", ".join(f"{key}={new.get(key)} (was {old.get(key)})" for key in differ[:6])
+        more = f" and {len(differ) - 6} more" if len(differ) > 6 else ""
+        raise UserError(f"runs/{name} was trained with other settings: {shown}{more}; choose another name=")

@@ -1,0 +1,138 @@
+"""A language model that is a formula, and caches made with it, for the tests of the rooms around the cache.
+
+    python -m tests.data.fake DIRECTORY SECONDS      makes the cache that `extract(DIRECTORY)` makes, slowly
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.core.normalize import MlpNorm
+from pipeline.data.harvest import harvest, sums
+from pipeline.data.layout import directory_of
+from pipeline.data.models import LanguageModel
+from pipeline.data.options import DatasetKind, DatasetOptions
+from pipeline.data.plan import Plan, describe, make_plan
+from pipeline.data.tokens import Packed, Split
+from pipeline.data.writer import Writer
+
+L, D, T, VOCAB = 3, 5, 7, 50
+SIZES = {Split.train: (41, 2), Split.calibration: (4, 0), Split.evaluation: (3, 0)}
+"""Contexts, and padding tokens at the end of the last one."""
+
+
+class FakeModel:
+    """Activations are sines of token, position, layer and dimension, so that no two are alike."""
+
+    name, path, revision, architecture = "fake", "fake", None, "Sines"
+    n_layers, d_model, vocab_size, bos_token_id, eos_token_id = L, D, VOCAB, 0, 1
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, weight: float = 1.0) -> None:
+        self.weight = weight
+        self.n_calls = 0
+        self.before_call: Callable[[int], None] = lambda n: None
+
+    def collect(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        self.before_call(self.n_calls)
+        self.n_calls += 1
+        n, context = tokens.shape
+        token = tokens.float()[:, :, None, None]
+        position = torch.arange(context).float()[None, :, None, None]
+        layer = torch.arange(L).float()[:, None]
+        phase = token * 1.7 + position * 0.31 + layer * 0.9 + torch.arange(D) * 2.3
+        return 3 * torch.sin(phase * self.weight) + 0.5, torch.cos(phase * 1.1)
+
+    def mlp_norm(self) -> MlpNorm:
+        gain = 1 + torch.arange(L * D).float().view(L, D) / 10
+        return MlpNorm("layer", gain, gain.flip(1) - 1, 1e-5)
+
+    def weights_hash(self) -> str:
+        return f"weights {self.weight}"
+
+    def tokenizer_hash(self) -> str:
+        return "tokenizer"
+
+
+def as_model(model: FakeModel) -> LanguageModel:
+    return cast(LanguageModel, model)
+
+
+def pack(seed: int = 0, sizes: dict[Split, tuple[int, int]] | None = None, context: int = T) -> dict[Split, Packed]:
+    """Random tokens; position 0 is 0."""
+    rng = np.random.default_rng(seed)
+    packed = {}
+    for split, (n, padding) in (sizes or SIZES).items():
+        contexts = rng.integers(2, VOCAB, (n, context), dtype=np.int32)
+        contexts[:, 0] = 0
+        contexts[-1, context - padding :] = 1
+        packed[split] = Packed(contexts, n * (context - 1) - padding)
+    return packed
+
+
+def request(**changes: Any) -> dict[str, Any]:
+    model = {"name": "fake", "path": "fake", "revision": None, "dtype": "auto"}
+    options = {"name": "text", "kind": "text", "n_tokens": "244", "path": "x.txt", "split_by": None, "context": T}
+    dataset = options | {"held_out": 3, "seed": 7} | changes
+    return {"schema": 1, "model": model, "dataset": dataset, "codec": "raw", "source": {}}
+
+
+def plan_of(
+    cache_dir: Path, model: FakeModel, packed: dict[Split, Packed], shard_mb: str, block_contexts: int, seed: int
+) -> Plan:
+    options = DatasetOptions("text", DatasetKind.text, "244", path="x.txt", context=T, held_out=3, seed=seed)
+    options.context = packed[Split.train].contexts.shape[1]
+    asked = request(seed=seed, context=options.context)
+    about = describe(as_model(model), options, packed, asked) | {"block_contexts": block_contexts}
+    return make_plan(directory_of(cache_dir, asked), about, model.mlp_norm(), packed, shard_mb)
+
+
+def extract(
+    cache_dir: Path,
+    model: FakeModel | None = None,
+    packed: dict[Split, Packed] | None = None,
+    shard_mb: str = "0.0015",  # 52 rows: the 244 of SIZES are five shards, the last with 8 rows of padding
+    block_contexts: int = 6,
+    commit_seconds: float | None = None,
+    seed: int = 7,
+    after_block: Callable[[int], None] | None = None,
+) -> Path:
+    """What the extract stage does, without its model, text and words. Where a test steps in after a block, the block
+    is in the journal."""
+    model, packed = model or FakeModel(), packed or pack()
+    plan = plan_of(cache_dir, model, packed, shard_mb, block_contexts, seed)
+    if commit_seconds is None:
+        commit_seconds = 1e9 if after_block is None else 0
+    with Writer(plan, commit_seconds=commit_seconds) as writer:
+        for block in writer.todo:
+            total = np.zeros(plan.sums_shape)
+            for rows in harvest(as_model(model), packed[block.split], block.contexts, batch_tokens=2 * T):
+                writer.write(block.split, rows)
+                total += sums(rows, plan.norm)
+            writer.finish_block(block, total)
+            if after_block is not None:
+                after_block(block.number)
+        writer.publish()
+    return plan.path
+
+
+def stored_files(path: Path) -> dict[str, bytes]:
+    """Content of every file of a cache but for its date."""
+    files = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    root = json.loads(files["zarr.json"])
+    del root["attributes"]["created"], root["attributes"]["checksum"]
+    files["zarr.json"] = json.dumps(root).encode()
+    return files
+
+
+if __name__ == "__main__":
+    slow = FakeModel()
+    slow.before_call = lambda n: time.sleep(float(sys.argv[2]))
+    extract(Path(sys.argv[1]), slow, commit_seconds=0)

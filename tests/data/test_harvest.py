@@ -1,0 +1,120 @@
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.core.normalize import MlpNorm
+from pipeline.data import harvest as module
+from pipeline.data.harvest import Rows, harvest, statistics, sums
+from pipeline.data.layout import SITES
+from pipeline.data.tokens import Packed, Split
+from pipeline.errors import UserError
+from tests.data import fake
+from tests.data.fake import D, FakeModel, L, T
+
+
+def all_rows(model: FakeModel, packed: Packed, contexts: range, batch_tokens: int) -> list[Rows]:
+    return list(harvest(fake.as_model(model), packed, contexts, batch_tokens))
+
+
+def test_a_row_is_a_token_after_the_first_of_its_context() -> None:
+    packed = fake.pack()[Split.train]
+    resid_mid, mlp_out = FakeModel().collect(torch.from_numpy(packed.contexts))
+    t = 0
+    for rows in all_rows(FakeModel(), packed, range(len(packed.contexts)), batch_tokens=3 * T):
+        assert rows.first == t
+        for got, full in ((rows.resid_mid, resid_mid), (rows.mlp_out, mlp_out)):
+            assert got.dtype == torch.bfloat16
+            for values in got:
+                context, position = t // (T - 1), 1 + t % (T - 1)
+                assert torch.equal(values, full[context, position].bfloat16())
+                t += 1
+            t -= len(got)
+        t += len(rows.resid_mid)
+    assert t == packed.n_rows == 41 * 6 - 2  # no first position, no padding
+
+
+def test_activations_are_rounded_to_the_nearest_even() -> None:
+    exact = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20])
+
+    class Constant(FakeModel):
+        def collect(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+            return exact.expand(*tokens.shape, 1, 3), exact.expand(*tokens.shape, 1, 3)
+
+    rows = all_rows(Constant(), Packed(np.zeros((1, 2), np.int32), 1), range(1), 2)[0]
+    assert rows.resid_mid.float().flatten().tolist() == [1.0, 1 + 2**-6, 1 + 2**-7]
+
+
+def test_passes_do_not_cross_the_contexts_that_are_asked_for() -> None:
+    model, shapes = FakeModel(), []
+    collect = model.collect
+    model.collect = lambda tokens: (shapes.append(len(tokens)), collect(tokens))[1]  # type: ignore[method-assign]
+    packed = fake.pack()[Split.train]
+    rows = all_rows(model, packed, range(10, 17), batch_tokens=3 * T + 5)
+    assert shapes == [3, 3, 1]
+    assert [r.first for r in rows] == [60, 78, 96]
+    shapes.clear()
+    all_rows(model, packed, range(10, 12), batch_tokens=1)  # at least a context
+    assert shapes == [1, 1]
+
+
+def random_rows(n: int, seed: int) -> Rows:
+    generator = torch.Generator().manual_seed(seed)
+    resid_mid, mlp_out = (torch.randn(n, L, D, generator=generator).mul(7).bfloat16() for _ in range(2))
+    return Rows(0, resid_mid, mlp_out)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_sums_and_statistics_follow_their_formulas(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PIECE", 100)  # 6 rows
+    norm = FakeModel().mlp_norm()._replace(kind=kind)
+    rows = random_rows(101, seed=0)
+    expected = np.zeros((3, 2, L, D))
+    values: list[list[np.ndarray]] = [[], [], []]
+    for n in range(101):
+        sites = (rows.resid_mid[n].double(), normed(rows.resid_mid[n], norm), rows.mlp_out[n].double())
+        for site, x in enumerate(sites):
+            expected[site] += np.stack([x.numpy(), x.numpy() ** 2])
+            values[site].append(x.numpy())
+    got = sums(rows, norm)
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(got[[0, 2]], expected[[0, 2]], rtol=1e-14)  # exact numbers, summed in float64
+    found = statistics(got, 101)
+    for site, x in zip(SITES, map(np.stack, values), strict=True):
+        np.testing.assert_allclose(found[f"{site}/mean"], x.mean(axis=0), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(found[f"{site}/std"], x.std(axis=0), rtol=1e-6)
+        np.testing.assert_allclose(found[f"{site}/rms"], np.sqrt((x**2).mean(axis=(0, 2))), rtol=1e-6)
+
+
+def normed(resid: Tensor, norm: MlpNorm) -> Tensor:
+    """[L, D] by the formula of the norm, in float64."""
+    x = resid.double()
+    if norm.kind == "layer":
+        x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.gain + norm.bias
+
+
+def test_the_spread_of_a_dimension_that_never_varies_is_zero() -> None:
+    rows = Rows(0, torch.full((50, L, D), 0.1).bfloat16(), torch.full((50, L, D), -3.3).bfloat16())
+    std = statistics(sums(rows, FakeModel().mlp_norm()), 50)["mlp_out/std"]
+    assert (std < 1e-7).all()
+
+
+def test_sums_do_not_depend_on_the_number_of_threads() -> None:
+    rows, norm = random_rows(1000, seed=1), FakeModel().mlp_norm()
+    threads = torch.get_num_threads()
+    found = []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        found.append(sums(rows, norm))
+    torch.set_num_threads(threads)
+    assert (found[0] == found[1]).all()
+    assert (found[0] == found[2]).all()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_are_refused(wrong: float) -> None:
+    rows = random_rows(10, seed=2)
+    rows.mlp_out[3, 2, 1] = wrong
+    with pytest.raises(UserError, match=r"mlp_out of layer 2 is not finite .* use model\.dtype=float32"):
+        sums(rows, FakeModel().mlp_norm())

@@ -1,0 +1,154 @@
+"""The command line: quick to answer, with examples that work."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from pipeline import config
+from pipeline.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = list(config.STAGES)
+
+
+def clt(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m pipeline` in a process of its own, from a checkout that need not be installed."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *words], cwd=cwd, capture_output=True, text=True, env=env, check=False
+    )
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, config.Request]]:
+    """The requests that reach `config.launch`, which does nothing and reports exit code 7."""
+    requests: list[tuple[str, config.Request]] = []
+
+    def launch(stage: str, request: config.Request) -> int:
+        requests.append((stage, request))
+        return 7
+
+    monkeypatch.setattr(config, "launch", launch)
+    return requests
+
+
+def help_of(*words: str) -> str:
+    result = CliRunner().invoke(app, [*words, "--help"])
+    assert result.exit_code == 0
+    return result.output
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = {"torch", "hydra", "omegaconf", "zarr", "transformers", "transformer_lens", "datasets", "numpy", "tqdm"}
+    code = f"""
+import sys
+import pipeline.cli
+sys.argv = ["clt", "--help"]
+try:
+    pipeline.cli.main()
+finally:
+    assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "extract" in result.stdout
+
+
+def test_help_lists_the_commands_that_exist() -> None:
+    listed = re.findall(r"^  ([a-z]+)  +\S", help_of().split("Commands:")[1], re.MULTILINE)
+    assert listed == COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_examples_of_a_command_compose(command: str) -> None:
+    examples = re.findall(rf"^  clt {command}(?: (.*?))?(?:  .*)?$", help_of(command), re.MULTILINE)
+    assert len(examples) >= 2
+    for example in examples:
+        words = [word for word in shlex.split(example) if word not in {"-m", "--cfg", "job"}]
+        sweep = "-m" in shlex.split(example)
+        config.compose(command, [word.split(",")[0] for word in words] if sweep else words)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_hands_over_its_words_and_leaves_with_the_exit_code(command: str, asked: list[Any]) -> None:
+    result = CliRunner().invoke(app, [command, "a=1,2", "+b=x", "~c", "d.e=-1"])
+    assert result.exit_code == 7
+    assert asked == [(command, config.Request(overrides=("a=1,2", "+b=x", "~c", "d.e=-1")))]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-m", "-cd", "mine", "-cn", "root", "a=1", "b=2"],
+        ["a=1", "--multirun", "b=2", "--config-dir", "mine", "--config-name", "root"],
+    ],
+)
+def test_options_and_overrides_mix_in_any_order(words: list[str], asked: list[Any]) -> None:
+    CliRunner().invoke(app, ["train", *words])
+    [(_, request)] = asked
+    assert request == config.Request(("a=1", "b=2"), multirun=True, config_dir=Path("mine"), config_name="root")
+
+
+def test_the_printing_options_are_handed_over(asked: list[Any]) -> None:
+    CliRunner().invoke(app, ["train", "--cfg", "job", "--resolve"])
+    CliRunner().invoke(app, ["train", "--info", "defaults-tree"])
+    assert [request for _, request in asked] == [
+        config.Request(cfg="job", resolve=True),
+        config.Request(info="defaults-tree"),
+    ]
+
+
+@pytest.mark.parametrize("words", [["train", "--bogus"], ["train", "--cfg", "jobb"], ["tarin"]])
+def test_a_wrong_word_is_exit_code_2(words: list[str]) -> None:
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    assert "Error" in result.output
+
+
+def test_a_wrong_key_from_the_shell_is_one_line(tmp_path: Path) -> None:
+    result = clt("train", "optim.lrr=1", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: optim.lrr: no such key in optim; did you mean lr?")
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_configuration_is_printed_from_the_shell(tmp_path: Path) -> None:
+    result = clt("extract", "model=world", "dataset.n_tokens=1M", "--cfg", "job", cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "n_tokens: 1M" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def bash(line: str) -> set[str]:
+    """What bash would offer after `line`; it cuts words at `=` and hands over the pieces."""
+    pieces = [piece for piece in re.split(r"(=)|\s+", line) if piece] + ([""] if line.endswith((" ", "=")) else [])
+    if line.endswith("="):
+        pieces.pop()  # bash sees the lone `=` as the word in progress
+    words = {"COMP_WORDS": "\n".join(pieces), "COMP_CWORD": str(len(pieces) - 1), "_CLT_COMPLETE": "complete_bash"}
+    return set(clt(**words).stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("clt tr", {"train"}),
+        ("clt train model=w", {"world"}),
+        ("clt train model=gpt2 optim.l", {"optim.lr="}),
+        ("clt train +experiment=b", {"batchtopk"}),
+    ],
+)
+def test_bash_completes_commands_and_overrides(line: str, expected: set[str]) -> None:
+    assert bash(line) == expected
+
+
+def test_zsh_gets_whole_words() -> None:
+    environment = {"_TYPER_COMPLETE_ARGS": "clt train model=w", "_CLT_COMPLETE": "complete_zsh"}
+    assert "model=world" in clt(**environment).stdout
