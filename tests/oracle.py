@@ -28,13 +28,12 @@ Pairs = set[tuple[int, int, int]]
 
 def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
     """h_i^l = W_enc,i^l . x^l + b_i^l.  [B, L, D], [L, F, D], [L, F] -> [B, L, F]"""
-    tokens = []
-    for b in range(x.shape[0]):
-        layers = []
-        for l in range(x.shape[1]):
-            layers.append(torch.stack([x[b, l] @ W_enc[l, i] + b_enc[l, i] for i in range(W_enc.shape[1])]))
-        tokens.append(torch.stack(layers))
-    return torch.stack(tokens)
+    n_tokens, n_layers, n_features = x.shape[0], x.shape[1], W_enc.shape[1]
+
+    def layer(b: int, l: int) -> Tensor:
+        return torch.stack([x[b, l] @ W_enc[l, i] + b_enc[l, i] for i in range(n_features)])
+
+    return torch.stack([torch.stack([layer(b, l) for l in range(n_layers)]) for b in range(n_tokens)])
 
 
 def decode(features: Tensor, W_dec: Sequence[Tensor], b_dec: Tensor) -> Tensor:

@@ -41,10 +41,11 @@ def run(cfg: PretrainConfig) -> Path:
         "command": f"clt pretrain lm={cfg.lm.name} dataset={cfg.dataset.name} dataset.n_tokens={cfg.dataset.n_tokens}",
         "lm": asdict(cfg.lm),
         "dataset": asdict(cfg.dataset),
+        "documents_sha256": world_report.fingerprint(cfg.dataset.seed),
         "training": trained,
         "losses": world_report.losses(model, tokenizer, cfg.dataset.seed),
         "tasks": world_report.accuracies(model, tokenizer, world.tasks()),
-        "swap_layer_0_mlp": world_report.swaps(model, tokenizer),
+        "swap_layer_0_mlp": world_report.swaps(model, tokenizer, world.swap_pairs()),
     }
     (aside / "world.json").write_text(json.dumps(report, indent=2) + "\n")
     aside.rename(to)

@@ -104,6 +104,8 @@ def _plan(cfg: TrainConfig, cache: Cache) -> Plan:
         raise UserError(
             f"train.batch_tokens={options.batch_tokens} must lie between 1 and the cache's {cache.n_rows} rows"
         )
+    if options.seed < 0:
+        raise UserError(f"train.seed={options.seed} must not be negative")
     if (options.n_tokens is None) == (options.n_steps is None):
         raise UserError("give the length of the run once: train.n_tokens or train.n_steps, the other null")
     tokens = count(options.n_tokens) if options.n_tokens else 0

@@ -1,6 +1,7 @@
 """How well a language model knows the built-in world: its losses against the entropy of the language, its accuracy on
 every task, and whether facts are looked up where the country stands."""
 
+import hashlib
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -40,6 +41,11 @@ class Swap(TypedDict):
     """Share of pairs that answer for the target with its layer-0 MLP output at the country's position."""
     at_last: float
     """The same with the output at the prompt's last position instead."""
+
+
+def fingerprint(seed: int) -> str:
+    """sha256 of this seed's first documents: tells whether the language is still the one a model was trained on."""
+    return hashlib.sha256("\n".join(d.text for d in islice(world.documents(seed), 1000)).encode()).hexdigest()
 
 
 def load(directory: Path) -> "GPT2LMHeadModel":
@@ -92,11 +98,12 @@ def accuracies(
 
 
 @torch.no_grad()
-def swaps(model: "GPT2LMHeadModel", tokenizer: "PreTrainedTokenizerBase") -> dict[str, Swap]:
-    """For each relation, over all ordered pairs of countries: how often the answer follows the exact layer-0 MLP output
-    of the target's prompt, put in at one position of the source's."""
+def swaps(
+    model: "GPT2LMHeadModel", tokenizer: "PreTrainedTokenizerBase", pairs: list[world.SwapPair]
+) -> dict[str, Swap]:
+    """For each relation: how often the answer follows the exact layer-0 MLP output of the target's prompt, put in at
+    one position of the source's."""
     found = {}
-    pairs = world.swap_pairs()
     for relation in dict.fromkeys(pair.relation for pair in pairs):
         asked = [pair for pair in pairs if pair.relation == relation]
         source, target = (

@@ -39,10 +39,7 @@ def pairs(features: Tensor) -> oracle.Pairs:
 
 def choose(activation: Activation, h: Tensor) -> Tensor:
     """The sparse form of a rule, made dense."""
-    layers = [
-        (pattern, values[pattern.tokens, pattern.indices])
-        for values, pattern in activation.choose([layer.clone() for layer in h.unbind(1)])
-    ]
+    layers = list(activation.choose([layer.clone() for layer in h.unbind(1)]))
     return Sparse([pattern for pattern, _ in layers], [values for _, values in layers]).dense()
 
 
@@ -192,6 +189,18 @@ def test_a_batch_rule_keeps_to_its_budget_when_just_that_many_values_stand_out(n
     assert choose(activation, h).tolist() == [[[4, 0, 0]], [[3, 0, 0]]]
 
 
+@pytest.mark.parametrize("n", [1, 2, 7, 40, 41, 1000])
+@pytest.mark.parametrize("guess", [0.0, 0.5, 1.0, 2.5, 3.75, 100.0])
+def test_the_largest_values_are_found_whatever_the_guess(n: int, guess: float) -> None:
+    for seed in range(4):
+        for flat in (with_ties(seed).relu().reshape(-1), oracle.normal(60, seed=seed).relu(), torch.zeros(60)):
+            order = sorted(range(len(flat)), key=lambda i: (-float(flat[i]), i))
+            expected = sorted(i for i in order[:n] if flat[i] > 0)
+            positions, smallest = activations.largest(flat, n, guess)
+            assert positions.tolist() == expected
+            assert float(smallest) == min((float(flat[i]) for i in expected), default=0.0)
+
+
 @pytest.mark.parametrize("form", ["dense", "sparse"])
 @pytest.mark.parametrize("name", BATCH_RULES)
 def test_batch_rules_follow_the_smallest_chosen_value_with_bias_correction(name: str, form: str) -> None:
@@ -222,9 +231,13 @@ def test_batch_rules_learn_their_threshold_in_training_only_and_from_positive_va
     assert not activation.threshold.any()
     h = oracle.normal(B, L, F).abs() + 1
     h[:, 1] = -1.0
-    activation(h)
-    assert (activation.threshold[[0, 2]] >= 1).all()
-    assert (activation.threshold[1] >= 1) == (name == "batchtopk_across")
+    features = activation(h)
+    # Neither the batch before nor layer 1, where nothing was chosen, counts as a value of 0.
+    if name == "batchtopk_across":
+        expected = [features[features > 0].min()] * L
+    else:
+        expected = [features[:, 0][features[:, 0] > 0].min(), torch.tensor(0.0), features[:, 2][features[:, 2] > 0].min()]
+    torch.testing.assert_close(activation.threshold, torch.stack([e.double() for e in expected]))
 
 
 # All entries of the table

@@ -103,6 +103,7 @@ def extract(
     commit_seconds: float | None = None,
     seed: int = 7,
     after_block: Callable[[int], None] | None = None,
+    batch_tokens: int = 2 * T,
 ) -> Path:
     """What the extract stage does, without its model, text and words. Where a test steps in after a block, the block
     is in the journal."""
@@ -113,7 +114,7 @@ def extract(
     with Writer(plan, commit_seconds=commit_seconds) as writer:
         for block in writer.todo:
             total = np.zeros(plan.sums_shape)
-            for rows in harvest(as_model(model), packed[block.split], block.contexts, batch_tokens=2 * T):
+            for rows in harvest(as_model(model), packed[block.split], block.contexts, batch_tokens):
                 writer.write(block.split, rows)
                 total += sums(rows, plan.norm)
             writer.finish_block(block, total)

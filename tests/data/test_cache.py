@@ -79,6 +79,7 @@ def test_a_shard_is_one_plain_file_and_the_padding_of_the_last_is_zero(path: Pat
     assert len(last) == 49 * L * D * 2 + 4
     assert last[48 * L * D * 2 : -4] == bytes(L * D * 2)
     assert cache.map_chunk("resid_mid", 4).shape == (48, L, D)
+    assert cache.read_chunk("resid_mid", 4, np.empty((49, L, D), "<u2")).shape == (48, L, D)
 
 
 def test_held_out_splits_stand_in_the_order_of_their_tokens(path: Path) -> None:
@@ -287,6 +288,7 @@ def test_the_newest_cache_is_the_one_made_last_that_can_be_used(
     [
         (400_000, (4, 128), "auto", 30_770, 13),  # the world: 31,250 kB of at most 32 MB, as equal as can be
         (10_000_000, (12, 768), "auto", 1820, 5495),  # GPT-2 small: 1,820 rows are 32 MB
+        (50_000_000, (12, 768), "auto", 3640, 13_737),  # 64 MB
         (100_000_000, (12, 768), "auto", 7281, 13_735),  # 128 MB, since 64 MB would be 27,473 shards
         (1000, (4, 128), "auto", 1000, 1),  # no larger than what there is
         (1000, (4, 128), "0.1", 100, 10),

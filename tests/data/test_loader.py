@@ -172,8 +172,8 @@ def long_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """1,200 contexts of 32 rows, in 8 shards."""
     sizes = {Split.train: (1200, 0), Split.calibration: (1, 0), Split.evaluation: (1, 0)}
     packed = fake.pack(sizes=sizes, context=33)
-    path = fake.extract(tmp_path_factory.mktemp("long"), packed=packed, shard_mb="0.14", block_contexts=600)
-    cache = Cache.open(path)
+    directory = tmp_path_factory.mktemp("long")
+    cache = Cache.open(fake.extract(directory, packed=packed, shard_mb="0.14", block_contexts=600, batch_tokens=4096))
     assert len(cache.shards()) == 8
     return cache
 

@@ -319,10 +319,27 @@ def test_the_shipped_model_answers_as_its_report_says():
     from pipeline.train import world_report
 
     asked = [t for t in world.tasks() if t.name in ("capital", "twohop_language", "induction")]
-    found = world_report.accuracies(*shipped(), asked)
+    model, words = shipped()
+    found = world_report.accuracies(model, words, asked)
     assert {name: score["accuracy"] for name, score in found.items()} == pytest.approx(
         {name: report()["tasks"][name]["accuracy"] for name in found}, abs=0.02
     )
+
+
+def test_the_shipped_model_looks_facts_up_where_the_country_stands():
+    from pipeline.train import world_report
+
+    pairs = [pair for pair in world.swap_pairs() if "France" in pair.source]
+    for swap in world_report.swaps(*shipped(), pairs).values():
+        assert swap["n"] >= 38
+        assert swap["at_country"] >= 0.95
+        assert swap["at_last"] <= 0.05
+
+
+def test_the_language_is_still_the_one_that_the_shipped_model_was_trained_on():
+    from pipeline.train import world_report
+
+    assert world_report.fingerprint(report()["dataset"]["seed"]) == report()["documents_sha256"]
 
 
 @pytest.mark.slow
@@ -334,7 +351,7 @@ def test_every_figure_of_the_report_is_reproduced():
     for name, score in report()["tasks"].items():
         assert found[name]["n"] == score["n"]
         assert found[name]["accuracy"] == pytest.approx(score["accuracy"], abs=0.021), name
-    for relation, swap in world_report.swaps(model, words).items():
+    for relation, swap in world_report.swaps(model, words, world.swap_pairs()).items():
         assert swap == pytest.approx(report()["swap_layer_0_mlp"][relation], abs=0.005)
     losses = world_report.losses(model, words, report()["dataset"]["seed"])
     kinds, stated = losses.pop("kinds"), dict(report()["losses"])

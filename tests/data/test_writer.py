@@ -134,6 +134,34 @@ def test_stopped_between_any_two_steps_of_publishing_it_goes_on_to_the_same_byte
     assert fake.stored_files(path) == uninterrupted
 
 
+def test_a_block_is_noted_only_after_its_rows_are_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[Path] = set()
+    rows_of: dict[int, set[Path]] = {}
+    written: set[Path] = set()
+    fsync, get, append = os.fsync, shards.Maps.get, Journal.append
+
+    def note_sync(fd: int) -> None:
+        synced.add(Path(f"/proc/self/fd/{fd}").resolve())
+        fsync(fd)
+
+    def note_write(self: shards.Maps, file: Path, spec: Any) -> Any:
+        synced.discard(file)
+        written.add(file)
+        return get(self, file, spec)
+
+    def note_block(self: Journal, numbers: list[int], sums: Any) -> None:
+        assert written <= synced
+        rows_of.update({number: set(written) for number in numbers})
+        append(self, numbers, sums)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(shards.Maps, "get", note_write)
+    monkeypatch.setattr(Journal, "append", note_block)
+    fake.extract(tmp_path, commit_seconds=0)
+    assert len(rows_of) == N_BLOCKS
+    assert len(rows_of[0]) == 10
+
+
 def test_nobody_can_open_an_unfinished_cache(tmp_path: Path) -> None:
     with pytest.raises(Crash):
         fake.extract(tmp_path, after_block=stop_after(N_BLOCKS - 1))

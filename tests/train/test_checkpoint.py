@@ -162,10 +162,15 @@ def test_an_exception_leaves_nothing_behind_and_what_was_there_untouched(tmp_pat
     old = tmp_path / "old"
     old.mkdir()
     (old / "file").write_text("old")
-    for target in (tmp_path / "new", old):
-        with pytest.raises(type(error)), atomic_directory(target) as aside:
+
+    def write_half(target: Path) -> None:
+        with atomic_directory(target) as aside:
             (aside / "file").write_text("half")
             raise error
+
+    for target in (tmp_path / "new", old):
+        with pytest.raises(type(error)):
+            write_half(target)
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     assert (old / "file").read_text() == "old"
 

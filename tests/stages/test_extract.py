@@ -1,0 +1,290 @@
+"""`clt extract` as a whole, on a random GPT-2 and a page of English."""
+
+import logging
+import shlex
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from pipeline.config import compose
+from pipeline.data import cache as caches
+from pipeline.data import models
+from pipeline.data.cache import Cache
+from pipeline.data.layout import command_of, request_of
+from pipeline.data.options import CacheOptions, DatasetKind, DatasetOptions, ExtractOptions, ModelOptions, SplitBy
+from pipeline.data.tokens import Split
+from pipeline.errors import UserError
+from pipeline.stages import extract
+from pipeline.stages.options import ExtractConfig
+from tests.data.fake import stored_files
+
+N, T, HELD_OUT = 2000, 17, 5
+
+
+@pytest.fixture
+def cfg(tiny_gpt2: Path, english: Path, tmp_path: Path) -> ExtractConfig:
+    return ExtractConfig(
+        model=ModelOptions("local", str(tiny_gpt2), device="cpu"),
+        dataset=DatasetOptions(
+            "text",
+            DatasetKind.text,
+            str(N),
+            path=str(english),
+            split_by=SplitBy.paragraph,
+            context=T,
+            held_out=HELD_OUT,
+        ),
+        cache=CacheOptions(dir=str(tmp_path / "cache"), shard_mb="0.05"),
+        extract=ExtractOptions(batch_tokens=340),
+    )
+
+
+def hugging_face_sees(model_path: str, contexts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input of each block's second norm and output of each MLP, [n, T, L, D], by plain module hooks."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_path, attn_implementation="eager").eval()
+    inputs: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
+    for block in model.transformer.h:
+        block.ln_2.register_forward_hook(lambda module, args, out: inputs.append(args[0]))
+        block.mlp.register_forward_hook(lambda module, args, out: outputs.append(out))
+    with torch.no_grad():
+        model(contexts)
+    return torch.stack(inputs, dim=2), torch.stack(outputs, dim=2)
+
+
+def test_rows_in_plain_zarr_are_what_hugging_face_sees_for_their_tokens(cfg: ExtractConfig) -> None:
+    path = extract.run(cfg)
+    cache, group = Cache.open(path), zarr.open_group(path, mode="r")
+    assert (cache.n_rows, cache.n_layers, cache.d_model, cache.context) == (N, 3, 20, T)
+    assert len(cache.shards()) == 5
+    contexts = torch.from_numpy(group["tokens"][:]).long()
+    context, position, token = cache.locate(np.arange(N))
+    assert (token == contexts.numpy()[context, position]).all()
+    assert len({*zip(context.tolist(), position.tolist(), strict=True)}) == N
+    assert position.min() == 1
+    model = models.load(cfg.model)
+    n = 340 // T  # as many contexts in a pass as in the extraction: other shapes may round differently
+    collected = [model.collect(contexts[i : i + n]) for i in range(0, len(contexts), n)]
+    seen = hugging_face_sees(cfg.model.path, contexts)
+    for name, exact, expected in zip(("resid_mid", "mlp_out"), zip(*collected, strict=True), seen, strict=True):
+        stored = torch.from_numpy(group[name][:]).view(torch.bfloat16)
+        assert torch.equal(stored, torch.cat(exact)[context, position].bfloat16())
+        compare(stored, expected[context, position])
+    tokens, resid_mid, mlp_out = cache.held_out(Split.evaluation)
+    assert tokens.shape == (HELD_OUT, T)
+    for stored, expected in zip(
+        (resid_mid, mlp_out), hugging_face_sees(cfg.model.path, torch.from_numpy(tokens).long()), strict=True
+    ):
+        compare(stored, expected[:, 1:].reshape(-1, 3, 20))
+
+
+def compare(stored: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for numbers that lie within float32's rounding (1e-6) of the middle between two bfloat16 ones."""
+    exact = expected.bfloat16()
+    assert (stored != exact).float().mean() < 1e-3
+    nearest = (stored.double() - expected.double()).abs(), (exact.double() - expected.double()).abs()
+    torch.testing.assert_close(*nearest, rtol=0, atol=1e-5)
+
+
+def test_it_says_what_it_does(cfg: ExtractConfig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    path = extract.run(cfg)
+    said = caplog.text
+    for what in (
+        "local, 3 layers of 20, float32 on cpu",
+        f"text, 2,000 tokens in 125 contexts of {T}; 2 x {HELD_OUT} contexts held out",
+        "240 bytes a token",
+        "2 x 5 shards of 0.0458 MB",
+        "GB free",
+        f"{path}: 2,000 rows in 2 x 5 shards",
+        "tokens/s",
+        f"next: clt train +experiment=topk cache.dir={cfg.cache.dir}",
+    ):
+        assert what in said
+
+
+def test_the_next_command_of_the_default_directory_is_short(
+    cfg: ExtractConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.chdir(tmp_path)
+    cfg.cache.dir = "cache"
+    extract.run(cfg)
+    assert caplog.messages[-1].endswith("next: clt train +experiment=topk")
+    cfg.dataset.seed = 1
+    extract.run(cfg)
+    cfg.dataset.seed = 0
+    extract.run(cfg)
+    last = caplog.messages[-1]
+    assert "already there" in last
+    assert "+experiment=topk model=local" in last  # not the newest any more, so it is named
+    assert "dataset.seed=0" in last
+
+
+def test_the_same_request_again_does_nothing(
+    cfg: ExtractConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = extract.run(cfg)
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
+
+    def load(options: ModelOptions) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(models, "load", load)
+    cfg.extract.batch_tokens, cfg.cache.shard_mb, cfg.dataset.n_tokens = 100, "auto", "2k"
+    with caplog.at_level(logging.INFO):
+        assert extract.run(cfg) == path
+    assert f"already there, nothing to do: {path}" in caplog.text
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
+
+
+def test_stopped_in_a_pass_it_goes_on_to_the_same_bytes(
+    cfg: ExtractConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = stored_files(extract.run(cfg))
+    cfg.cache.dir = str(tmp_path / "again")
+    collect, calls = models.LanguageModel.collect, 0
+
+    def failing(self: models.LanguageModel, tokens: torch.Tensor) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise KeyboardInterrupt
+        return collect(self, tokens)
+
+    monkeypatch.setattr(models.LanguageModel, "collect", failing)
+    monkeypatch.setattr("pipeline.data.plan.BLOCK_TOKENS", (680, 680))  # two passes
+    with pytest.raises(KeyboardInterrupt):
+        extract.run(cfg)
+    with pytest.raises(UserError, match="is not finished; run: clt extract"):
+        caches.find(Path(cfg.cache.dir), cfg.model, cfg.dataset)
+    monkeypatch.setattr("pipeline.data.plan.BLOCK_TOKENS", (8192, 65536))
+    with caplog.at_level(logging.INFO):
+        path = extract.run(cfg)
+    assert "going on: 1,280 of 2,160 tokens are done" in caplog.text
+    differ = {name for name, data in stored_files(path).items() if data != whole[name]}
+    assert not {name for name in differ if not name.startswith("stats/") and name != "zarr.json"}
+    assert caches.find(Path(cfg.cache.dir), cfg.model, cfg.dataset).path == path
+
+
+def test_a_damaged_cache_is_made_whole_by_the_command_in_the_refusal(
+    cfg: ExtractConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = extract.run(cfg)
+    before = stored_files(path)
+    shard = path / "mlp_out/c/2/0/0"
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(UserError, match="chunk 2 of mlp_out is truncated") as refusal:
+        caches.find(Path(cfg.cache.dir), cfg.model, cfg.dataset)
+    words = shlex.split(str(refusal.value).split("make it again: ")[1])
+    assert words[:2] == ["clt", "extract"]
+    asked = compose("extract", [*words[2:], f"extract.batch_tokens={cfg.extract.batch_tokens}"])
+    assert isinstance(asked, ExtractConfig)
+    assert extract.run(asked) == path
+    assert "making again what is damaged: " in caplog.text
+    assert stored_files(path) == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model=world", "dataset.n_tokens=1.5k"],
+        ["model=gpt2", "model.revision=main", "dataset=text", "dataset.path={text}"],
+        ["model=gpt2", "dataset=text", "dataset.path={text}", "dataset.n_tokens=12k", "model.dtype=bfloat16"],
+        ["model=local", "model.path={model}", "dataset.path={odd}", "dataset.split_by=line", "dataset.context=33"],
+        [
+            "model=local",
+            "model.path={model}",
+            "model.name=mine",
+            "dataset=text",
+            "dataset.name=x",
+            "dataset.path={text}",
+        ],
+        ["model=world", "model.path={model}", "dataset=text", "dataset.path={text}", "dataset.seed=5"],
+    ],
+)
+def test_the_command_of_a_request_asks_for_the_same_cache(
+    words: list[str], tiny_gpt2: Path, english: Path, tmp_path: Path
+) -> None:
+    odd = tmp_path / "it's, an odd=name.txt"
+    shutil.copy(english, odd)
+    filled = [word.format(model=tiny_gpt2, text=english, odd=odd) for word in words]
+    asked = compose("extract", filled)
+    assert isinstance(asked, ExtractConfig)
+    request = request_of(asked.model, asked.dataset, asked.cache.codec)
+    command = shlex.split(command_of(request, Path("my cache")))
+    again = compose("extract", command[2:])
+    assert isinstance(again, ExtractConfig)
+    assert request_of(again.model, again.dataset, again.cache.codec) == request
+    assert again.cache.dir == "my cache"
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_a_full_disk_is_found_before_anything_is_written(
+    cfg: ExtractConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 400_000))
+    with pytest.raises(UserError, match=r"does not fit: .* MB to write, 0\.4 MB free .*\(240 bytes a token\)"):
+        extract.run(cfg)
+    assert "240 bytes a token" in caplog.text
+    assert not (tmp_path / "cache").exists()
+
+
+def test_wrong_input_is_one_line_and_leaves_nothing(cfg: ExtractConfig, tmp_path: Path) -> None:
+    wrong: list[tuple[Any, str, Any, str]] = [
+        (cfg.extract, "batch_tokens", 0, "batch_tokens=0"),
+        (cfg.dataset, "context", 41, "has 40 positions"),
+        (cfg.dataset, "n_tokens", "1G", "is not a count"),
+        (cfg.dataset, "n_tokens", "1M", "the text ends"),
+        (cfg.dataset, "path", "nowhere.txt", "no such file"),
+        (cfg.model, "path", "no-such/directory/anywhere", "no such directory"),
+        (cfg.cache, "shard_mb", "big", "use auto or a number of MB"),
+    ]
+    for options, field, value, message in wrong:
+        before = getattr(options, field)
+        setattr(options, field, value)
+        with pytest.raises(UserError, match=message) as refusal:
+            extract.run(cfg)
+        assert "\n" not in str(refusal.value)
+        assert not (tmp_path / "cache").exists()
+        setattr(options, field, before)
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_refused(
+    cfg: ExtractConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    load = models.load
+
+    def smaller(options: ModelOptions) -> models.LanguageModel:
+        model = load(options)
+        model.vocab_size = 20
+        return model
+
+    monkeypatch.setattr(models, "load", smaller)
+    with pytest.raises(UserError, match="its embedding has 20; put the tokenizer that belongs to it"):
+        extract.run(cfg)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_changed_weights_make_another_cache(cfg: ExtractConfig, tiny_gpt2: Path, tmp_path: Path) -> None:
+    path = extract.run(cfg)
+    other = tmp_path / "model"
+    shutil.copytree(tiny_gpt2, other)
+    cfg.model.path = str(other)
+    assert request_of(cfg.model, cfg.dataset)["source"] == Cache.open(path).request["source"]
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match="does not exist; run: clt extract"):
+        caches.find(Path(cfg.cache.dir), cfg.model, cfg.dataset)

@@ -1,0 +1,298 @@
+"""The whole pipeline on a tiny random GPT-2 and a local text: extract, train, eval, and what goes wrong on the way."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pipeline
+from pipeline.config import Request, compose, launch
+from pipeline.data.models import load
+from pipeline.data.options import ModelOptions
+from pipeline.errors import UserError
+from pipeline.stages import evaluate, extract, train
+
+SHORT = ["arch.d_features=33", "train.n_steps=20", "train.n_tokens=null", "train.batch_tokens=128", "log.every=5"]
+SHORT += ["train.checkpoint_every=640"]
+TRAIN = ["+experiment=batchtopk", "activation.k=4", *SHORT]
+
+
+@pytest.fixture(scope="module")
+def source(tiny_gpt2: Path, english: Path) -> list[str]:
+    return [
+        "model=local",
+        f"model.path={tiny_gpt2}",
+        "dataset=text",
+        f"dataset.path={english}",
+        "dataset.context=24",
+        "dataset.n_tokens=3k",
+        "dataset.held_out=20",
+    ]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, source: list[str]) -> Path:
+    """A working directory with a cache and a finished and measured run `a`."""
+    place = tmp_path_factory.mktemp("work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        extract.run(compose("extract", source))
+        train.run(compose("train", [*TRAIN, "name=a"]))
+        evaluate.run(compose("eval", []))
+    return place
+
+
+@pytest.fixture
+def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, as the working directory."""
+    place = tmp_path / "work"
+    shutil.copytree(made, place)
+    monkeypatch.chdir(place)
+    return place
+
+
+def test_the_metrics_have_the_documented_keys_and_make_sense(work: Path) -> None:
+    metrics = json.loads(Path("runs/a/eval/metrics.json").read_text())
+    assert metrics["split"] == "evaluation"
+    assert metrics["n_tokens"] == 20 * 23
+    for key in ("l0", "dead_fraction"):
+        assert len(metrics[key]["per_layer"]) == 3
+        assert metrics[key]["total"] >= 0
+    assert metrics["l0"]["total"] == pytest.approx(sum(metrics["l0"]["per_layer"]))
+    for rule in (metrics, metrics["exact"]):
+        assert rule["fvu"]["pooled"] + rule["explained_variance"]["pooled"] == pytest.approx(1)
+        assert 0 < rule["fvu"]["pooled"] < 1
+    assert metrics["exact"]["l0"]["total"] == pytest.approx(4 * 3, rel=0.01)
+    replacement = metrics["replacement"]
+    assert 0 < replacement["kl"] < replacement["kl_mean_ablation"]
+    assert 0 < replacement["top1"] <= 1
+    assert replacement["kl_recovered_mean_ablation"] == pytest.approx(
+        1 - replacement["kl"] / replacement["kl_mean_ablation"]
+    )
+    assert "replacement" not in metrics["exact"], "BatchTopK looks at other tokens: it cannot run live"
+
+
+def test_the_log_has_the_promised_keys_and_its_loss_is_the_sum_of_its_terms(work: Path) -> None:
+    lines = [json.loads(line) for line in Path("runs/a/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 10, 15, 20]
+    for line in lines:
+        assert {"step", "tokens", "loss", "loss/reconstruction", "fvu", "l0", "dead_fraction", "lr"} <= line.keys()
+        terms = [value for key, value in line.items() if key.startswith("loss/")]
+        assert line["loss"] == pytest.approx(sum(terms), rel=1e-6)
+        assert line["tokens"] == 128 * line["step"]
+
+
+def test_a_loaded_run_reconstructs_the_models_own_mlp_outputs(work: Path, tiny_gpt2: Path) -> None:
+    """From tokens through plain Hugging Face hooks, not through the cache: units, site and folding at once."""
+    from transformers import GPT2LMHeadModel
+
+    clt = pipeline.load("runs/a")
+    hf = GPT2LMHeadModel.from_pretrained(tiny_gpt2).eval()
+    x: list[torch.Tensor] = []
+    y: list[torch.Tensor] = []
+    for block in hf.transformer.h:
+        block.mlp.register_forward_pre_hook(lambda module, args: x.append(args[0]))
+        block.mlp.register_forward_hook(lambda module, args, out: y.append(out))
+    cache = next(Path("cache").iterdir())
+    import zarr
+
+    tokens = torch.from_numpy(zarr.open_array(cache / "evaluation" / "tokens", mode="r")[:]).long()
+    with torch.no_grad():
+        hf(tokens)
+        stacked = [torch.stack([layer[:, 1:].flatten(0, 1) for layer in layers], dim=1) for layers in (x, y)]
+        out = clt(stacked[0])
+    error = (out.y_hat - stacked[1]).double().square().sum()
+    spread = (stacked[1] - stacked[1].mean(dim=0)).double().square().sum()
+    measured = json.loads(Path("runs/a/eval/metrics.json").read_text())["fvu"]["pooled"]
+    # The cache holds bfloat16, so a feature near its threshold may fall on the other side.
+    assert float(error / spread) == pytest.approx(measured, rel=0.02)
+
+
+def test_the_same_extraction_again_does_not_load_the_model(
+    work: Path, source: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.data.models.load", lambda options: pytest.fail("the model was loaded"))
+    before = {path: path.stat().st_mtime_ns for path in Path("cache").rglob("*")}
+    extract.run(compose("extract", source))
+    assert {path: path.stat().st_mtime_ns for path in Path("cache").rglob("*")} == before
+
+
+def test_a_sweep_shares_the_cache_and_never_loads_the_model(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.data.models.load", lambda options: pytest.fail("the model was loaded"))
+    words = (*TRAIN, "train.n_steps=3", "activation.k=2,3", "train.seed=0,1", "name=sweep")
+    assert launch("train", Request(overrides=words, multirun=True)) == 0
+    runs = [json.loads((Path("runs/sweep") / str(n) / "final/config.json").read_text()) for n in range(4)]
+    assert [run["activation"]["k"] for run in runs] == [2, 2, 3, 3]
+    assert len(list(Path("cache").iterdir())) == 1
+
+
+def run_files(name: str) -> dict[str, bytes]:
+    """Everything that has to repeat: not the timings."""
+    root = Path("runs") / name
+    files = (path for path in root.rglob("*") if path.is_file() and path.name not in {"timings.jsonl", "config.yaml"})
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
+
+
+def test_a_seed_gives_the_same_bytes_twice_and_another_seed_others(work: Path) -> None:
+    train.run(compose("train", [*TRAIN, "name=b"]))
+    first, second = run_files("a"), run_files("b")
+    first.pop("eval/metrics.json")
+    assert first.keys() == second.keys()
+    different = [name for name in first if first[name] != second[name]]
+    assert not different
+    train.run(compose("train", [*TRAIN, "name=c", "train.seed=1"]))
+    assert run_files("c")["final/transcoder.safetensors"] != first["final/transcoder.safetensors"]
+
+
+@pytest.mark.parametrize("experiment", ["topk", "batchtopk", "sparse", "jumprelu", "relu"])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
+    work: Path, experiment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in mid-epoch, between two lines of the log, by Ctrl-C."""
+    from pipeline.train.loop import Trainer
+
+    words = [f"+experiment={experiment}", *SHORT]
+    train.run(compose("train", [*words, "name=whole"]))
+
+    step = Trainer.step
+
+    def interrupted(self: Trainer, *args: Any) -> Any:
+        if self.state.step == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "step", interrupted)
+        train.run(compose("train", [*words, "name=stopped"]))
+    assert Path("runs/stopped/checkpoints/step_8").exists()
+    assert not Path("runs/stopped/final").exists()
+    train.run(compose("train", [*words, "name=stopped"]))
+    assert run_files("stopped") == run_files("whole")
+
+
+@pytest.mark.slow
+def test_a_training_killed_at_any_instant_goes_on_to_the_same_bytes(work: Path) -> None:
+    words = [*TRAIN, "train.n_steps=400"]
+    train.run(compose("train", [*words, "name=whole"]))
+    command = [sys.executable, "-m", "pipeline", "train", *words, "name=killed"]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    for attempt in range(4):
+        process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
+        steps = 60 * (attempt + 1)
+        while process.poll() is None and last_step("killed") < steps:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    assert run_files("killed") == run_files("whole")
+
+
+def last_step(name: str) -> int:
+    found = [int(path.name.removeprefix("step_")) for path in Path(f"runs/{name}/checkpoints").glob("step_*")]
+    return max(found, default=0)
+
+
+def test_a_finished_run_says_so_and_other_settings_are_refused(work: Path) -> None:
+    before = run_files("a")
+    train.run(compose("train", [*TRAIN, "name=a"]))
+    assert run_files("a") == before
+    with pytest.raises(UserError, match=r"activation\.k=5 \(was 4\)"):
+        train.run(compose("train", [*TRAIN, "activation.k=5", "name=a"]))
+
+
+def test_both_sites_come_from_one_cache(work: Path) -> None:
+    train.run(compose("train", [*TRAIN, "arch.site=resid_mid", "name=resid"]))
+    evaluate.run(compose("eval", ["run=runs/resid"]))
+    metrics = json.loads(Path("runs/resid/eval/metrics.json").read_text())
+    assert 0 < metrics["replacement"]["kl"] < metrics["replacement"]["kl_mean_ablation"]
+
+
+def test_another_text_is_measured_without_the_cache(work: Path, tmp_path: Path, english: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(english.read_text().replace("river", "forest"))
+    shutil.rmtree("cache")
+    words = ["run=runs/a", "dataset=text", f"dataset.path={other}", "dataset.context=24", "dataset.held_out=15"]
+    file = evaluate.run(compose("eval", words))
+    metrics = json.loads(file.read_text())
+    assert file == Path("runs/a/eval/metrics-text.json")
+    assert metrics["n_tokens"] == 15 * 23
+    assert 0 < metrics["fvu"]["pooled"] < 1
+
+
+def test_an_evaluation_whose_cache_is_gone_names_the_command_that_makes_it(work: Path) -> None:
+    shutil.rmtree("cache")
+    with pytest.raises(UserError, match="clt extract model=local"):
+        evaluate.run(compose("eval", ["run=runs/a"]))
+
+
+def test_training_without_a_cache_names_the_command_that_makes_it(
+    tmp_path: Path, source: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="clt extract"):
+        train.run(compose("train", [*TRAIN, "name=a"]))
+    with pytest.raises(UserError, match="clt extract model=local"):
+        train.run(compose("train", [*source, *TRAIN, "name=a"]))
+    assert not list(tmp_path.iterdir()), "a refused start leaves nothing"
+
+
+def test_other_weights_than_the_run_was_trained_on_are_refused(
+    work: Path, tiny_gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "pipeline.data.models.load",
+        lambda options, load=load: _changed(load(ModelOptions(name="local", path=str(tiny_gpt2)))),
+    )
+    with pytest.raises(UserError, match="other weights"):
+        evaluate.run(compose("eval", ["run=runs/a"]))
+
+
+def _changed(lm: Any) -> Any:
+    lm.weights_hash = lambda: "0" * 64
+    return lm
+
+
+def test_a_flipped_bit_stops_training_with_the_file_and_the_fix(work: Path) -> None:
+    cache = next(Path("cache").iterdir())
+    chunk = next(path for path in (cache / "mlp_out").rglob("*") if path.is_file() and path.name != "zarr.json")
+    data = bytearray(chunk.read_bytes())
+    data[1000] ^= 4
+    chunk.write_bytes(data)
+    with pytest.raises(UserError, match=r"mlp_out.*clt extract"):
+        train.run(compose("train", [*TRAIN, "name=flipped"]))
+    assert not Path("runs/flipped/final").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["activation.k=34"], "between 1 and arch.d_features=33"),
+        (["train.batch_tokens=4000"], "between 1 and the cache's 3000 rows"),
+        (["train.n_tokens=1k"], "once"),
+        (["activation.threshold=0.1"], "no meaning for activation=batchtopk"),
+        (["loss.pre_act=1", "loss.pre_act_form=january"], "needs thresholds"),
+        (["arch.d_features=5000"], "draws 5000 different rows"),
+        (["optim.lr=-1"], "must be above 0"),
+        (["train.seed=-1"], "must not be negative"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_before_anything_is_written(
+    work: Path, words: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train.run(compose("train", [*TRAIN, *words, "name=refused"]))
+    assert not Path("runs/refused").exists()
+
+
+def test_a_loss_that_diverges_stops_the_run_and_says_why(work: Path) -> None:
+    with pytest.raises(UserError, match="no longer finite at step"):
+        train.run(compose("train", [*TRAIN, "optim.lr=1e30", "name=wild"]))
+    assert not Path("runs/wild/final").exists()
