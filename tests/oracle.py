@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline import arch
-from pipeline.arch import Dims, Transcoder
+from pipeline.arch import table
+from pipeline.arch.base import Dims, Transcoder
 from pipeline.arch.options import ArchOptions
 from pipeline.core import activations
 from pipeline.core.activations import Activation
@@ -296,7 +296,7 @@ def transcoder(
     if isinstance(activation, str):
         activation = activations.build(activation_options(activation), n_layers, d_features)
     options = ArchOptions(architecture, d_features=d_features)
-    model = arch.build(options, Dims(n_layers, d_model), activation).to(dtype)
+    model = table.build(options, Dims(n_layers, d_model), activation).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -32,7 +32,7 @@ ONLY_IN = {
     "omegaconf": "config.py",
     "transformer_lens": "data/models.py",
     "typer": "cli.py",
-    "zarr": "data/cache.py",
+    "zarr": "data/writer.py",
 }
 
 HEAVY = {"datasets", "numpy", "safetensors", "tokenizers", "torch", "transformer_lens", "transformers", "zarr"}

@@ -169,9 +169,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, *args)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", interrupted)
-        train.run(compose("train", [*words, "name=stopped"]))
+    config = compose("train", [*words, "name=stopped"])
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config)
+    monkeypatch.setattr(Trainer, "step", step)
     assert Path("runs/stopped/checkpoints/step_8").exists()
     assert not Path("runs/stopped/final").exists()
     train.run(compose("train", [*words, "name=stopped"]))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from pipeline.arch import ARCHS
+from pipeline.arch.table import ARCHS
 from pipeline.core.activations import ACTIVATIONS
 from pipeline.train.optim import OPTIMISERS
 

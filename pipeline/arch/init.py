@@ -88,7 +88,10 @@ def _firing_bias(model: Transcoder, inputs: Tensor, layer: int) -> Tensor:
 def _fit_gain(model: Transcoder, x: Tensor, y: Tensor) -> None:
     """Scale each layer's own decoder by the least-squares factor of its reconstruction on the sample."""
     n = min(x.shape[0], 1024)
-    y_hat = model(x[:n].float()).y_hat - model.b_dec
+    training = model.training
+    # BatchTopK remembers thresholds of what it sees in training; this sample is none of it.
+    y_hat = model.eval()(x[:n].float()).y_hat - model.b_dec
+    model.train(training)
     y = y[:n] - model.b_dec
     gain = (y_hat * y).sum(dim=(0, 2)) / y_hat.square().sum(dim=(0, 2)).clamp(min=1e-12)
     for layer, factor in enumerate(gain):

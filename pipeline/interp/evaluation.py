@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.arch import Transcoder
+from pipeline.arch.base import Transcoder
 from pipeline.core.metrics import Divergence, Firing, Reconstruction
 from pipeline.core.sparse import Sparse
 from pipeline.data.models import LanguageModel

@@ -8,7 +8,7 @@ the model's own. Position 0 keeps its own MLP output: it is never a row, so no t
 import torch
 from torch import Tensor
 
-from pipeline.arch import Transcoder
+from pipeline.arch.base import Transcoder
 from pipeline.arch.options import Site
 from pipeline.core.normalize import MlpNorm
 from pipeline.core.sparse import Pattern, Sparse

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pipeline.data.harvest import harvest
 from torch import Tensor
 
 from pipeline.arch.options import Site
 from pipeline.core.normalize import MlpNorm
 from pipeline.data import cache as caches
 from pipeline.data import models, tokens
+from pipeline.data.harvest import harvest
 from pipeline.data.model_files import BUILTIN
 from pipeline.data.models import LanguageModel
 from pipeline.data.options import DatasetKind, ModelOptions

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pipeline.data.loader import Loader
 from torch import Tensor
 
-from pipeline import arch
-from pipeline.arch import Dims, Transcoder, init
+from pipeline.arch import init, table
+from pipeline.arch.base import Dims, Transcoder
 from pipeline.arch.options import Init
 from pipeline.core import activations
 from pipeline.data import cache as caches
 from pipeline.data.cache import Cache
+from pipeline.data.loader import Loader
 from pipeline.data.models import resolve_device
 from pipeline.data.options import DatasetOptions, ModelOptions
 from pipeline.data.tokens import Split, count
@@ -41,7 +41,9 @@ def run(cfg: TrainConfig) -> Path:
     device = resolve_device(cfg.train.device)
     dims = Dims(cache.n_layers, cache.d_model)
     torch.manual_seed(cfg.train.seed)
-    model = arch.build(cfg.arch, dims, activations.build(cfg.activation, dims.n_layers, cfg.arch.d_features)).to(device)
+    model = table.build(cfg.arch, dims, activations.build(cfg.activation, dims.n_layers, cfg.arch.d_features)).to(
+        device
+    )
     maps = inputs.scaling(cfg.train.norm, _statistics(cache, cfg.arch.site), _statistics(cache, "mlp_out"))
     prepare = inputs.build(cache.norm, cfg.arch.site, maps, device)
     objective = Objective(cfg.loss, model, inputs.variance(_statistics(cache, "mlp_out"), maps), plan.n_steps)

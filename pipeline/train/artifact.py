@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.arch import Dims, Transcoder, build
+from pipeline.arch.base import Dims, Transcoder
 from pipeline.arch.options import ArchOptions, Site
+from pipeline.arch.table import build
 from pipeline.core import activations
 from pipeline.core.activations import FixedThreshold
 from pipeline.core.options import ActivationOptions

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pipeline.arch import Transcoder
+from pipeline.arch.base import Transcoder
 from pipeline.core.activations import FixedThreshold, JumpReLU
 from pipeline.core.metrics import Firing, Reconstruction
 from pipeline.core.sparse import Sparse

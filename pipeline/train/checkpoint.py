@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.arch import Transcoder
+from pipeline.arch.base import Transcoder
 from pipeline.errors import UserError
 
 

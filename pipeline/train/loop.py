@@ -14,7 +14,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from pipeline.arch import Output, Transcoder
+from pipeline.arch.base import Output, Transcoder
 from pipeline.core.sparse import Sparse
 from pipeline.data.loader import Batch
 from pipeline.errors import UserError

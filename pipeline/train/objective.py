@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.arch import Output, Transcoder
+from pipeline.arch.base import Output, Transcoder
 from pipeline.core import losses
 from pipeline.core.activations import JumpReLU
 from pipeline.core.options import LossOptions, PreActForm

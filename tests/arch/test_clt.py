@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import arch
-from pipeline.arch import ARCHS, Dims, Transcoder
+from pipeline.arch import table
+from pipeline.arch.base import Dims, Transcoder
 from pipeline.arch.options import ArchOptions
+from pipeline.arch.table import ARCHS
 from pipeline.core import activations
 from pipeline.core.activations import FixedThreshold, JumpReLU
 from pipeline.core.normalize import Scaling
@@ -240,7 +241,7 @@ def test_folding_rounds_once_in_float32() -> None:
 
 def test_a_new_transcoder_has_zero_weights_and_the_name_is_in_the_table() -> None:
     options = ArchOptions("clt", d_features=F)
-    model = arch.build(options, Dims(L, D), activations.build(oracle.activation_options("topk"), L, F))
+    model = table.build(options, Dims(L, D), activations.build(oracle.activation_options("topk"), L, F))
     assert type(model) is ARCHS["clt"]
     assert not any(p.any() for p in model.parameters())
 
@@ -248,4 +249,4 @@ def test_a_new_transcoder_has_zero_weights_and_the_name_is_in_the_table() -> Non
 @pytest.mark.parametrize("options", [ArchOptions("transformer"), ArchOptions("clt", d_features=0)])
 def test_unknown_architectures_and_senseless_sizes_are_refused(options: ArchOptions) -> None:
     with pytest.raises(UserError, match=r"arch(=transformer does not exist.*clt|\.d_features=0)"):
-        arch.check(options)
+        table.check(options)

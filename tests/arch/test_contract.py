@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.arch import ARCHS, Dims, Transcoder, build
+from pipeline.arch.base import Dims, Transcoder
 from pipeline.arch.options import ArchOptions
+from pipeline.arch.table import ARCHS, build
 from pipeline.core.activations import ACTIVATIONS, FixedThreshold
 from pipeline.core.normalize import Scaling
 from pipeline.core.sparse import Features, Sparse, sparsify

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import arch
-from pipeline.arch import Dims, Transcoder, init
+from pipeline.arch import init, table
+from pipeline.arch.base import Dims, Transcoder
 from pipeline.arch.options import ArchOptions
 from pipeline.core import activations
 from pipeline.core.activations import BatchTopK, JumpReLU
@@ -17,7 +17,7 @@ NAMES = sorted(activations.ACTIVATIONS)
 
 def blank(activation: str = "topk", d_features: int = F) -> Transcoder:
     rule = activations.build(oracle.activation_options(activation), L, d_features)
-    return arch.build(ArchOptions("clt", d_features=d_features), Dims(L, D), rule)
+    return table.build(ArchOptions("clt", d_features=d_features), Dims(L, D), rule)
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -234,10 +234,10 @@ def test_batch_rules_learn_their_threshold_in_training_only_and_from_positive_va
     features = activation(h)
     # Neither the batch before nor layer 1, where nothing was chosen, counts as a value of 0.
     if name == "batchtopk_across":
-        expected = [features[features > 0].min()] * L
+        expected = [float(features[features > 0].min())] * L
     else:
-        expected = [features[:, 0][features[:, 0] > 0].min(), torch.tensor(0.0), features[:, 2][features[:, 2] > 0].min()]
-    torch.testing.assert_close(activation.threshold, torch.stack([e.double() for e in expected]))
+        expected = [float(layer[layer > 0].min()) if layer.any() else 0.0 for layer in features.unbind(1)]
+    torch.testing.assert_close(activation.threshold, torch.tensor(expected, dtype=torch.float64))
 
 
 # All entries of the table

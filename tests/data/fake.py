@@ -1,6 +1,6 @@
 """A language model that is a formula, and caches made with it, for the tests of the rooms around the cache.
 
-    python -m tests.data.fake DIRECTORY SECONDS      makes the cache that `extract(DIRECTORY)` makes, slowly
+python -m tests.data.fake DIRECTORY SECONDS      makes the cache that `extract(DIRECTORY)` makes, slowly
 """
 
 import json
@@ -43,7 +43,7 @@ class FakeModel:
     def collect(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         self.before_call(self.n_calls)
         self.n_calls += 1
-        n, context = tokens.shape
+        context = tokens.shape[1]
         token = tokens.float()[:, :, None, None]
         position = torch.arange(context).float()[None, :, None, None]
         layer = torch.arange(L).float()[:, None]

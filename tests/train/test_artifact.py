@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.arch import ARCHS, Transcoder
+from pipeline.arch.base import Transcoder
 from pipeline.arch.options import ArchOptions, Site
+from pipeline.arch.table import ARCHS
 from pipeline.core.activations import ACTIVATIONS, FixedThreshold
 from pipeline.core.normalize import Scaling
 from pipeline.core.options import ActivationOptions, ThetaGrad

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.arch import Transcoder
+from pipeline.arch.base import Transcoder
 from pipeline.core.activations import BatchTopK, FixedThreshold, JumpReLU
 from pipeline.core.normalize import Scaling
 from pipeline.train import calibrate

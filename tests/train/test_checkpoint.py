@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.arch import ARCHS, Transcoder
+from pipeline.arch.base import Transcoder
+from pipeline.arch.table import ARCHS
 from pipeline.core.activations import ACTIVATIONS
 from pipeline.core.options import LossOptions
 from pipeline.errors import UserError

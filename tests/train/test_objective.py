@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.arch import Output, Transcoder
+from pipeline.arch.base import Output, Transcoder
 from pipeline.core.activations import ACTIVATIONS
 from pipeline.core.options import LossOptions, PreActForm, Schedule
 from pipeline.core.sparse import Sparse

@@ -1,0 +1,23 @@
+"""Architectures by name."""
+
+from pipeline.arch.base import Dims, Transcoder
+from pipeline.arch.clt import CLT
+from pipeline.arch.options import ArchOptions
+from pipeline.core.activations import Activation
+from pipeline.errors import UserError
+
+ARCHS: dict[str, type[Transcoder]] = {"clt": CLT}
+
+
+def check(options: ArchOptions) -> None:
+    """UserError for an unknown architecture or sizes that make no sense."""
+    if options.name not in ARCHS:
+        raise UserError(f"arch={options.name} does not exist; choose one of {', '.join(ARCHS)}")
+    if options.d_features < 1:
+        raise UserError(f"arch.d_features={options.d_features} must be at least 1")
+
+
+def build(options: ArchOptions, dims: Dims, activation: Activation) -> Transcoder:
+    """The transcoder named in the options, its weights zero: `arch/init.py` or a file fills them."""
+    check(options)
+    return ARCHS[options.name](dims, options.d_features, activation)
