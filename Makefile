@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest
 SLOW := slow and not gpu and not net and not interop
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all lint format eval clean
+.PHONY: help install demo seeds test test-slow test-all lint format eval clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,8 +28,12 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## cache, train and measure on the built-in world: runs/demo
 	$(BIN)/clt extract model=world
-	$(BIN)/clt train +experiment=topk name=demo
+	$(BIN)/clt train +experiment=batchtopk_across name=demo
 	$(BIN)/clt eval run=runs/demo
+
+seeds: demo ## the README's table: two recipes, three seeds each (about 20 minutes)
+	$(BIN)/clt train --multirun +experiment=batchtopk_across,sparse train.seed=0,1,2 name=seeds
+	for n in 0 1 2 3 4 5; do $(BIN)/clt eval run=runs/seeds/$$n || exit; done
 
 test: $(STAMP) ## the fast tests
 	$(PYTEST)

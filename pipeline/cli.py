@@ -14,7 +14,7 @@ import typer
 app = typer.Typer(
     name="clt",
     help="Train cross-layer transcoders from cached activations, and measure them.",
-    epilog="Start with: clt extract model=world, clt train +experiment=topk, clt eval. Each has its own --help.",
+    epilog="Start with: clt extract model=world, clt train +experiment=batchtopk_across, clt eval. Each has a --help.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -112,7 +112,7 @@ def train(
     """Train a cross-layer transcoder on a cache; the newest one, when no model or dataset is named.
 
     \b
-    clt train +experiment=topk                          into runs/topk-0
+    clt train +experiment=batchtopk_across              into runs/batchtopk_across-0
     clt train +experiment=topk name=mine optim.lr=1e-3  into runs/mine; again: continues it
     clt train -m name=sweep activation.k=8,16 optim.lr=1e-3,2e-3
                                                         four runs, runs/sweep/0 to runs/sweep/3, one cache

@@ -12,6 +12,7 @@ Four things happen to the words before Hydra reads them (`prepare`):
 """
 
 import difflib
+import errno
 import importlib
 import importlib.util
 import logging
@@ -72,6 +73,9 @@ QUIET = {
     "hydra/hydra_logging": "none",
 }
 """Settings under which Hydra writes nothing and leaves logging to `log_to_stderr`."""
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+"""Errors of the operating system that are about the user's disk and not about our code."""
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 """Where the built-in YAML lies in a checkout; in a wheel it is the package `pipeline.conf`."""
@@ -294,19 +298,30 @@ def _task(stage: str, sweep: bool, outcomes: Outcomes) -> Callable[[DictConfig],
         try:
             config = _typed(stage, cfg, dict(settings.runtime.choices), job, outcomes.bases)
             importlib.import_module(STAGES[stage].module).run(config)
-        except UserError as error:
-            refusal = UserError(one_line(error, stage))
-            if sweep:
-                logger.error(f"job {job}: {refusal}")
-            outcomes.refused.append(refusal)
         except Exception as error:
-            if sweep:
+            refusal = _refusal(error, stage)
+            if refusal is None:
+                outcomes.crashed.append(error)
+            else:
+                outcomes.refused.append(refusal)
+            if sweep and refusal is None:
                 logger.exception(f"job {job} crashed")
-            outcomes.crashed.append(error)
+            elif sweep:
+                logger.error(f"job {job}: {refusal}")
         if os.getpid() != parent and (outcomes.crashed or outcomes.refused):
             raise [*outcomes.crashed, *outcomes.refused][0]  # only an exception finds its way back to the parent
 
     return task
+
+
+def _refusal(error: Exception, stage: str) -> UserError | None:
+    """What the user can mend, in one line; None for a bug of ours."""
+    if isinstance(error, UserError):
+        return UserError(one_line(error, stage))
+    if isinstance(error, OSError) and error.errno in DISK:
+        place = error.filename or "the disk"
+        return UserError(f"{place}: {os.strerror(error.errno)}; mend that and run the same command again")
+    return None
 
 
 def _typed(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 import pipeline
 from pipeline.core.normalize import MlpNorm
 from pipeline.data import tokens
-from pipeline.data.cache import damage, read_attributes
+from pipeline.data.cache import read_attributes
 from pipeline.data.journal import read_state
 from pipeline.data.layout import (
     HOOKS,
@@ -159,8 +159,7 @@ def make_plan(path: Path, about: Json, norm: MlpNorm, packed: dict[Split, Packed
     sizes = {split: Size(len(packed[split].contexts), packed[split].n_rows) for split in Split}
     n_layers, d_model = norm.gain.shape
     specs = hierarchy(n_layers, d_model, about["context"], sizes, shard_mb)
-    published = (path / "zarr.json").exists()
-    before = read_attributes(path) if published else read_state(path)
+    before = read_attributes(path) if (path / "zarr.json").exists() else read_state(path)
     about = about | {"block_contexts": (before or about)["block_contexts"]}
     blocks = _blocks(sizes, about["block_contexts"])
     plan = Plan(path, about, norm, packed, specs, blocks, {}, before)
@@ -169,10 +168,9 @@ def make_plan(path: Path, about: Json, norm: MlpNorm, packed: dict[Split, Packed
     _check_same(path, before, about)
     arrays = before["manifest"]["arrays"]
     plan = plan._replace(specs={name: spec_of(entry) for name, entry in arrays.items()})
-    bad = {(name, chunk) for name, chunk, _ in damage(path, before)} if published else set()
     for name, _, chunk in plan.chunks():
         crc = arrays[name]["crc32c"][chunk]
-        if crc is not None and (name, chunk) not in bad and plan.is_whole(name, chunk):
+        if crc is not None and plan.is_whole(name, chunk):
             plan.finished.setdefault(name, {})[chunk] = crc
     return plan
 

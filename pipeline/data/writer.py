@@ -18,6 +18,7 @@ What was done before a crash is skipped, or done again with the same result. A f
 The only file that imports zarr, to write its metadata; the chunks are plain files.
 """
 
+import errno
 import json
 import logging
 import os
@@ -308,5 +309,6 @@ def _disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = f"{path} on {disk_of(path)} ({gb(free_bytes(path))} free)"
-        fix = "mend that and run the same command again, which goes on from what was done"
+        remedy = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
+        fix = f"{remedy} and run the same command again, which goes on from what was done"
         raise UserError(f"cannot write {where}: {error.strerror or error}; {fix}") from error

@@ -53,7 +53,7 @@ def run(cfg: EvalConfig) -> Path:
     file = _write(directory, metrics, cfg)
     for line in table(metrics):
         logger.info(line)
-    logger.info("%s", file)
+    logger.info("%s\nnext: clt train with other settings, or in Python: pipeline.load(%r)", file, str(directory))
     return file
 
 

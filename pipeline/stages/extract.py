@@ -126,7 +126,7 @@ def _summary(cache: Cache) -> str:
 
 def _next(path: Path, request: Json) -> str:
     """The command that trains on this cache. Without a model and a dataset it takes the newest one."""
-    command = "next: clt train +experiment=topk"
+    command = "next: clt train +experiment=batchtopk_across"
     last = newest(path.parent)
     if last is None or last.path != path:
         return f"{command} {overrides_of(request, path.parent)}"

@@ -49,5 +49,5 @@ def run(cfg: PretrainConfig) -> Path:
     }
     (aside / "world.json").write_text(json.dumps(report, indent=2) + "\n")
     aside.rename(to)
-    logger.info("wrote %s", to)
+    logger.info("%s\nnext: clt extract model=local model.path=%s dataset=%s", to, to, cfg.dataset.name)
     return to

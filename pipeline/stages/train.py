@@ -1,6 +1,6 @@
 """`clt train`: cache -> run directory.
 
-clt train +experiment=topk name=demo
+clt train +experiment=batchtopk_across name=demo
 """
 
 import json
@@ -17,9 +17,11 @@ from pipeline.arch.options import Init
 from pipeline.core import activations
 from pipeline.data import cache as caches
 from pipeline.data.cache import Cache
+from pipeline.data.layout import gb
 from pipeline.data.loader import Loader
 from pipeline.data.models import resolve_device
 from pipeline.data.options import DatasetOptions, ModelOptions
+from pipeline.data.plan import disk_of, free_bytes
 from pipeline.data.tokens import Split, count
 from pipeline.errors import UserError
 from pipeline.plain import from_plain, to_plain
@@ -53,6 +55,8 @@ def run(cfg: TrainConfig) -> Path:
             f"arch.init=data draws {cfg.arch.d_features} different rows, the cache has {cache.n_rows}; "
             "use arch.init=uniform or a larger dataset.n_tokens"
         )
+
+    _check_space(model, plan)
 
     directory = runs.start(cfg.name, cfg)
     if runs.finished(directory):
@@ -130,6 +134,17 @@ def _plan(cfg: TrainConfig, cache: Cache) -> Plan:
         log_steps=cfg.log.every,
         y_variance=_statistics(cache, "mlp_out").std.square(),
     )
+
+
+def _check_space(model: Transcoder, plan: Plan) -> None:
+    """UserError when the run's checkpoints and its result would not fit on the disk."""
+    weights = sum(4 * p.numel() for p in model.parameters())
+    # Weights and two moments in each checkpoint, one more of them while it is being written, and the result.
+    needed = weights * (3 * (plan.keep_checkpoints + 1) + 1)
+    free = free_bytes(runs.RUNS)
+    if needed > free:
+        sizes = f"{gb(needed)} to write, {gb(free)} free on {disk_of(runs.RUNS)}"
+        raise UserError(f"the run does not fit: {sizes}; free some space or use a smaller arch.d_features")
 
 
 def _say(

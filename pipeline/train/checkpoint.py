@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -94,10 +95,8 @@ class atomic_directory:
             _sync(self.target.parent)
             return
         shutil.rmtree(self.aside, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(
-                f"{self.target} could not be written ({error.strerror}); free some space and run again"
-            ) from error
+        if isinstance(error, OSError | SafetensorError):
+            raise UserError(f"{self.target} could not be written ({error}); free some space and run again") from error
 
 
 def _all(directory: Path) -> list[Path]:

@@ -49,7 +49,7 @@ def newest() -> Path:
     done = [path.parent.parent for path in (*RUNS.glob("*/final/config.json"), *RUNS.glob("*/*/final/config.json"))]
     if not done:
         raise UserError(
-            f"no finished run under {RUNS}/; train one (clt train +experiment=topk) or name it with run=DIR"
+            f"no finished run under {RUNS}/; train one (clt train +experiment=batchtopk_across) or name it with run=DIR"
         )
     return max(done, key=lambda run: (run / "final" / "config.json").stat().st_mtime_ns)
 

@@ -158,3 +158,18 @@ def test_rows_are_drawn_from_rare_directions_too(seed: int) -> None:
     directions[:500, 0] = directions[500, 1] = directions[501, 2] = 1
     first = init.draw_apart(directions, 2, generator(seed)).tolist()
     assert len({int(directions[row].argmax()) for row in first}) == 2
+
+
+def test_rounds_remember_all_that_was_drawn_before() -> None:
+    # 5,000 inputs along one axis, one along each of 63 others: 64 rows are drawn in three rounds, one along each axis.
+    directions = torch.zeros(5063, 64)
+    directions[:5000, 0] = 1
+    directions[5000:, 1:] = torch.eye(63)
+    rows = init.draw_apart(directions, 64, generator())
+    assert rows[0] < 5000
+    assert sorted(directions[rows].argmax(dim=1).tolist()) == list(range(64))
+
+
+def test_equal_inputs_are_drawn_once_each_too() -> None:
+    rows = init.draw_apart(torch.ones(60, 4) / 2, 50, generator()).tolist()
+    assert len(set(rows)) == 50

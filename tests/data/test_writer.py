@@ -384,7 +384,9 @@ def test_a_disk_that_fills_up_keeps_what_was_done(
         return write_bytes(self, data)
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(UserError, match=r"cannot write .* on /.* \(.* free\): No space left on device"):
+    with pytest.raises(
+        UserError, match=r"cannot write .* on /.* \(.* free\): No space left on device; make room and run"
+    ):
         fake.extract(tmp_path, commit_seconds=0)
     monkeypatch.undo()
     model = FakeModel()

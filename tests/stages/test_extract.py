@@ -106,7 +106,7 @@ def test_it_says_what_it_does(cfg: ExtractConfig, caplog: pytest.LogCaptureFixtu
         "GB free",
         f"{path}: 2,000 rows in 2 x 5 shards",
         "tokens/s",
-        f"next: clt train +experiment=topk cache.dir={cfg.cache.dir}",
+        f"next: clt train +experiment=batchtopk_across cache.dir={cfg.cache.dir}",
     ):
         assert what in said
 
@@ -118,14 +118,14 @@ def test_the_next_command_of_the_default_directory_is_short(
     monkeypatch.chdir(tmp_path)
     cfg.cache.dir = "cache"
     extract.run(cfg)
-    assert caplog.messages[-1].endswith("next: clt train +experiment=topk")
+    assert caplog.messages[-1].endswith("next: clt train +experiment=batchtopk_across")
     cfg.dataset.seed = 1
     extract.run(cfg)
     cfg.dataset.seed = 0
     extract.run(cfg)
     last = caplog.messages[-1]
     assert "already there" in last
-    assert "+experiment=topk model=local" in last  # not the newest any more, so it is named
+    assert "+experiment=batchtopk_across model=local" in last  # not the newest any more, so it is named
     assert "dataset.seed=0" in last
 
 
