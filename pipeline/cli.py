@@ -69,6 +69,9 @@ ShowInfo = Annotated[Info | None, typer.Option("--info", help="Print what Hydra 
 
 
 def _launch(stage: str, overrides: list[str] | None, **flags: Any) -> None:
+    # Read by OpenMP when torch is loaded. Threads that spin while they wait take the core from the one that works: with
+    # one other busy process on two cores, training went from 2,000 to 9,000 tokens a second.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from pipeline.config import Request, launch
 
     raise typer.Exit(launch(stage, Request(overrides=tuple(overrides or ()), **flags)))

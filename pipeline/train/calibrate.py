@@ -16,6 +16,10 @@ from pipeline.core.activations import FixedThreshold, JumpReLU
 from pipeline.core.metrics import Firing, Reconstruction
 from pipeline.core.sparse import Sparse
 
+SILENT_MARGIN = 1e-5
+"""How far above its largest pre-activation, as a share of it, the threshold of a never chosen feature lies: rounding of
+float32 products is a hundred times smaller."""
+
 FEATURES_AT_ONCE = 1024
 """Bounds the memory of sorting: this many pre-activations of every calibration token."""
 
@@ -43,7 +47,7 @@ def thresholds(model: Transcoder, x: Tensor, batch: int, seed: int) -> Tensor:
     if not model.activation.chooses:
         return torch.zeros(model.dims.n_layers, model.d_features, device=x.device)
     counts = firing_counts(model, x, batch, seed)
-    theta = torch.empty(counts.shape, device=x.device)
+    theta = torch.empty(counts.shape, device=x.device, dtype=x.dtype)
     for layer in range(model.dims.n_layers):
         for start in range(0, model.d_features, FEATURES_AT_ONCE):
             block = slice(start, start + FEATURES_AT_ONCE)
@@ -62,7 +66,9 @@ def at_count(pre_acts: Tensor, counts: Tensor) -> Tensor:
     above = last.gather(0, (counts - 1).clamp(min=0)[None])[0]
     middle = ((above.double() + below.double()) / 2).to(below.dtype)
     # Between neighbouring floats the midpoint rounds to one of them; `below` still separates under a strict >.
-    return torch.where((counts > 0) & (middle < above), middle, below)
+    theta = torch.where(middle < above, middle, below)
+    # Folding moves pre-activations by a last bit, so a feature that is to stay silent needs some room above.
+    return torch.where(counts > 0, theta, below * (1 + SILENT_MARGIN))
 
 
 @torch.no_grad()

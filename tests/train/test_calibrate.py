@@ -149,9 +149,10 @@ def test_rules_with_thresholds_keep_them_and_relu_has_zeros() -> None:
         jump.activation.log_threshold.add_(1)
     assert not torch.equal(theta, jump.activation.threshold)  # a copy
     fixed = FixedThreshold(torch.rand(L, F))
-    assert torch.equal(
-        calibrate.thresholds(oracle.transcoder("clt", fixed, dtype=torch.float32), x, 16, 3), fixed.threshold
-    )
+    kept = calibrate.thresholds(oracle.transcoder("clt", fixed, dtype=torch.float32), x, BATCH, SEED)
+    assert torch.equal(kept, fixed.threshold)
+    fixed.threshold.add_(1)
+    assert not torch.equal(kept, fixed.threshold)
     relu = calibrate.thresholds(model_of("relu"), x, BATCH, SEED)
     assert relu.shape == (L, F)
     assert not relu.any()

@@ -104,7 +104,7 @@ def test_the_sparsity_coefficient_follows_its_schedule() -> None:
 
     def at(step: int, schedule: Schedule) -> float:
         options = LossOptions("tanh", sparsity=0.3, sparsity_schedule=schedule)
-        return float(terms(model, options, x, y, nothing_dead(), step)[0]["sparsity"])
+        return float(terms(model, options, x, y, nothing_dead(), step)[0]["sparsity"].detach())
 
     full = at(0, Schedule.constant)
     assert full > 0
