@@ -2,8 +2,8 @@
 
 For each feature: how often did the training rule choose it on the calibration split? Its threshold is the midpoint
 between the smallest pre-activation that keeps this count and the largest that would exceed it, so that a = h 1[h >
-theta] fires exactly as often on that split. A feature that the rule never chose there gets the largest pre-activation
-seen.
+theta] fires exactly as often on that split. A feature that the rule never chose there gets a
+threshold just above the largest pre-activation seen.
 """
 
 from collections.abc import Iterator
