@@ -2,14 +2,12 @@ import errno
 import fcntl
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import namedtuple
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from tests.data.fake import FakeModel
 
 N_BLOCKS = 9  # 41, 4 and 3 contexts in blocks of 6: 7 + 1 + 1
 NAME = directory_of(Path(), fake.request(seed=7)).name
+from tests.disk import files_of_at_most
 
 
 @pytest.fixture(scope="module")
@@ -355,19 +354,10 @@ def test_what_is_there_already_needs_no_space(tmp_path: Path) -> None:
     assert 0 < small < 4000
 
 
-@pytest.fixture
-def no_large_files() -> Iterator[None]:
-    """The system refuses files of more than 1,400 bytes: a shard has 1,474."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1400, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-@pytest.mark.usefixtures("no_large_files")
 def test_a_disk_that_does_not_take_the_files_is_found_before_any_work_and_nothing_is_left(tmp_path: Path) -> None:
     model = FakeModel()
-    with pytest.raises(UserError, match=r"cannot write .* on .* free\): File too large; .*same command again"):
+    refused = pytest.raises(UserError, match=r"cannot write .* on .* free\): File too large; .*same command again")
+    with refused, files_of_at_most(1400):  # a shard has 1,474
         fake.extract(tmp_path / "new/cache", model)
     assert model.n_calls == 0
     assert list(tmp_path.iterdir()) == []

@@ -1,9 +1,6 @@
 """A stopped run that goes on is the run that never stopped, bit for bit; and what is on disk is whole."""
 
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,6 +25,7 @@ OPTIM = OptimOptions("adam", lr=0.01)
 LOSS = LossOptions("all", sparsity=0.3, aux_k=1 / 32)
 
 Run = tuple[Transcoder, torch.optim.Optimizer, State]
+from tests.disk import files_of_at_most
 
 
 def new_run(architecture: str, activation: str, seed: int, dtype: torch.dtype = torch.float32) -> Run:
@@ -193,17 +191,6 @@ def test_what_a_killed_writer_left_aside_is_no_part_of_the_next(tmp_path: Path) 
         (aside / "whole").write_text("whole")
     assert [path.name for path in (tmp_path / "final").iterdir()] == ["whole"]
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
-
-
-@contextmanager
-def files_of_at_most(n_bytes: int) -> Iterator[None]:
-    """Writing more fails, as on a full disk. (Python ignores the signal that comes with it.)"""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_disk_that_cannot_hold_a_file_is_said_in_a_line(tmp_path: Path) -> None:
