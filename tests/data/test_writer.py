@@ -23,10 +23,10 @@ from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 from tests.data import fake
 from tests.data.fake import FakeModel
+from tests.disk import files_of_at_most
 
 N_BLOCKS = 9  # 41, 4 and 3 contexts in blocks of 6: 7 + 1 + 1
 NAME = directory_of(Path(), fake.request(seed=7)).name
-from tests.disk import files_of_at_most
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from pipeline.train.objective import Objective
 from pipeline.train.options import OptimOptions
 from pipeline.train.schedule import learning_rate
 from tests import oracle
+from tests.disk import files_of_at_most
 
 B, L, F, D = 5, 3, 11, 6
 N_STEPS = 6
@@ -25,7 +26,6 @@ OPTIM = OptimOptions("adam", lr=0.01)
 LOSS = LossOptions("all", sparsity=0.3, aux_k=1 / 32)
 
 Run = tuple[Transcoder, torch.optim.Optimizer, State]
-from tests.disk import files_of_at_most
 
 
 def new_run(architecture: str, activation: str, seed: int, dtype: torch.dtype = torch.float32) -> Run:
