@@ -9,6 +9,9 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+POSITIONS_AT_ONCE = 1024
+"""Bounds the memory of float64 logits: 400 MB a copy for a vocabulary of 50,000."""
+
 
 class Pooled(TypedDict):
     """A ratio of sums: over all layers, and of each layer; None where the denominator is 0."""
@@ -131,15 +134,18 @@ class Divergence:
 
     def update(self, original: Tensor, replaced: Tensor, scored: Tensor, next_token: Tensor, has_next: Tensor) -> None:
         """original, replaced: logits [n, T, V]; scored, has_next: bool [n, T]; next_token int64 [n, T]."""
-        p = original[scored].double().log_softmax(-1)
-        q = replaced[scored].double().log_softmax(-1)
-        self.n += p.shape[0]
-        self.kl_sum += float((p.exp() * (p - q)).sum())
-        self.same_sum += float((p.argmax(-1) == q.argmax(-1)).sum())
-        known, target = has_next[scored], next_token[scored]
-        self.n_next += int(known.sum())
-        self.ce_original_sum -= float(p[known].gather(-1, target[known, None]).sum())
-        self.ce_replaced_sum -= float(q[known].gather(-1, target[known, None]).sum())
+        scored, next_token, has_next = (t.to(original.device).flatten() for t in (scored, next_token, has_next))
+        original, replaced = original.flatten(0, 1), replaced.flatten(0, 1)
+        for rows in scored.nonzero().squeeze(1).split(POSITIONS_AT_ONCE):
+            p = original[rows].double().log_softmax(-1)
+            q = replaced[rows].double().log_softmax(-1)
+            self.n += p.shape[0]
+            self.kl_sum += float((p.exp() * (p - q)).sum())
+            self.same_sum += float((p.argmax(-1) == q.argmax(-1)).sum())
+            known, target = has_next[rows], next_token[rows]
+            self.n_next += int(known.sum())
+            self.ce_original_sum -= float(p[known].gather(-1, target[known, None]).sum())
+            self.ce_replaced_sum -= float(q[known].gather(-1, target[known, None]).sum())
 
     @property
     def kl(self) -> float:

@@ -79,9 +79,9 @@ def divergences(
             # The next token is known, and a row, except behind the last row of a context.
             has_next = scored & torch.cat([scored[:, 1:], torch.zeros_like(scored[:, :1])], dim=1)
             following = block.roll(-1, dims=1)
-            original = lm.logits(block).cpu()
+            original = lm.logits(block)
             for name, logits in replaced.items():
-                results[name].update(original, logits(block).cpu(), scored, following, has_next)
+                results[name].update(original, logits(block), scored, following, has_next)
             bar.update(int(scored.sum()))
     return results
 
