@@ -142,7 +142,7 @@ def bash(line: str) -> set[str]:
         ("clt tr", {"train"}),
         ("clt train model=w", {"world"}),
         ("clt train model=gpt2 optim.l", {"optim.lr="}),
-        ("clt train +experiment=b", {"batchtopk"}),
+        ("clt train +experiment=b", {"batchtopk", "batchtopk_across"}),
     ],
 )
 def test_bash_completes_commands_and_overrides(line: str, expected: set[str]) -> None:

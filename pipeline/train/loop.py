@@ -103,6 +103,7 @@ class Trainer:
         out: Output = self.model(x, self.objective.needs_pre_acts)
         terms = self.objective(self.model, out, x, y, self.dead(), self.state.step)
         loss = torch.stack(list(terms.values())).sum()
+        terms = {name: term.detach() for name, term in terms.items()}
         if not math.isfinite(loss.item()):
             raise UserError(self._diverged(terms))
         self.optimizer.zero_grad(set_to_none=True)
