@@ -73,8 +73,9 @@ class DatasetOptions:
     context: int = 64
     """Tokens in a context, the beginning-of-text token included."""
 
-    held_out: int = 256
-    """Contexts held out for calibration, and as many again for evaluation; they come on top of n_tokens."""
+    held_out: int | None = None
+    """Contexts held out for calibration, and as many again for evaluation; they come on top of n_tokens. Null: as many
+    full ones as the held-out documents give, at most 256 each."""
 
     seed: int = 0
     """Seed of generated text and of the order in which rows are stored."""

@@ -35,6 +35,8 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 BATCH_DOCUMENTS = 1024
 """Documents tokenised in one call; no effect on the result."""
 BATCH_CHARACTERS = 2**20
+MOST_HELD_OUT = 256
+"""Contexts of each held-out split when dataset.held_out is null; fewer in a short text."""
 
 
 class Split(StrEnum):
@@ -74,7 +76,7 @@ def check(options: DatasetOptions) -> None:
         count(options.n_tokens)
     if options.context < 2:
         raise UserError(f"dataset.context={options.context}: a context needs at least 2 tokens")
-    if options.held_out < 1:
+    if options.held_out is not None and options.held_out < 1:
         raise UserError(f"dataset.held_out={options.held_out}: thresholds and metrics need at least 1 context each")
     if options.kind is DatasetKind.world:
         for field in ("path", "split_by"):
@@ -119,11 +121,10 @@ def pack(
     source = documents(options)
     cut = _Cut(options.context, bos_token_id, tokenizer.eos_token_id)
     n_train = None if options.n_tokens == "all" else cut.n_tokens(count(options.n_tokens))
-    n_held_out = cut.n_tokens(options.held_out * (options.context - 1))
-    streams = {split: _Stream(n_train if split is Split.train else n_held_out) for split in Split}
+    streams = {split: _Stream(n_train) if split is Split.train else _held_out(options, cut) for split in Split}
     _fill(options, streams, source, tokenizer)
     rows = {split: cut.n_rows(len(stream.tokens)) for split, stream in streams.items()}
-    if any(stream.short for stream in streams.values()) or not rows[Split.train]:
+    if any(stream.short or not stream.trim(cut) for stream in streams.values()):
         raise UserError(_too_short(options, rows))
     return {split: cut.contexts(stream.tokens) for split, stream in streams.items()}
 
@@ -135,10 +136,10 @@ def pack_other(
     training rows (`n_tokens` plays no part). Raises UserError when the text ends first."""
     source = documents(options)
     cut = _Cut(options.context, bos_token_id, tokenizer.eos_token_id)
-    wanted = _Stream(cut.n_tokens(options.held_out * (options.context - 1)))
+    wanted = _held_out(options, cut)
     streams = {part: wanted if split in (part, None) else _Stream(0) for part in Split}
     _fill(options, streams, source, tokenizer)
-    if wanted.short:
+    if wanted.short or not wanted.trim(cut):
         n = cut.n_rows(len(wanted.tokens)) // (options.context - 1)
         what = f"{n} contexts of {options.context} {split or ''} tokens".replace("  ", " ")
         fix = f"use dataset.held_out={n}" if n else "give more text or a smaller dataset.context"
@@ -197,11 +198,21 @@ class _Cut(NamedTuple):
 
 
 class _Stream:
-    """Tokens of one split, four bytes each, up to `limit` of them (None: no limit)."""
+    """Tokens of one split, four bytes each, up to `limit` of them (None: no limit). With `at_most` fewer will do, as
+    many full contexts as there are."""
 
-    def __init__(self, limit: int | None) -> None:
+    def __init__(self, limit: int | None, at_most: bool = False) -> None:
         self.limit = limit
+        self.at_most = at_most
         self.tokens: array[int] = array("i")
+
+    def trim(self, cut: _Cut) -> int:
+        """Drop what fills no context, where only full ones count. -> rows that are left"""
+        n_rows = cut.n_rows(len(self.tokens))
+        if self.at_most:
+            n_rows -= n_rows % (cut.context - 1)
+            del self.tokens[cut.n_tokens(n_rows) :]
+        return n_rows
 
     @property
     def full(self) -> bool:
@@ -209,7 +220,7 @@ class _Stream:
 
     @property
     def short(self) -> bool:
-        return self.limit is not None and len(self.tokens) < self.limit
+        return self.limit is not None and len(self.tokens) < self.limit and not self.at_most
 
     def add(self, ids: list[int], eos_token_id: int) -> None:
         self.tokens.extend(ids)
@@ -264,6 +275,11 @@ def _batches(source: Iterator[str]) -> Iterator[list[str]]:
     yield batch
 
 
+def _held_out(options: DatasetOptions, cut: _Cut) -> _Stream:
+    contexts = MOST_HELD_OUT if options.held_out is None else options.held_out
+    return _Stream(cut.n_tokens(contexts * (options.context - 1)), at_most=options.held_out is None)
+
+
 def _too_short(options: DatasetOptions, rows: dict[Split, int]) -> str:
     held_out = {split: rows[split] // (options.context - 1) for split in (Split.calibration, Split.evaluation)}
     found = f"{rows[Split.train]} training rows, " + " and ".join(
@@ -273,7 +289,7 @@ def _too_short(options: DatasetOptions, rows: dict[Split, int]) -> str:
     if rows[Split.train] and options.n_tokens != "all" and rows[Split.train] < count(options.n_tokens):
         fixes.append("dataset.n_tokens=all")
     smallest = min(held_out.values())
-    if 0 < smallest < options.held_out:
+    if options.held_out is not None and 0 < smallest < options.held_out:
         fixes.append(f"dataset.held_out={smallest}")
     fix = "use " + " ".join(fixes) if fixes and smallest else "give more text"
     if not smallest:

@@ -104,12 +104,12 @@ def _check_vocabulary(model: LanguageModel, packed: dict[Split, Packed]) -> None
 def _say(cfg: ExtractConfig, model: LanguageModel, plan: Plan) -> None:
     """What will be done, before it is done."""
     dtype = str(model.dtype).removeprefix("torch.")
-    train, held_out = plan.packed[Split.train], plan.packed[Split.calibration]
+    train, *held_out = (plan.packed[split] for split in Split)
     spec = plan.specs[STORED[0]]
     lines = {
         "model": f"{model.name}, {model.n_layers} layers of {model.d_model}, {dtype} on {model.device}",
         "dataset": f"{cfg.dataset.name}, {train.n_rows:,} tokens in {len(train.contexts):,} contexts of "
-        f"{cfg.dataset.context}; 2 x {len(held_out.contexts):,} contexts held out",
+        f"{cfg.dataset.context}; {' + '.join(f'{len(p.contexts):,}' for p in held_out)} contexts held out",
         "cache": f"{plan.bytes_per_token:,} bytes a token, {gb(plan.total_bytes)} in all, "
         f"{len(STORED)} x {spec.n_chunks:,} shards of {spec.file_bytes / 2**20:.3g} MB; "
         f"{gb(free_bytes(plan.path))} free",

@@ -167,6 +167,32 @@ def test_a_text_that_ends_first_is_refused_and_the_named_fix_works(options: Data
         tokens.pack(replace(options, held_out=held_out + 1), TOKENIZER, BOS)
 
 
+@pytest.mark.parametrize("bos", [BOS, None])
+def test_without_a_number_a_short_text_holds_out_the_full_contexts_that_it_has(
+    options: DatasetOptions, bos: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never padding, never more than the most; training rows are the same as with a number."""
+    options = replace(options, held_out=None)
+    packed = tokens.pack(options, TOKENIZER, bos)
+    counted = tokens.pack(replace(options, held_out=2), TOKENIZER, bos)
+    assert rows(packed[Split.train]) == rows(counted[Split.train])
+    for split in (Split.calibration, Split.evaluation):
+        contexts, n_rows = packed[split]
+        assert len(contexts) > 2
+        assert n_rows == len(contexts) * (options.context - 1)
+        assert (contexts[:2] == counted[split].contexts).all()
+        with pytest.raises(UserError, match="held_out"):
+            tokens.pack(replace(options, held_out=10_000), TOKENIZER, bos)
+    monkeypatch.setattr(tokens, "MOST_HELD_OUT", 3)
+    assert len(tokens.pack(options, TOKENIZER, bos)[Split.evaluation].contexts) == 3
+    assert len(tokens.pack_other(options, TOKENIZER, bos, Split.evaluation).contexts) == 3
+
+
+def test_without_a_number_a_text_too_short_for_one_context_is_refused(options: DatasetOptions) -> None:
+    with pytest.raises(UserError, match=r"smaller dataset\.context"):
+        tokens.pack(replace(options, held_out=None, context=5000), TOKENIZER, BOS)
+
+
 def test_a_single_document_is_refused_with_the_advice_to_split_it(options: DatasetOptions) -> None:
     with pytest.raises(UserError, match=r"0 evaluation contexts.*split_by=line"):
         tokens.pack(replace(options, split_by=SplitBy.document), TOKENIZER, BOS)

@@ -100,7 +100,7 @@ def test_it_says_what_it_does(cfg: ExtractConfig, caplog: pytest.LogCaptureFixtu
     said = caplog.text
     for what in (
         "local, 3 layers of 20, float32 on cpu",
-        f"text, 2,000 tokens in 125 contexts of {T}; 2 x {HELD_OUT} contexts held out",
+        f"text, 2,000 tokens in 125 contexts of {T}; {HELD_OUT} + {HELD_OUT} contexts held out",
         "240 bytes a token",
         "2 x 5 shards of 0.0458 MB",
         "GB free",
