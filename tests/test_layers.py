@@ -19,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = ["core", "arch", "dist", "data", "train", "interp", "web", "stages", "config", "cli"]
 """From the bottom up: a room imports itself and what comes before it."""
 
-BELOW_ALL = {"errors", "plain", "progress"}
+BELOW_ALL = {"errors", "files", "plain", "progress"}
 ENTRANCES = {"__init__", "__main__"}
 """pipeline/__init__.py (which offers `load` lazily) and pipeline/__main__.py stand above all rooms."""
 

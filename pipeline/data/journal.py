@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.layout import CRC_BYTES, JOURNAL, Json
-from pipeline.data.shards import sync
 from pipeline.errors import UserError
+from pipeline.files import write_aside
 
 logger = logging.getLogger(__name__)
 
@@ -131,15 +131,6 @@ def tidy(path: Path) -> None:
             journal = Journal(path)
             journal.remove()
             journal.close()
-
-
-def write_aside(file: Path, data: bytes) -> None:
-    """Write a file so that it is there as a whole or not at all, even after a loss of power."""
-    aside = file.with_name(file.name + ".aside")
-    aside.write_bytes(data)
-    sync([aside])
-    aside.replace(file)
-    sync([file.parent])
 
 
 def _crc(payload: bytes) -> bytes:

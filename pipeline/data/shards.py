@@ -4,8 +4,6 @@ import os
 import resource
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.layout import CRC_BYTES, PIECE_BYTES, Spec, checksum_of, little
+from pipeline.files import sync
 
 
 def allocate(file: Path, n_bytes: int) -> None:
@@ -56,20 +55,6 @@ class Maps:
 
     def close(self) -> None:
         self._open.clear()
-
-
-def sync(paths: Iterable[Path]) -> None:
-    """Wait until files (or the names in directories) are on disk: many at a time, which one disk flush can serve."""
-    with ThreadPoolExecutor(16) as threads:
-        list(threads.map(_sync, paths))
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def seal(spec: Spec, file: Path) -> int:

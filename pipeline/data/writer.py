@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.cache import read_attributes
 from pipeline.data.harvest import Rows, statistics
-from pipeline.data.journal import Journal, write_aside
+from pipeline.data.journal import Journal
 from pipeline.data.layout import (
     CRC_BYTES,
     JOURNAL,
@@ -51,10 +51,11 @@ from pipeline.data.layout import (
     prefix,
 )
 from pipeline.data.plan import Block, Plan, disk_of, free_bytes
-from pipeline.data.shards import Maps, allocate, seal, sync
+from pipeline.data.shards import Maps, allocate, seal
 from pipeline.data.shuffle import Permutation
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
+from pipeline.files import sync, write_aside
 from pipeline.progress import Progress
 
 logger = logging.getLogger(__name__)

@@ -22,6 +22,7 @@ from pipeline.data.models import LanguageModel
 from pipeline.data.options import DatasetKind, ModelOptions
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
+from pipeline.files import write_aside
 from pipeline.interp import evaluation
 from pipeline.interp.evaluation import HeldOut
 from pipeline.interp.replacement import ReplacementModel
@@ -130,9 +131,7 @@ def _write(directory: Path, metrics: dict[str, Any], cfg: EvalConfig) -> Path:
     name = "metrics.json" if cfg.dataset is None else f"metrics-{cfg.dataset.name}.json"
     file = directory / "eval" / name
     file.parent.mkdir(exist_ok=True)
-    aside = file.with_suffix(".tmp")
-    aside.write_text(json.dumps(metrics, indent=2) + "\n")
-    aside.rename(file)
+    write_aside(file, (json.dumps(metrics, indent=2) + "\n").encode())
     return file
 
 

@@ -24,8 +24,8 @@ from pipeline.core import activations
 from pipeline.core.activations import FixedThreshold
 from pipeline.core.options import ActivationOptions
 from pipeline.errors import UserError
+from pipeline.files import atomic_directory
 from pipeline.plain import from_plain, to_plain
-from pipeline.train.checkpoint import atomic_directory
 
 SCHEMA = 1
 

@@ -11,19 +11,17 @@ written beside its place, synced and renamed, so that whatever bears its name is
 """
 
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.arch.base import Transcoder
-from pipeline.errors import UserError
+from pipeline.files import atomic_directory
 
 
 @dataclass
@@ -73,45 +71,11 @@ def prune(directory: Path, keep: int) -> None:
         shutil.rmtree(old)
 
 
-class atomic_directory:
-    """Context: a directory to fill, which takes its name only when everything in it is on disk."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-        self.aside = target.with_name(f".{target.name}.tmp")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.aside, ignore_errors=True)
-        self.aside.mkdir(parents=True)
-        return self.aside
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if kind is None:
-            for path in [*self.aside.rglob("*"), self.aside]:
-                _sync(path)
-            if self.target.exists():
-                shutil.rmtree(self.target)
-            self.aside.rename(self.target)
-            _sync(self.target.parent)
-            return
-        shutil.rmtree(self.aside, ignore_errors=True)
-        if isinstance(error, OSError | SafetensorError):
-            raise UserError(f"{self.target} could not be written ({error}); free some space and run again") from error
-
-
 def _all(directory: Path) -> list[Path]:
     named = [
         (int(m[1]), p) for p in (directory / "checkpoints").glob("step_*") if (m := re.fullmatch(r"step_(\d+)", p.name))
     ]
     return [path for _, path in sorted(named)]
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

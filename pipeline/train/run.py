@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import UserError
+from pipeline.files import write_aside
 from pipeline.plain import to_plain
 
 RUNS = Path("runs")
@@ -28,9 +29,7 @@ def start(name: str, config: Any) -> Path:
         raise UserError(f"{directory} exists and is no run (it has no config.yaml); choose another name=")
     else:
         directory.mkdir(parents=True, exist_ok=True)
-        aside = file.with_suffix(".tmp")
-        aside.write_text(yaml.safe_dump(plain, sort_keys=False))
-        aside.rename(file)
+        write_aside(file, yaml.safe_dump(plain, sort_keys=False).encode())
     return directory
 
 

@@ -12,8 +12,9 @@ from pipeline.arch.table import ARCHS
 from pipeline.core.activations import ACTIVATIONS
 from pipeline.core.options import LossOptions
 from pipeline.errors import UserError
+from pipeline.files import atomic_directory
 from pipeline.train import checkpoint, optim
-from pipeline.train.checkpoint import State, atomic_directory
+from pipeline.train.checkpoint import State
 from pipeline.train.objective import Objective
 from pipeline.train.options import OptimOptions
 from pipeline.train.schedule import learning_rate

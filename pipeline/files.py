@@ -1,0 +1,59 @@
+"""Files and directories that are on disk as a whole, or not at all: after a crash, and after a loss of power."""
+
+import os
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from pipeline.errors import UserError
+
+
+def write_aside(file: Path, data: bytes) -> None:
+    """Write a file so that it is there as a whole or not at all, even after a loss of power."""
+    aside = file.with_name(file.name + ".aside")
+    aside.write_bytes(data)
+    sync([aside])
+    aside.replace(file)
+    sync([file.parent])
+
+
+class atomic_directory:
+    """Context: a directory to fill, which takes its name only when everything in it is on disk."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.aside = target.with_name(f".{target.name}.tmp")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.aside, ignore_errors=True)
+        self.aside.mkdir(parents=True)
+        return self.aside
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is None:
+            sync([*self.aside.rglob("*"), self.aside])
+            if self.target.exists():
+                shutil.rmtree(self.target)
+            self.aside.rename(self.target)
+            sync([self.target.parent])
+            return
+        shutil.rmtree(self.aside, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise UserError(f"{self.target} could not be written ({error}); free some space and run again") from error
+
+
+def sync(paths: Iterable[Path]) -> None:
+    """Wait until files (or the names in directories) are on disk: many at a time, which one disk flush can serve."""
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(_sync, paths))
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
