@@ -1,4 +1,5 @@
-"""Initial weights, from a seed and, for `data`, a sample of normalised inputs and targets.
+"""Initial weights, from a seed and, for `data`, a sample of normalised inputs and targets. The generator is one of the
+CPU whatever the model's device, so that a seed means the same everywhere.
 
             encoder                   decoder                        b_enc               b_dec
     uniform U(+-1/sqrt F)             U(+-1/sqrt(L d))               0                   0
@@ -34,10 +35,9 @@ def uniform(model: Transcoder, generator: torch.Generator) -> None:
     """The bounds of the CLT recipe; biases stay 0."""
     n_layers, d_model = model.dims
     for layer, weight in enumerate(model.encoders):
-        weight.uniform_(-(model.d_features**-0.5), model.d_features**-0.5, generator=generator)
+        _draw_uniform(weight, model.d_features**-0.5, generator)
         for table in model.tables(layer):
-            bound = (n_layers * d_model) ** -0.5
-            table.uniform_(-bound, bound, generator=generator)
+            _draw_uniform(table, (n_layers * d_model) ** -0.5, generator)
 
 
 @torch.no_grad()
@@ -67,12 +67,16 @@ def draw_apart(directions: Tensor, n: int, generator: torch.Generator) -> Tensor
     chosen = torch.randint(total, (1,), generator=generator)
     nearest = directions @ directions[chosen[0]]
     while chosen.numel() < n:
-        weight = (1 - nearest).clamp(min=1e-6).square()
+        weight = (1 - nearest).clamp(min=1e-6).square().cpu()
         weight[chosen] = 0
         new = torch.multinomial(weight, min(32, n - chosen.numel()), generator=generator)
         nearest = torch.maximum(nearest, (directions @ directions[new].T).amax(dim=1))
         chosen = torch.cat([chosen, new])
     return chosen
+
+
+def _draw_uniform(weight: Tensor, bound: float, generator: torch.Generator) -> None:
+    weight.copy_(torch.empty(weight.shape, dtype=weight.dtype).uniform_(-bound, bound, generator=generator))
 
 
 def _firing_bias(model: Transcoder, inputs: Tensor, layer: int) -> Tensor:

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 def run(cfg: EvalConfig) -> Path:
     """Measure a finished run; print a table and write metrics.json. -> its path"""
-    directory = Path(cfg.run) if cfg.run else runs.newest()
+    directory = runs.named(cfg.run) if cfg.run else runs.newest()
     if not cfg.run:
         logger.info("no run named: using the newest, %s", directory)
     trained = artifact.read(directory)

@@ -69,7 +69,7 @@ class EvalConfig:
     cache: CacheOptions
     eval: EvalOptions
     run: str | None = None
-    """Run directory; null is the newest that holds a finished transcoder."""
+    """Run directory, or the name of a run; null is the newest that holds a finished transcoder."""
 
     dataset: DatasetOptions | None = None
     """Other text to evaluate on, without the cache."""

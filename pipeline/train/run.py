@@ -21,6 +21,8 @@ def start(name: str, config: Any) -> Path:
     config: the command's dataclass. Raises UserError when the name is taken by a run with other settings.
     """
     directory = RUNS / name
+    if RUNS.resolve() not in directory.resolve().parents:
+        raise UserError(f"name={name!r} is no place under {RUNS}/; use a plain name such as name=demo")
     file = directory / "config.yaml"
     plain = to_plain(config)
     if file.exists():
@@ -41,6 +43,11 @@ def saved(directory: Path) -> dict[str, Any] | None:
     """The settings of a run that exists, as they stand in config.yaml."""
     file = directory / "config.yaml"
     return yaml.safe_load(file.read_text()) if file.exists() else None
+
+
+def named(run: str) -> Path:
+    """The directory that `run=` means: a path, or the name of a run."""
+    return RUNS / run if not Path(run).exists() and (RUNS / run).exists() else Path(run)
 
 
 def newest() -> Path:

@@ -185,3 +185,15 @@ def test_what_was_never_started_has_no_settings() -> None:
 
 def test_nested_settings_flatten_to_dotted_keys() -> None:
     assert run.flatten({"a": {"b": {"c": 1}, "d": None}, "e": [1, 2]}) == {"a.b.c": 1, "a.d": None, "e": [1, 2]}
+
+
+@pytest.mark.parametrize("name", ["", "..", "../elsewhere", "a/../..", "/tmp/elsewhere"])
+def test_a_run_stays_under_runs(name: str) -> None:
+    with pytest.raises(UserError, match="no place under runs/"):
+        run.start(name, Settings())
+
+
+def test_a_run_is_named_by_its_path_or_its_name() -> None:
+    run.start("mine/0", Settings())
+    assert run.named("runs/mine/0") == run.named("mine/0") == Path("runs/mine/0")
+    assert run.named("nowhere") == Path("nowhere")
