@@ -202,9 +202,12 @@ def last_step(name: str) -> int:
     return max(found, default=0)
 
 
-def test_a_finished_run_says_so_and_other_settings_are_refused(work: Path) -> None:
+def test_a_finished_run_says_so_and_other_settings_are_refused(work: Path, source: list[str]) -> None:
     before = run_files("a")
     train.run(compose("train", [*TRAIN, "name=a"]))
+    assert run_files("a") == before
+    # Named in full and in another spelling, it is the same run.
+    train.run(compose("train", [*source, "dataset.n_tokens=3000", *TRAIN, "name=a"]))
     assert run_files("a") == before
     with pytest.raises(UserError, match=r"activation\.k=5 \(was 4\)"):
         train.run(compose("train", [*TRAIN, "activation.k=5", "name=a"]))

@@ -80,20 +80,21 @@ def run(cfg: TrainConfig) -> Path:
 def _find_cache(cfg: TrainConfig) -> Cache:
     """The cache that the settings name; with `newest_cache` that of the unfinished run of this name, or the newest.
 
-    In the second case the settings take on the cache's model and dataset, so that config.yaml says what was used.
+    The settings take on the cache's model and dataset, so that config.yaml says what was used, in one spelling.
     """
     root = Path(cfg.cache.dir)
-    if not cfg.newest_cache:
-        return caches.find(root, cfg.model, cfg.dataset, cfg.cache.codec)
     assert cfg.name is not None
-    before = runs.saved(runs.RUNS / cfg.name)
+    before = runs.saved(runs.RUNS / cfg.name) if cfg.newest_cache else None
     if before is not None:
         _take_on(cfg, before)
-        return caches.find(root, cfg.model, cfg.dataset, cfg.cache.codec)
-    cache = caches.newest(root)
-    if cache is None:
-        raise UserError(f"no finished cache under {root}/; make one with clt extract model={cfg.model.name}")
-    logger.info("no model or dataset named: using the newest cache, %s", cache.path)
+    if before is not None or not cfg.newest_cache:
+        cache = caches.find(root, cfg.model, cfg.dataset, cfg.cache.codec)
+    else:
+        newest = caches.newest(root)
+        if newest is None:
+            raise UserError(f"no finished cache under {root}/; make one with clt extract model={cfg.model.name}")
+        logger.info("no model or dataset named: using the newest cache, %s", newest.path)
+        cache = newest
     _take_on(cfg, cache.request)
     return cache
 
