@@ -57,9 +57,6 @@ class Sparse(NamedTuple):
         """[B, L, F]"""
         return torch.stack([_scatter(p, v) for p, v in zip(self.patterns, self.values, strict=True)], dim=1)
 
-    def detach(self) -> "Sparse":
-        return Sparse(self.patterns, [v.detach() for v in self.values])
-
 
 Features = Tensor | Sparse
 """[B, L, F], or the same in sparse form."""

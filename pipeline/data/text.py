@@ -70,22 +70,6 @@ def _not_utf8(files: list[Path]) -> str:
     return f"a compressed file in {files[0].parent} is not UTF-8 inside; unpack and convert it"
 
 
-def content_hash(path: str) -> str:
-    """sha256 over names and bytes of a file, of the files that a glob names, or of all files below a directory.
-
-    Names are relative to the deepest common directory, so that moving the files changes nothing; hidden files below a
-    directory do not count. Raises UserError when there is no file.
-    """
-    root = Path(path).expanduser()
-    if root.is_dir():
-        files = [file for file in root.rglob("*") if file.is_file() and not _hidden(file.relative_to(root))]
-    else:
-        files = [root] if root.is_file() else [file for file in _glob(root) if file.is_file()]
-    if not files:
-        raise UserError(f"{path}: no such file, directory or glob; check the path")
-    return hash_files(files)
-
-
 def hash_files(files: list[Path]) -> str:
     """sha256 over the names, relative to their deepest common directory, and the bytes of files, in sorted order."""
     base = os.path.commonpath([file.resolve().parent for file in files])
@@ -99,7 +83,3 @@ def hash_files(files: list[Path]) -> str:
 
 def _glob(pattern: Path) -> list[Path]:
     return [Path(name) for name in glob.glob(str(pattern), recursive=True)]
-
-
-def _hidden(name: Path) -> bool:
-    return any(part.startswith(".") for part in name.parts)
