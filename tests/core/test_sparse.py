@@ -157,14 +157,6 @@ def test_dense_and_sparse_forms_hold_the_same_features() -> None:
     assert [values.numel() for values in form.values] == [int((features[:, l] > 0).sum()) for l in range(3)]
 
 
-def test_detached_features_carry_no_gradient() -> None:
-    features = oracle.normal(5, 3, F).relu().requires_grad_()
-    form = sparsify(features)
-    assert form.values[0].requires_grad
-    assert not any(values.requires_grad for values in form.detach().values)
-    assert torch.equal(form.detach().dense(), features.detach())
-
-
 def test_the_table_gradient_is_the_same_bits_every_time() -> None:
     # Each feature's tokens are summed in order: a resumed run repeats its steps bit for bit.
     pattern = fixed_k(torch.randint(0, F, (300, 5), generator=torch.Generator().manual_seed(0)), F)
