@@ -174,6 +174,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         train.run(config)
     monkeypatch.setattr(Trainer, "step", step)
+    with Path("runs/stopped/metrics.jsonl").open("a") as log:
+        log.write('{"step": 9, "tok')  # a line that a crash cut short
     assert Path("runs/stopped/checkpoints/step_8").exists()
     assert not Path("runs/stopped/final").exists()
     train.run(compose("train", [*words, "name=stopped"]))

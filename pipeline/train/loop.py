@@ -18,6 +18,7 @@ from pipeline.arch.base import Output, Transcoder
 from pipeline.core.sparse import Sparse
 from pipeline.data.loader import Batch
 from pipeline.errors import UserError
+from pipeline.files import write_aside
 from pipeline.progress import Progress
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import State
@@ -216,10 +217,10 @@ def _append(path: Path, line: dict[str, object]) -> None:
 
 
 def _keep_lines(path: Path, step: int) -> None:
-    """Drop what was logged after the checkpoint: those steps are taken again."""
+    """Drop what was logged after the checkpoint: those steps are taken again. A line cut short by a crash goes too."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in lines))
+        whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        write_aside(path, "".join(line for line in whole if json.loads(line)["step"] <= step).encode())
 
 
 def _bar_fields(record: dict[str, object]) -> dict[str, str | float]:
