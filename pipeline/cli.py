@@ -20,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+bench = typer.Typer(help="Measure speed, as ratios within one run.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench")
 
 
 class Cfg(StrEnum):
@@ -41,14 +43,16 @@ def _complete(ctx: typer.Context, incomplete: str) -> list[str]:
     """Overrides that continue what is typed. bash cuts words at `=` and replaces only the piece after it."""
     from pipeline.config import complete
 
+    command = ctx.command_path.split()  # clt, bench, extract
+    stage = "_".join(command[1:])
     words = [str(word) for word in ctx.params.get("overrides") or []]
     if "COMP_WORDS" not in os.environ:
-        return complete(ctx.info_name or "", words, incomplete)
-    pieces = os.environ["COMP_WORDS"].splitlines()[2 : int(os.environ["COMP_CWORD"]) + 1]
+        return complete(stage, words, incomplete)
+    pieces = os.environ["COMP_WORDS"].splitlines()[len(command) : int(os.environ["COMP_CWORD"]) + 1]
     glued = " ".join(pieces).replace(" = ", "=").replace(" =", "=").split(" ")
     *words, typed = glued
     cut = typed.rfind("=") + 1
-    return [found[cut:] for found in complete(ctx.info_name or "", words, typed)]
+    return [found[cut:] for found in complete(stage, words, typed)]
 
 
 Overrides = Annotated[
@@ -65,6 +69,7 @@ ShowCfg = Annotated[Cfg | None, typer.Option("--cfg", "-c", help="Print the conf
 Resolve = Annotated[bool, typer.Option("--resolve", help="With --cfg: resolve ${...}.")]
 ConfigDir = Annotated[Path | None, typer.Option("--config-dir", "-cd", help="Folder with YAML files of your own.")]
 ConfigName = Annotated[str | None, typer.Option("--config-name", "-cn", help="Root YAML to use instead.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the sizes and the time, write nothing.")]
 ShowInfo = Annotated[Info | None, typer.Option("--info", help="Print what Hydra knows and leave.")]
 
 
@@ -72,6 +77,8 @@ def _launch(stage: str, overrides: list[str] | None, **flags: Any) -> None:
     # Read by OpenMP when torch is loaded. Threads that spin while they wait take the core from the one that works: with
     # one other busy process on two cores, training went from 2,000 to 9,000 tokens a second.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # The hub's client announces every failed request; what becomes of it is said once, in the stage's own words.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     from pipeline.config import Request, launch
 
     raise typer.Exit(launch(stage, Request(overrides=tuple(overrides or ()), **flags)))
@@ -82,11 +89,14 @@ def pretrain(
     overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
     config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
 ) -> None:  # fmt: skip
-    """Make a small language model from text, in Hugging Face format.
+    """Train a small language model on any text, in Hugging Face format. The same command continues a stopped run.
 
     \b
-    clt pretrain                            the built-in world's model again, into models/world
-    clt pretrain lm.seed=1 to=models/other  another seed, another place
+    clt pretrain dataset=text dataset.path=book.txt to=models/book  four layers of 128, under ten minutes
+    clt pretrain lm=tinystories dataset=tinystories                 two layers, for a GPU
+    clt pretrain lm.n_layers=2 lm.n_tokens=5M dataset=jsonl dataset.path='dumps/*.jsonl.gz'
+    clt pretrain lm.tokenizer=models/book dataset=text dataset.path=other.txt to=models/other
+    clt pretrain lm=world dataset=world dataset.n_tokens=24M        the built-in world's model again
     """
     _launch("pretrain", **locals())
 
@@ -94,16 +104,20 @@ def pretrain(
 @app.command()
 def extract(
     overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
-    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None, dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Cache what a model's MLPs read and wrote on a text. The same request again costs nothing.
 
     \b
     clt extract model=world
+    clt extract model=gpt2 dataset.n_tokens=2M --dry-run
     clt extract model=gpt2 dataset=text dataset.path=book.txt
-    clt extract model=local model.path=models/mine dataset=text dataset.path='texts/*.txt'
+    clt extract model=local model.path=models/mine dataset=jsonl dataset.path='dumps/*.jsonl.gz'
+    clt extract model=qwen2.5-3b model.layers=[8,16] dataset=wikitext dataset.bos=eos
     clt extract model=world dataset.n_tokens=2M cache.dir=/data/cache
     """
+    overrides = [*(overrides or []), *(["dry_run=true"] if dry_run else [])]
+    del dry_run
     _launch("extract", **locals())
 
 
@@ -137,6 +151,21 @@ def evaluate(
     clt eval run=runs/demo dataset=text dataset.path=book.txt
     """
     _launch("eval", **locals())
+
+
+@bench.command("extract")
+def bench_extract(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """Tokens a second of a model's body alone, of reading it, and of reading and writing.
+
+    \b
+    clt bench extract                                      a random model of GPT-2 small's shape
+    clt bench extract model=world bench.batch_tokens=8192
+    clt bench extract model=gpt2 bench.context=1024
+    """
+    _launch("bench_extract", **locals())
 
 
 def main() -> None:

@@ -38,11 +38,11 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from yaml import YAMLError
 
 from pipeline.errors import UserError
-from pipeline.stages.options import EvalConfig, ExtractConfig, PretrainConfig, TrainConfig
+from pipeline.stages.options import BenchExtractConfig, EvalConfig, ExtractConfig, PretrainConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
 
-Config = PretrainConfig | ExtractConfig | TrainConfig | EvalConfig
+Config = PretrainConfig | ExtractConfig | TrainConfig | EvalConfig | BenchExtractConfig
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,17 @@ STAGES = {
     "extract": Stage(ExtractConfig, "pipeline.stages.extract"),
     "train": Stage(TrainConfig, "pipeline.stages.train"),
     "eval": Stage(EvalConfig, "pipeline.stages.evaluate"),
+    "bench_extract": Stage(BenchExtractConfig, "pipeline.stages.bench_extract"),
 }
 
 TEXT_KEYS = {
     "name", "run", "to", "prompt", "resume",
-    "model.path", "model.revision", "dataset.path", "cache.dir", "train.init_from",
+    "model.path", "model.revision", "model.offload_dir", "lm.tokenizer", "cache.dir", "train.init_from",
+    "dataset.name", "dataset.path", "dataset.subset", "dataset.split", "dataset.revision", "dataset.column",
+    "dataset.filter.keep", "dataset.filter.drop",
 }  # fmt: skip
-"""Keys whose values reach the stage as they were typed. The price: they cannot be swept over with commas."""
+"""Keys whose values reach the stage as they were typed. The price: they cannot be swept over with commas. A member of a
+mixture (dataset.sources.NAME) has the same ones as the data set."""
 
 QUIET = {
     "hydra.output_subdir": "null",
@@ -101,7 +105,7 @@ class Request:
 
     def argv(self, stage: str, words: Sequence[str]) -> list[str]:
         """The command line as Hydra wants it."""
-        argv = [f"clt {stage}"]
+        argv = [f"clt {stage.replace('_', ' ')}"]
         argv += ["--multirun"] if self.multirun else []
         argv += ["--resolve"] if self.resolve else []
         argv += ["--cfg", self.cfg] if self.cfg else []
@@ -179,20 +183,38 @@ def prepare(
         for body in _experiments(words, config_dir):
             named |= body.keys() & {"model", "dataset", "newest_cache"}
         words += [] if named else ["newest_cache=true"]
-    return [_verbatim(word) for word in words]
+    return [_in_dictionary(_verbatim(word)) for word in words]
 
 
 def _verbatim(word: str) -> str:
     """Quote the value of a text key; and of a group, where Hydra chokes on `arch=null` or `arch=3`."""
-    match = re.fullmatch(r"(\+{0,2}([\w.]+)=)(.*)", word, re.DOTALL)
+    match = re.fullmatch(r"(\+{0,2}([\w.-]+)=)(.*)", word, re.DOTALL)
     unlikely_file = match and re.fullmatch(r"null|true|false|[-+.\d].*", match[3], re.IGNORECASE)
-    if match is None or not (match[2] in TEXT_KEYS or (unlikely_file and (CONF / match[2]).is_dir())):
+    key = match and re.sub(r"^dataset\.sources\.[\w-]+\.", "dataset.", match[2])
+    if match is None or not (key in TEXT_KEYS or (unlikely_file and (CONF / match[2]).is_dir())):
         if not re.match(r"[+~]*\w", word):
             raise UserError(f"{word}: not of the form key=value (such as optim.lr=1e-3)")
         return word
     # OmegaConf takes ${ for an interpolation unless a backslash stands before it, and halves the backslashes there.
     text = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", match[3])
     return str(match[1] + QuotedString(text, Quote.single).with_quotes())
+
+
+def _in_dictionary(word: str) -> str:
+    """The members of a mixture and the columns of a filter are no fixed keys, and Hydra refuses new ones without a
+    plus, or (members) in any case: `dataset.sources.a.weight=2` becomes `++dataset.sources={a: {weight: 2}}`, which
+    it merges."""
+    key, equals, value = word.lstrip("+").partition("=")
+    if not equals or word.startswith("~"):
+        return word
+    if key.startswith("dataset.filter.where.") or key in {"dataset.filter.where", "dataset.sources"}:
+        return f"++{key}={value}"
+    path = key.removeprefix("dataset.sources.").split(".")
+    if not key.startswith("dataset.sources.") or not all(path):
+        return word
+    swept = value.split(",") if re.fullmatch(r"[\w.+-]+(,[\w.+-]+)+", value) else [value]
+    before, after = "".join(f"{{{name}: " for name in path), "}" * len(path)
+    return "++dataset.sources=" + ",".join(before + choice + after for choice in swept)
 
 
 def _named(words: Iterable[str], group: str) -> set[str]:

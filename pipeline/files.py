@@ -1,5 +1,6 @@
 """Files and directories that are on disk as a whole, or not at all: after a crash, and after a loss of power."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterable
@@ -57,3 +58,42 @@ def _sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def remove_empty(directories: list[Path]) -> None:
+    """Remove those of the directories (innermost first) that are empty."""
+    for directory in directories:
+        if directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()
+
+
+def take_lock(directory: Path, what: Path) -> int:
+    """Makes the directory and locks it. -> an open file that holds the lock: closing it (or dying) releases it.
+
+    Raises UserError when another process is at work on `what`.
+    """
+    file = directory / "lock"
+    while True:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # the one at work has just finished and removed the directory
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.pread(fd, 32, 0).decode() or "?"
+            os.close(fd)
+            raise UserError(f"another process ({owner}) is making {what}; wait for it to end") from error
+        if _is_file(fd, file):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, str(os.getpid()).encode(), 0)
+            return fd
+        os.close(fd)  # a lock on a file that has been removed meanwhile protects nothing
+
+
+def _is_file(fd: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), file.stat())
+    except FileNotFoundError:
+        return False

@@ -39,4 +39,6 @@ def _typed(hint: Any, value: Any) -> Any:
         return hint(value)
     if is_dataclass(hint) and isinstance(hint, type):
         return from_plain(hint, value)
+    if typing.get_origin(hint) is dict and is_dataclass(typing.get_args(hint)[1]):
+        return {name: _typed(typing.get_args(hint)[1], child) for name, child in value.items()}
     return value

@@ -26,13 +26,13 @@ SECONDS_BETWEEN_LINES = 10.0
 class Progress:
     """Shows done, total, rate, time left and the latest fields.
 
-    total: units of the whole job; initial: units that were done before it was resumed, which count as done but not
-    towards the rate. Fields are text, or numbers shown to four digits.
+    total: units of the whole job, None where nobody knows; initial: units that were done before it was resumed, which
+    count as done but not towards the rate. Fields are text, or numbers shown to four digits.
     """
 
     def __init__(
         self,
-        total: int,
+        total: int | None,
         unit: str = "it",
         desc: str = "",
         initial: int = 0,
@@ -74,11 +74,14 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is None:
-            logger.info(self._line() if error is not None or self.done < self.total else self._last())
+            is_short = self.total is not None and self.done < self.total
+            logger.info(self._line() if error is not None or is_short else self._last())
         self._stack.close()
         self._bar = None
 
     def _line(self) -> str:
+        if self.total is None:
+            return self._prefix() + ", ".join([f"{self.done:,} {self.unit}", *self._rate(), *self._shown_fields()])
         parts = [f"{self.done:,} of {self.total:,} {self.unit} ({self._percent()} %)", *self._rate()]
         if self._per_second() > 0:
             parts.append(f"{clock_time((self.total - self.done) / self._per_second())} left")

@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,22 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def family_model(tiny_gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a tiny random model of an architecture in tests/families.py, made when first asked for."""
+    from tests.families import make
+
+    def directory(family: str) -> Path:
+        path = tmp_path_factory.getbasetemp() / "families" / family
+        if family == "GPT2":
+            return tiny_gpt2
+        if not path.exists():
+            make(family, path, tiny_gpt2)
+        return path
+
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from pipeline import config
 from pipeline.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = list(config.STAGES)
+COMMANDS = [stage.replace("_", " ") for stage in config.STAGES]
 
 
 def clt(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -63,24 +63,25 @@ finally:
 
 def test_help_lists_the_commands_that_exist() -> None:
     listed = re.findall(r"^  ([a-z]+)  +\S", help_of().split("Commands:")[1], re.MULTILINE)
-    assert listed == COMMANDS
+    assert listed == list(dict.fromkeys(command.split()[0] for command in COMMANDS))
+    assert re.findall(r"^  ([a-z]+)  +\S", help_of("bench").split("Commands:")[1], re.MULTILINE) == ["extract"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_examples_of_a_command_compose(command: str) -> None:
-    examples = re.findall(rf"^  clt {command}(?: (.*?))?(?:  .*)?$", help_of(command), re.MULTILINE)
+    examples = re.findall(rf"^  clt {command}(?: (.*?))?(?:  .*)?$", help_of(*command.split()), re.MULTILINE)
     assert len(examples) >= 2
     for example in examples:
-        words = [word for word in shlex.split(example) if word not in {"-m", "--cfg", "job"}]
+        words = [word for word in shlex.split(example) if word not in {"-m", "--cfg", "job", "--dry-run"}]
         sweep = "-m" in shlex.split(example)
-        config.compose(command, [word.split(",")[0] for word in words] if sweep else words)
+        config.compose(command.replace(" ", "_"), [word.split(",")[0] for word in words] if sweep else words)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_hands_over_its_words_and_leaves_with_the_exit_code(command: str, asked: list[Any]) -> None:
-    result = CliRunner().invoke(app, [command, "a=1,2", "+b=x", "~c", "d.e=-1"])
+    result = CliRunner().invoke(app, [*command.split(), "a=1,2", "+b=x", "~c", "d.e=-1"])
     assert result.exit_code == 7
-    assert asked == [(command, config.Request(overrides=("a=1,2", "+b=x", "~c", "d.e=-1")))]
+    assert asked == [(command.replace(" ", "_"), config.Request(overrides=("a=1,2", "+b=x", "~c", "d.e=-1")))]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +111,11 @@ def test_a_wrong_word_is_exit_code_2(words: list[str]) -> None:
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 2
     assert "Error" in result.output
+
+
+def test_a_dry_run_is_a_setting(asked: list[Any]) -> None:
+    CliRunner().invoke(app, ["extract", "model=gpt2", "--dry-run"])
+    assert asked == [("extract", config.Request(overrides=("model=gpt2", "dry_run=true")))]
 
 
 def test_a_wrong_key_from_the_shell_is_one_line(tmp_path: Path) -> None:
@@ -143,6 +149,7 @@ def bash(line: str) -> set[str]:
         ("clt train model=w", {"world"}),
         ("clt train model=gpt2 optim.l", {"optim.lr="}),
         ("clt train +experiment=b", {"batchtopk", "batchtopk_across"}),
+        ("clt bench extract bench.r", {"bench.rounds="}),
     ],
 )
 def test_bash_completes_commands_and_overrides(line: str, expected: set[str]) -> None:

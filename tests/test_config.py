@@ -154,8 +154,8 @@ def test_a_sweep_without_a_name_stays_together_though_its_folder_appears_meanwhi
 @pytest.mark.parametrize(
     ("words", "dataset"),
     [
-        (["model=gpt2"], "text"),
-        (["model=gpt2", "dataset.n_tokens=10k"], "text"),
+        (["model=gpt2"], "openwebtext"),
+        (["model=gpt2", "dataset.n_tokens=10k"], "openwebtext"),
         (["model=gpt2", "dataset=world"], "world"),
         (["model=world"], "world"),
         ([], "world"),
@@ -167,7 +167,7 @@ def test_a_model_brings_its_default_dataset(words: list[str], dataset: str, stag
 
 
 def test_a_sweep_over_models_asks_for_a_dataset_when_theirs_differ(stub: Stub, capsys: pytest.CaptureFixture) -> None:
-    assert "gpt2: text, world: world" in refusal(["model=gpt2,world"], capsys, multirun=True)
+    assert "gpt2: openwebtext, world: world" in refusal(["model=gpt2,world"], capsys, multirun=True)
     assert start("model=gpt2,world", "dataset=text", multirun=True) == 0
     assert [cfg.model.name for cfg in stub.seen] == ["gpt2", "world"]
 

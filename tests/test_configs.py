@@ -8,7 +8,11 @@ from pipeline.config import STAGES, compose
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
-NEEDS = {"model=local": ["model.path=models/mine"], "dataset=text": ["dataset.path=a.txt"]}
+NEEDS = {
+    "model=local": ["model.path=models/mine"],
+    "model=hub": ["model.path=a/b"],
+    "dataset=text": ["dataset.path=a.txt"],
+}
 """What a choice leaves for the user to say."""
 
 

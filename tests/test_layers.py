@@ -30,7 +30,7 @@ TORCH_ONLY = {"core", "arch", "dist"}
 ONLY_IN = {
     "hydra": "config.py",
     "omegaconf": "config.py",
-    "transformer_lens": "data/models.py",
+    "transformer_lens": "data/model_sites.py",
     "typer": "cli.py",
     "zarr": "data/writer.py",
 }

@@ -83,3 +83,12 @@ def test_a_terminal_gets_a_bar_and_no_lines(monkeypatch: pytest.MonkeyPatch, cap
 @pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (75.4, "1:15"), (59.6, "1:00"), (4000, "1:06:40")])
 def test_times_are_shown_as_a_clock_does(seconds: float, shown: str) -> None:
     assert clock_time(seconds) == shown
+
+
+def test_a_total_that_nobody_knows_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    with caplog.at_level(logging.INFO, "pipeline.progress"), Progress(None, unit="doc", clock=clock) as progress:
+        clock.now += 20
+        progress.update(400)
+        clock.now += 20
+    assert caplog.messages == ["400 doc, 20 doc/s", "400 doc in 0:40, 10 doc/s"]

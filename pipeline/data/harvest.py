@@ -42,23 +42,16 @@ def harvest(model: LanguageModel, packed: Packed, contexts: range, batch_tokens:
     n_contexts = max(1, batch_tokens // (width + 1))
     for start in range(contexts.start, contexts.stop, n_contexts):
         batch = packed.contexts[start : min(start + n_contexts, contexts.stop)]
-        resid_mid, mlp_out = model.collect(torch.from_numpy(batch.astype(np.int64)))
+        sites = model.collect(torch.from_numpy(batch.astype(np.int64)), first=1, dtype=torch.bfloat16)
         first = start * width
         n_rows = min(len(batch) * width, packed.n_rows - first)
         assert n_rows > 0, "a context without rows"
-        yield Rows(first, _rows(resid_mid, n_rows), _rows(mlp_out, n_rows))
+        yield Rows(first, *(values.flatten(0, 1)[:n_rows] for values in sites))  # [n, T-1, L, D] -> [n_rows, L, D]
 
 
-def _rows(values: Tensor, n_rows: int) -> Tensor:
-    """[n, T, L, D] -> [n_rows, L, D]"""
-    return values[:, 1:].to(torch.bfloat16).flatten(0, 1)[:n_rows]
-
-
-def sums(rows: Rows, norm: MlpNorm) -> NDArray[np.float64]:
-    """Sum and sum of squares over the rows, for each of SITES: [sites, 2, L, D]. `norm` on the rows' device.
-
-    Raises UserError when an activation is not finite.
-    """
+def sums(rows: Rows, norm: MlpNorm) -> Tensor:
+    """Sum and sum of squares over the rows of each of SITES: float64 [sites, 2, L, D], on the rows' device (for mps, on
+    the CPU). `norm` on the rows' device."""
     n_rows, *shape = rows.resid_mid.shape
     on_cpu = rows.resid_mid.device.type in ("cpu", "mps")  # mps has no float64
     device = torch.device("cpu") if on_cpu else rows.resid_mid.device
@@ -70,10 +63,16 @@ def sums(rows: Rows, norm: MlpNorm) -> NDArray[np.float64]:
             exact = values.to(device, torch.float64)
             total[site, 0] += exact.sum(dim=0)
             total[site, 1] += exact.square().sum(dim=0)
-    result = total.cpu().numpy()
+    return total
+
+
+def finite(total: Tensor, first_layer: int) -> NDArray[np.float64]:
+    """Sums on the CPU. Raises UserError, naming the layer of the base model, when an activation was not finite."""
+    result: NDArray[np.float64] = total.cpu().numpy()
     if not np.isfinite(result).all():
         site, _, layer, _ = np.argwhere(~np.isfinite(result))[0]
-        raise UserError(f"{SITES[site]} of layer {layer} is not finite (NaN or infinity); use model.dtype=float32")
+        where = f"{SITES[site]} of layer {first_layer + layer}"
+        raise UserError(f"{where} is not finite (NaN or infinity); use model.dtype=float32")
     return result
 
 

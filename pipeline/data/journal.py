@@ -12,7 +12,6 @@ of the numbers: stopping, resuming and the number of processes change no bit of 
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.layout import CRC_BYTES, JOURNAL, Json
 from pipeline.errors import UserError
-from pipeline.files import write_aside
+from pipeline.files import take_lock, write_aside
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.directory = path / JOURNAL
-        self._lock = _take_lock(self.directory)
+        self._lock = take_lock(self.directory, path)
         self._places: dict[int, _Place] = {}
         self._shape: tuple[int, ...] = ()
 
@@ -135,34 +134,3 @@ def tidy(path: Path) -> None:
 
 def _crc(payload: bytes) -> bytes:
     return int(google_crc32c.value(payload)).to_bytes(CRC_BYTES, "little")
-
-
-def _take_lock(directory: Path) -> int:
-    """An open file that holds the lock; closing it (or dying) releases it."""
-    file = directory / "lock"
-    while True:
-        directory.mkdir(parents=True, exist_ok=True)
-        try:
-            fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # the one at work has just finished and removed the directory
-            continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.pread(fd, 32, 0).decode() or "?"
-            os.close(fd)
-            raise UserError(
-                f"another extraction (process {owner}) is making {directory.parent}; wait for it to end"
-            ) from error
-        if _is_file(fd, file):
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, str(os.getpid()).encode(), 0)
-            return fd
-        os.close(fd)  # a lock on a file that has been removed meanwhile protects nothing
-
-
-def _is_file(fd: int, file: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), file.stat())
-    except FileNotFoundError:
-        return False

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import google_crc32c
 import numpy as np
 
-from pipeline.data import tokens
+from pipeline.data import asking, tokens
 from pipeline.data.model_files import BUILTIN, source_identity
 from pipeline.data.options import Codec, DatasetOptions, ModelOptions
 from pipeline.data.tokens import Split
@@ -121,8 +121,9 @@ def prefix(split: Split) -> str:
 def request_of(model: ModelOptions, dataset: DatasetOptions, codec: Codec = Codec.raw) -> Json:
     """What determines a cache's content, in plain values: options (not devices or batch sizes) and the hashes of local
     files. Raises UserError for options that contradict one another and for files that are not there."""
-    described = json.loads(json.dumps({"model": asdict(model), "dataset": asdict(dataset)}))
-    del described["model"]["device"], described["model"]["default_dataset"]
+    described = json.loads(json.dumps({"model": asdict(model), "dataset": asking.asked(dataset)}))
+    for field in ("device", "device_map", "max_memory", "offload_dir", "default_dataset"):  # no part of the content
+        del described["model"][field]
     if dataset.n_tokens != "all":  # 400k and 400000 are one request
         described["dataset"]["n_tokens"] = str(tokens.count(dataset.n_tokens))
     source = {"model": source_identity(model), "dataset": tokens.source_identity(dataset)}
@@ -155,12 +156,11 @@ def overrides_of(request: Json, cache_dir: Path) -> str:
         words += [f"model.name={model['name']}"] if model["name"] != "local" else []
     else:
         words = [f"model={model['name']}"]
-    words += [f"model.{key}={model[key]}" for key in ("revision",) if model[key] is not None]
-    words += [f"model.dtype={model['dtype']}"] if model["dtype"] != "auto" else []
-    words.append(f"dataset={dataset['kind']}")
-    for key, value in dataset.items():
-        if key != "kind" and value is not None and (key != "name" or value != dataset["kind"]):
-            words.append(f"dataset.{key}={value}")
+        words += [f"model.path={model['path']}"] if model["name"] == "hub" else []
+    words += [f"model.revision={model['revision']}"] if model["revision"] is not None else []
+    words += [f"model.layers=[{','.join(map(str, model['layers']))}]"] if model["layers"] is not None else []
+    words += [f"model.{key}={model[key]}" for key in ("dtype", "attention") if model[key] != "auto"]
+    words += asking.words_of(dataset)
     words += [f"cache.codec={request['codec']}"] if request["codec"] != Codec.raw else []
     words += [f"cache.dir={cache_dir}"] if str(cache_dir) != "cache" else []
     return " ".join(shlex.quote(word) for word in words)

@@ -65,7 +65,7 @@ def fetch(options: ModelOptions) -> tuple[Path, str | None]:
             raise UserError(f"model.revision is for hub names, model.path={options.path} is a directory; drop it")
         return directory, None
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionNotFoundError
 
     wanted = ["*.json", "*.txt", "*.model", "model*.safetensors"]
     try:
@@ -75,9 +75,16 @@ def fetch(options: ModelOptions) -> tuple[Path, str | None]:
         if not weight_files(Path(snapshot)):
             wanted = ["pytorch_model*.bin*"]
             snapshot_download(options.path, revision=Path(snapshot).name, allow_patterns=wanted)
+    except GatedRepoError as error:
+        why = "the hub gives this model to registered users only"
+        fix = "accept its licence on its page there, then run `hf auth login`"
+        raise UserError(f"model.path={options.path}: {why}; {fix}") from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"model.revision={options.revision}: {options.path} has no such revision; check it") from error
     except (OSError, ValueError, HfHubHTTPError) as error:
         why = f"is no directory here and the hub did not give it ({type(error).__name__})"
-        fix = f"use a local directory, or run `hf download {options.path}` where there is a network"
+        pin = f" --revision {options.revision}" if options.revision else ""
+        fix = f"use a local directory, or run `hf download {options.path}{pin}` where there is a network"
         raise UserError(f"model.path={options.path} {why}; {fix}") from error
     return Path(snapshot), Path(snapshot).name
 

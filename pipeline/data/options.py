@@ -1,7 +1,8 @@
 """What the user may say about models, text and the cache. Free of torch, so that the command line starts at once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 
 class Dtype(StrEnum):
@@ -10,15 +11,44 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Attention(StrEnum):
+    auto = "auto"
+    eager = "eager"
+    sdpa = "sdpa"
+    flash_attention_2 = "flash_attention_2"
+    flex_attention = "flex_attention"
+
+
 class DatasetKind(StrEnum):
     world = "world"
     text = "text"
+    jsonl = "jsonl"
+    parquet = "parquet"
+    hub = "hub"
+    mixture = "mixture"
 
 
 class SplitBy(StrEnum):
     line = "line"
     paragraph = "paragraph"
     document = "document"
+
+
+class Content(StrEnum):
+    text = "text"
+    chat = "chat"
+    tokens = "tokens"
+
+
+class Bos(StrEnum):
+    auto = "auto"
+    eos = "eos"
+    none = "none"
+
+
+class Separator(StrEnum):
+    eos = "eos"
+    none = "none"
 
 
 class Codec(StrEnum):
@@ -45,30 +75,101 @@ class ModelOptions:
     dtype: Dtype = Dtype.auto
     """Arithmetic of the base model: auto is bfloat16 on a GPU and float32 on a CPU."""
 
+    layers: list[int] | None = None
+    """[first, stop]: read and replace only these layers, counted from 0, `stop` left out ([8,16] is 8 to 15). The
+    layers above are not run. Null: all."""
+
+    attention: Attention = Attention.auto
+    """Attention kernel: auto is what transformers takes for the architecture (fused where it can be). flash_attention_2
+    needs its package."""
+
     device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
+    """auto (CUDA where there is one, else the CPU), cpu, cuda, cuda:N or mps."""
+
+    device_map: str | None = None
+    """Spread a model that is too big for one device (accelerate): auto, balanced or sequential. Null: one device."""
+
+    max_memory: dict[str, str] = field(default_factory=dict)
+    """What the device map may use: {"0": 20GiB, "1": 20GiB, cpu: 60GiB}."""
+
+    offload_dir: str | None = None
+    """Where the device map puts the weights that fit no memory."""
 
     default_dataset: str = "world"
     """The dataset that goes with this model when `dataset=` is not given."""
 
 
 @dataclass
-class DatasetOptions:
+class FilterOptions:
+    """Which documents are left out, before they are split into training and held-out ones."""
+
+    min_characters: int | None = None
+    """Shorter documents are left out; null leaves out none. Of a chat: the characters of all its messages."""
+
+    max_characters: int | None = None
+    """Longer documents are left out; null leaves out none."""
+
+    keep: str | None = None
+    """A regular expression (Python's `re.search`): documents without a match are left out."""
+
+    drop: str | None = None
+    """A regular expression (Python's `re.search`): documents with a match are left out."""
+
+    where: dict[str, Any] = field(default_factory=dict)
+    """Column -> the value that it must have: records with another one are left out. Not for text files."""
+
+
+@dataclass(kw_only=True)
+class SourceOptions:
+    """Where documents come from: what a data set and a member of a mixture have in common."""
+
+    path: str | None = None
+    """File, folder or glob for the kinds that read files, the data set's name for hub; null for the others."""
+
+    subset: str | None = None
+    """Of a hub data set: its configuration, such as sample-10BT. Null for its default one."""
+
+    split: str = "train"
+    """Of a hub data set: which of its splits."""
+
+    revision: str | None = None
+    """Of a hub data set: branch, tag or commit. Null is main. Resolved to a commit when the text is read."""
+
+    content: Content = Content.text
+    """What a document is in its record: text, chat (messages, laid out by the tokenizer's own template) or tokens (ids
+    of the model's own tokenizer). Text files hold text."""
+
+    column: str | None = None
+    """Where the content is in a record; null is `text`, `messages` or `input_ids` by content."""
+
+    split_by: SplitBy | None = None
+    """What one document is in a text: line, paragraph or the whole of it. Null is paragraph in a text file and the
+    whole text of a record elsewhere. Documents, not tokens, are split into training and held-out text."""
+
+    filter: FilterOptions = field(default_factory=FilterOptions)
+
+
+@dataclass(kw_only=True)
+class MemberOptions(SourceOptions):
+    """A member of a mixture."""
+
+    kind: DatasetKind
+    """As in a data set, but for world and mixture."""
+
+    weight: float = 1.0
+    """Its share of the training tokens is this over the sum of all weights."""
+
+
+@dataclass
+class DatasetOptions(SourceOptions):
     name: str
     """Short name: the second part of the cache directory's name."""
 
     kind: DatasetKind
-    """How documents are read: world (generated), text (local files)."""
+    """How documents are read: world (generated), text, jsonl, parquet (local files), hub, or mixture (of others)."""
 
     n_tokens: str
     """Training rows: a count with an optional unit (400k, 10M, 1.5B), or `all` for everything a finite text holds."""
-
-    path: str | None = None
-    """File, folder (every *.txt below it) or glob for the kinds that read files; null for the others."""
-
-    split_by: SplitBy | None = None
-    """What one document is in a text file: line, paragraph (null) or the whole document. Documents, not tokens, are
-    split into training and held-out text. Null for the kinds that read no files."""
 
     context: int = 64
     """Tokens in a context, the beginning-of-text token included."""
@@ -79,6 +180,16 @@ class DatasetOptions:
 
     seed: int = 0
     """Seed of generated text and of the order in which rows are stored."""
+
+    bos: Bos = Bos.auto
+    """What stands at position 0 of every context: auto is the tokenizer's beginning-of-text token, or nothing where it
+    has none; eos is the end-of-text token, for models without the other; none is nothing, text from position 0 on."""
+
+    separator: Separator = Separator.eos
+    """What stands between documents: the end-of-text token, or nothing (none), for rows that were packed before."""
+
+    sources: dict[str, MemberOptions] = field(default_factory=dict)
+    """Of a mixture: its members by name. Null options of theirs mean what they mean in a data set."""
 
 
 @dataclass

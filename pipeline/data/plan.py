@@ -126,8 +126,15 @@ class Plan(NamedTuple):
                 yield np.arange(chunk * spec.chunk_rows, chunk * spec.chunk_rows + spec.rows_in(chunk))
 
 
-def describe(model: LanguageModel, dataset: DatasetOptions, packed: dict[Split, Packed], request: Json) -> Json:
-    """The attributes that are known before anything is extracted."""
+def describe(
+    model: LanguageModel,
+    dataset: DatasetOptions,
+    packed: dict[Split, Packed],
+    request: Json,
+    bos_token_id: int | None,
+) -> Json:
+    """The attributes that are known before anything is extracted. bos_token_id: what stands at position 0 of each
+    context, None for ordinary tokens."""
     names = ("torch", "transformers", "transformer-lens", "datasets", "zarr", "numpy")
     fields = ("name", "path", "revision", "architecture", "n_layers", "d_model", "vocab_size")
     norm = model.mlp_norm()
@@ -137,12 +144,14 @@ def describe(model: LanguageModel, dataset: DatasetOptions, packed: dict[Split, 
         "request": request,
         "model": {field: getattr(model, field) for field in fields}
         | {"weights_sha256": model.weights_hash(), "tokenizer_sha256": model.tokenizer_hash()}
-        | {"dtype": str(model.dtype).removeprefix("torch.")},
-        "dataset": json.loads(json.dumps(asdict(dataset))) | {"fingerprint": tokens.fingerprint(packed)},
+        | {"dtype": str(model.dtype).removeprefix("torch."), "attention": model.attention}
+        | {"layers": [model.layers.start, model.layers.stop]},
+        "dataset": json.loads(json.dumps(asdict(dataset)))
+        | {"fingerprint": tokens.fingerprint(packed), "resolved": tokens.resolved(dataset)},
         "hooks": HOOKS,
         "norm": {"kind": norm.kind, "eps": norm.eps},
         "context": dataset.context,
-        "bos_token_id": model.bos_token_id,
+        "bos_token_id": bos_token_id,
         "eos_token_id": model.eos_token_id,
         "n_rows": {str(split): packed[split].n_rows for split in Split},
         "rows": "positions 1 to T-1 of every context; padding at the end of the last one is left out",

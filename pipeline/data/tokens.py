@@ -1,56 +1,52 @@
-"""Documents to token contexts.
+"""Any data set to exact token contexts.
 
-1. Documents are read in a fixed order and each falls to training, calibration or evaluation by a hash of its own text:
-   the same text is held out whatever the file, the order and the seed.
-2. Within a split, the documents' token ids are joined, an end-of-text token after each, and the stream is cut into
-   contexts of T tokens. Each starts with the beginning-of-text token, put there by hand: tokenizers disagree on when
-   they add it. A model without such a token has T tokens of text in a context instead.
-3. Position 0 of a context is never a row: every row has at least one token to its left.
-
-       row t  <->  context t // (T-1), position 1 + t % (T-1)
+1. Documents are read in a fixed order (`sources.py`), left out by the filter or assigned to training, calibration or
+   evaluation by a hash of their own content (`documents.py`), and taken from the members of a mixture by the shares of
+   their tokens (`mixture.py`).
+2. Within a split, the documents' token ids are joined and the stream is cut into contexts (`packing.py`). Each starts
+   with the beginning-of-text token of the BOS policy, put there by hand: tokenizers disagree on when they add it.
+3. Progress can be kept in a directory, so that an interrupted call goes on (`unfinished.py`).
 
 The ids that the tokenizer gives are the ids that are stored; nothing is decoded and tokenised again.
 """
 
 import hashlib
+import json
 import re
-from array import array
 from collections.abc import Iterator
+from dataclasses import asdict
 from decimal import Decimal
-from enum import StrEnum
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.data.options import DatasetKind, DatasetOptions, SplitBy
-from pipeline.data.text import hash_files, read_text, text_files
+from pipeline.data import checks, hub, shortage
+from pipeline.data.documents import Split, split_of
+from pipeline.data.filling import fill
+from pipeline.data.mixture import all_texts, members_of, sources_of, training_texts
+from pipeline.data.options import Bos, Content, DatasetKind, DatasetOptions, Separator
+from pipeline.data.packing import Cut, Marks, Packed, Stream
+from pipeline.data.text import files_of, hash_files
+from pipeline.data.unfinished import Unfinished
 from pipeline.errors import UserError
-from pipeline.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = [
+    "MOST_HELD_OUT", "Packed", "Split", "bos_of", "check", "count", "documents", "fingerprint", "pack", "pack_other",
+    "resolved", "sizes", "source_identity", "split_of", "texts",
+]  # fmt: skip
+
+Json = dict[str, Any]
+
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
-BATCH_DOCUMENTS = 1024
-"""Documents tokenised in one call; no effect on the result."""
-BATCH_CHARACTERS = 2**20
 MOST_HELD_OUT = 256
 """Contexts of each held-out split when dataset.held_out is null; fewer in a short text."""
-
-
-class Split(StrEnum):
-    train = "train"
-    calibration = "calibration"
-    evaluation = "evaluation"
-
-
-class Packed(NamedTuple):
-    contexts: np.ndarray
-    """int32 [n_contexts, T]. Position 0 is the beginning-of-text token, or an ordinary one where the model has none.
-    The tail of the last context may be padding (the end-of-text token)."""
-    n_rows: int
-    """Tokens at positions >= 1 that are not padding."""
+CHARACTERS_A_TOKEN = 8
+"""What `texts` reckons with: more than tokenizers reach, so that it gives at least the text that n_tokens needs."""
 
 
 def count(text: str) -> int:
@@ -62,70 +58,44 @@ def count(text: str) -> int:
     return int(value)
 
 
-def split_of(text: str) -> Split:
-    """Where a document belongs: 5 % calibration, 5 % evaluation, 90 % training, by a hash of its text without the
-    white space around it."""
-    digest = hashlib.blake2b(text.strip().encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    part = int.from_bytes(digest, "little") % 20
-    return (Split.calibration, Split.evaluation)[part] if part < 2 else Split.train
-
-
 def check(options: DatasetOptions) -> None:
     """Raises UserError for options that contradict one another, before anything is read."""
     if options.n_tokens != "all":
         count(options.n_tokens)
-    if options.context < 2:
-        raise UserError(f"dataset.context={options.context}: a context needs at least 2 tokens")
-    if options.held_out is not None and options.held_out < 1:
-        raise UserError(f"dataset.held_out={options.held_out}: thresholds and metrics need at least 1 context each")
-    if options.kind is DatasetKind.world:
-        for field in ("path", "split_by"):
-            if getattr(options, field) is not None:
-                raise UserError(
-                    f"dataset.{field} does not apply to dataset={options.name}; drop it or use dataset=text"
-                )
-        if options.n_tokens == "all":
-            raise UserError("dataset.n_tokens=all needs a text that ends; give a count such as dataset.n_tokens=400k")
-    elif options.path is None:
-        raise UserError(f"dataset={options.name} needs dataset.path=FILE, a folder of *.txt or a glob")
+    checks.check(options)
 
 
-def documents(options: DatasetOptions) -> Iterator[str]:
-    """The documents of a data set, in their fixed order. Generated ones never end. Raises UserError at once for options
-    that contradict one another and for files that are not there."""
-    check(options)
-    if options.kind is DatasetKind.world:
-        from pipeline.data import world
-
-        return (document.text for document in world.documents(options.seed))
-    assert options.path is not None  # by check
-    return read_text(text_files(options.path), options.split_by or SplitBy.paragraph)
-
-
-def source_identity(options: DatasetOptions) -> dict[str, str]:
-    """What identifies the text beyond the options: the hash of the local files, or of the first generated documents, so
-    that a changed text or generator makes another cache."""
-    if options.kind is DatasetKind.world:
-        sample = "\0".join(islice(documents(options), 256))
-        return {"sha256": hashlib.sha256(sample.encode()).hexdigest()}
-    check(options)
-    assert options.path is not None  # by check
-    return {"sha256": hash_files(text_files(options.path))}
+def bos_of(options: DatasetOptions, tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The token at position 0 of every context by `dataset.bos`, or None where text begins there. Raises UserError for
+    a policy that the tokenizer cannot meet."""
+    if options.bos is Bos.none:
+        return None
+    if options.bos is Bos.auto:
+        return tokenizer.bos_token_id
+    if tokenizer.eos_token_id is None:
+        raise UserError("dataset.bos=eos: the tokenizer has no end-of-text token; use dataset.bos=none")
+    return int(tokenizer.eos_token_id)
 
 
 def pack(
-    options: DatasetOptions, tokenizer: "PreTrainedTokenizerBase", bos_token_id: int | None
+    options: DatasetOptions,
+    tokenizer: "PreTrainedTokenizerBase",
+    bos_token_id: int | None,
+    workspace: Path | None = None,
 ) -> dict[Split, Packed]:
     """All three splits of a data set: exactly `n_tokens` training rows (or all there are), and `held_out` full contexts
-    each for calibration and evaluation. Raises UserError when the text ends first, with what it holds and the fix."""
-    source = documents(options)
-    cut = _Cut(options.context, bos_token_id, tokenizer.eos_token_id)
+    each for calibration and evaluation. With `workspace`, a directory of the caller's, an interrupted call goes on, and
+    a finished one costs nothing a second time. Raises UserError when the text ends first, with what it holds and the
+    fix."""
+    check(options)
+    cut, marks = _layout(options, tokenizer, bos_token_id)
     n_train = None if options.n_tokens == "all" else cut.n_tokens(count(options.n_tokens))
-    streams = {split: _Stream(n_train) if split is Split.train else _held_out(options, cut) for split in Split}
-    _fill(options, streams, source, tokenizer)
+    streams = {split: Stream(n_train) if split is Split.train else _held_out(options, cut) for split in Split}
+    unfinished = Unfinished(workspace, _key(options, tokenizer, bos_token_id) if workspace else "", streams)
+    fill(options, streams, tokenizer, marks, unfinished)
     rows = {split: cut.n_rows(len(stream.tokens)) for split, stream in streams.items()}
     if any(stream.short or not stream.trim(cut) for stream in streams.values()):
-        raise UserError(_too_short(options, rows))
+        raise UserError(shortage.too_short(options, rows, unfinished))
     return {split: cut.contexts(stream.tokens) for split, stream in streams.items()}
 
 
@@ -134,19 +104,72 @@ def pack_other(
 ) -> Packed:
     """`held_out` full contexts of one split, or of all documents (None): evaluation on another text, which needs no
     training rows (`n_tokens` plays no part). Raises UserError when the text ends first."""
-    source = documents(options)
-    cut = _Cut(options.context, bos_token_id, tokenizer.eos_token_id)
+    check(options)
+    cut, marks = _layout(options, tokenizer, bos_token_id)
     wanted = _held_out(options, cut)
-    streams = {part: wanted if split in (part, None) else _Stream(0) for part in Split}
-    _fill(options, streams, source, tokenizer)
+    streams = {part: wanted if split in (part, None) else Stream(0) for part in Split}
+    unfinished = Unfinished(None, "", streams)
+    fill(options, streams, tokenizer, marks, unfinished)
     if wanted.short or not wanted.trim(cut):
         n = cut.n_rows(len(wanted.tokens)) // (options.context - 1)
         what = f"{n} contexts of {options.context} {split or ''} tokens".replace("  ", " ")
         fix = f"use dataset.held_out={n}" if n else "give more text or a smaller dataset.context"
-        raise UserError(
-            f"dataset.path={options.path}: the text holds {what}, dataset.held_out={options.held_out}; {fix}"
-        )
+        found = shortage.nothing(unfinished) or f"the text holds {what}, dataset.held_out={options.held_out}; {fix}"
+        raise UserError(f"{shortage.named(options)}: {found}")
     return cut.contexts(wanted.tokens)
+
+
+def documents(options: DatasetOptions) -> Iterator[str]:
+    """Text of all documents after the filter, of every split, in order. Raises UserError as `texts` does."""
+    _check_text(options)
+    return all_texts(members_of(options))
+
+
+def texts(options: DatasetOptions) -> Iterator[str]:
+    """Text of the training documents after the filter, in order, to train a tokenizer on: all of them, or with a count
+    of tokens what they take at most (8 characters a token). Of a chat what was said. Raises UserError at once for
+    content=tokens, which has no text, and as `pack` does."""
+    _check_text(options)
+    n_characters = None if options.n_tokens == "all" else count(options.n_tokens) * CHARACTERS_A_TOKEN
+    return training_texts(members_of(options), n_characters)
+
+
+def sizes(options: DatasetOptions, bos_token_id: int | None) -> dict[Split, tuple[int, int]] | None:
+    """(n_contexts, n_rows) of each split, by arithmetic; None for n_tokens=all. Without a number of held-out contexts
+    the most that there can be."""
+    if options.n_tokens == "all":
+        return None
+    cut = Cut(options.context, bos_token_id, 0)
+    held_out = MOST_HELD_OUT if options.held_out is None else options.held_out
+    rows = dict.fromkeys(Split, held_out * (options.context - 1)) | {Split.train: count(options.n_tokens)}
+    return {split: (cut.n_contexts(n), n) for split, n in rows.items()}
+
+
+def resolved(options: DatasetOptions) -> Json:
+    """What a cache records about where the text came from, after `pack`: the commit of a hub data set, in a mixture of
+    each such member by its name. Empty for others."""
+    found = {name: hub.resolved(s) for name, (_, s) in sources_of(options).items() if s.kind is DatasetKind.hub}
+    if options.kind is not DatasetKind.mixture:
+        return dict(found.get(options.name, {}))
+    return {name: commit for name, commit in found.items() if commit}
+
+
+def source_identity(options: DatasetOptions) -> Json:
+    """What identifies the text beyond the options, so that a changed text or generator makes another cache: the hash of
+    local files, or of the first generated documents; nothing for hub data sets; of a mixture that of each member."""
+    check(options)
+    found: dict[str, Json] = {}
+    for name, (label, source) in sources_of(options).items():
+        found[name] = {}
+        if source.kind is DatasetKind.world:
+            from pipeline.data import world
+
+            sample = "\0".join(document.text for document in islice(world.documents(options.seed), 256))
+            found[name] = {"sha256": hashlib.sha256(sample.encode()).hexdigest()}
+        elif source.kind is not DatasetKind.hub:
+            assert source.path is not None  # by check
+            found[name] = {"sha256": hash_files(files_of(source.path, source.kind, f"{label}.path"))}
+    return found if options.kind is DatasetKind.mixture else found[options.name]
 
 
 def fingerprint(packed: dict[Split, Packed]) -> str:
@@ -159,141 +182,40 @@ def fingerprint(packed: dict[Split, Packed]) -> str:
     return total.hexdigest()
 
 
-class _Cut(NamedTuple):
-    """How a stream of tokens is laid out in contexts."""
-
-    context: int
-    bos_token_id: int | None
-    eos_token_id: int
-
-    @property
-    def width(self) -> int:
-        """Tokens of the stream in a context."""
-        return self.context - (self.bos_token_id is not None)
-
-    def n_rows(self, n_tokens: int) -> int:
-        """Rows that `n_tokens` of the stream give: all of them behind a BOS, else all but each context's first."""
-        full, rest = divmod(n_tokens, self.width)
-        first = self.bos_token_id is None
-        return full * (self.width - first) + max(rest - first, 0)
-
-    def n_tokens(self, n_rows: int) -> int:
-        """The shortest stream that gives `n_rows` rows: the inverse of n_rows."""
-        full, rest = divmod(n_rows, self.context - 1)
-        first = self.bos_token_id is None
-        return full * self.width + (rest + first if rest else 0)
-
-    def contexts(self, tokens: "array[int]") -> Packed:
-        n_rows = self.n_rows(len(tokens))
-        full, rest = divmod(self.n_tokens(n_rows), self.width)
-        contexts = np.full((full + (rest > 0), self.context), self.eos_token_id, dtype=np.int32)
-        if self.bos_token_id is not None:
-            contexts[:, 0] = self.bos_token_id
-        stream = np.frombuffer(tokens, dtype=np.int32)
-        text = contexts[:, self.context - self.width :]
-        text[:full] = stream[: full * self.width].reshape(full, self.width)
-        if rest:
-            text[full, :rest] = stream[full * self.width : full * self.width + rest]
-        return Packed(contexts, n_rows)
+def _check_text(options: DatasetOptions) -> None:
+    check(options)
+    for label, source in sources_of(options).values():
+        if source.content is Content.tokens:
+            raise UserError(f"{label}.content=tokens holds no text for a tokenizer; give text or chats")
 
 
-class _Stream:
-    """Tokens of one split, four bytes each, up to `limit` of them (None: no limit). With `at_most` fewer will do, as
-    many full contexts as there are."""
-
-    def __init__(self, limit: int | None, at_most: bool = False) -> None:
-        self.limit = limit
-        self.at_most = at_most
-        self.tokens: array[int] = array("i")
-
-    def trim(self, cut: _Cut) -> int:
-        """Drop what fills no context, where only full ones count. -> rows that are left"""
-        n_rows = cut.n_rows(len(self.tokens))
-        if self.at_most:
-            n_rows -= n_rows % (cut.context - 1)
-            del self.tokens[cut.n_tokens(n_rows) :]
-        return n_rows
-
-    @property
-    def full(self) -> bool:
-        return self.limit is not None and len(self.tokens) >= self.limit
-
-    @property
-    def short(self) -> bool:
-        return self.limit is not None and len(self.tokens) < self.limit and not self.at_most
-
-    def add(self, ids: list[int], eos_token_id: int) -> None:
-        self.tokens.extend(ids)
-        self.tokens.append(eos_token_id)
-        if self.limit is not None:
-            del self.tokens[self.limit :]
+def _layout(
+    options: DatasetOptions, tokenizer: "PreTrainedTokenizerBase", bos_token_id: int | None
+) -> tuple[Cut, Marks]:
+    eos = tokenizer.eos_token_id
+    if eos is None and options.separator is Separator.eos:
+        fix = "use dataset.separator=none, or name the token in tokenizer_config.json"
+        raise UserError(f"dataset.separator=eos: the model's tokenizer has no end-of-text token; {fix}")
+    begins = (bos_token_id, getattr(tokenizer, "bos_token_id", None))
+    leading = frozenset(token for token in begins if token is not None)
+    separator = eos if options.separator is Separator.eos else None
+    return Cut(options.context, bos_token_id, 0 if eos is None else eos), Marks(separator, leading)
 
 
-def _fill(
-    options: DatasetOptions,
-    streams: dict[Split, _Stream],
-    source: Iterator[str],
-    tokenizer: "PreTrainedTokenizerBase",
-) -> None:
-    """Reads until every stream is full or the documents end. What is already full is not tokenised."""
-    distinct = set(streams.values())
-    limits = [stream.limit for stream in distinct if stream.limit is not None]
-    by_tokens = len(limits) == len(distinct)
-    total = sum(limits) if by_tokens else _n_bytes(options)
-    with Progress(total, unit="tok" if by_tokens else "B", desc="tokens") as progress:
-        for batch in _batches(source):
-            wanted = [(stream, text) for text in batch if text.strip() and not (stream := streams[split_of(text)]).full]
-            n_before = sum(len(stream.tokens) for stream in distinct)
-            if wanted:
-                encoded = tokenizer([text for _, text in wanted], add_special_tokens=False, verbose=False)["input_ids"]
-                for (stream, _), ids in zip(wanted, encoded, strict=True):
-                    if ids:
-                        stream.add(ids, tokenizer.eos_token_id)
-            done = sum(len(stream.tokens) for stream in distinct) - n_before if by_tokens else sum(map(len, batch))
-            progress.update(min(done, total - progress.done))
-            if all(stream.full for stream in distinct):
-                return
-        if not by_tokens:  # separators are no part of documents, and a character may take more than a byte
-            progress.update(total - progress.done)
-
-
-def _n_bytes(options: DatasetOptions) -> int:
-    assert options.path is not None  # only a text can be read to its end
-    return sum(file.stat().st_size for file in text_files(options.path))
-
-
-def _batches(source: Iterator[str]) -> Iterator[list[str]]:
-    """Documents in groups that are worth a call of the tokenizer."""
-    batch: list[str] = []
-    n_characters = 0
-    for text in source:
-        batch.append(text)
-        n_characters += len(text)
-        if len(batch) >= BATCH_DOCUMENTS or n_characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, n_characters = [], 0
-    yield batch
-
-
-def _held_out(options: DatasetOptions, cut: _Cut) -> _Stream:
+def _held_out(options: DatasetOptions, cut: Cut) -> Stream:
     contexts = MOST_HELD_OUT if options.held_out is None else options.held_out
-    return _Stream(cut.n_tokens(contexts * (options.context - 1)), at_most=options.held_out is None)
+    return Stream(cut.n_tokens(contexts * (options.context - 1)), at_most=options.held_out is None)
 
 
-def _too_short(options: DatasetOptions, rows: dict[Split, int]) -> str:
-    held_out = {split: rows[split] // (options.context - 1) for split in (Split.calibration, Split.evaluation)}
-    found = f"{rows[Split.train]} training rows, " + " and ".join(
-        f"{n} {split} contexts" for split, n in held_out.items()
-    )
-    fixes = []
-    if rows[Split.train] and options.n_tokens != "all" and rows[Split.train] < count(options.n_tokens):
-        fixes.append("dataset.n_tokens=all")
-    smallest = min(held_out.values())
-    if options.held_out is not None and 0 < smallest < options.held_out:
-        fixes.append(f"dataset.held_out={smallest}")
-    fix = "use " + " ".join(fixes) if fixes and smallest else "give more text"
-    if not smallest:
-        fix += ", a smaller dataset.context or shorter documents (dataset.split_by=line)"
-    asked = f"dataset.n_tokens={options.n_tokens} dataset.held_out={options.held_out}"
-    found = f"{found} of {options.context} tokens"
-    return f"dataset.path={options.path}: the text ends after {found}; asked for {asked}; {fix}"
+def _key(options: DatasetOptions, tokenizer: "PreTrainedTokenizerBase", bos_token_id: int | None) -> str:
+    """What a directory with unfinished packing belongs to."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    parts: list[Any] = [json.dumps(asdict(options), sort_keys=True, default=str), bos_token_id, tokenizer.eos_token_id]
+    parts += [fast.to_str() if fast is not None else type(tokenizer).__name__]
+    parts += [getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "chat_template", None)]
+    for label, source in sources_of(options).values():
+        if source.kind not in (DatasetKind.world, DatasetKind.hub):
+            for file in files_of(str(source.path), source.kind, f"{label}.path"):
+                about = file.stat()
+                parts += [str(file.resolve()), about.st_size, about.st_mtime_ns]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

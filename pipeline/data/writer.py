@@ -55,7 +55,7 @@ from pipeline.data.shards import Maps, allocate, seal
 from pipeline.data.shuffle import Permutation
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
-from pipeline.files import sync, write_aside
+from pipeline.files import remove_empty, sync, write_aside
 from pipeline.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class Writer:
                     self._journal.close()
                     raise
             except BaseException:
-                _remove_empty([path / JOURNAL, *new])
+                remove_empty([path / JOURNAL, *new])
                 raise
         return self
 
@@ -294,13 +294,6 @@ def _clear(path: Path) -> None:
             shutil.rmtree(child)
         elif not child.is_dir():
             child.unlink()
-
-
-def _remove_empty(directories: list[Path]) -> None:
-    """Remove those of the directories (innermost first) that are empty."""
-    for directory in directories:
-        if directory.is_dir() and not any(directory.iterdir()):
-            directory.rmdir()
 
 
 @contextmanager

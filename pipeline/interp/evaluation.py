@@ -103,8 +103,7 @@ def world_tasks(lm: LanguageModel, replaced: dict[str, Logits]) -> dict[str, Any
     runs: dict[str, Logits] = {"original": lm.logits, **replaced}
     sets = {}
     for task in tasks():
-        assert lm.bos_token_id is not None  # the world's tokenizer has one
-        tokens, last, answer = map(torch.from_numpy, encode_task(task, lm.tokenizer, lm.bos_token_id))
+        tokens, last, answer = map(torch.from_numpy, encode_task(task, lm.tokenizer, lm.tokenizer.bos_token_id))
         rows = torch.arange(tokens.shape[0])
         sets[f"{task.name}/{task.split}"] = {
             "n": tokens.shape[0],

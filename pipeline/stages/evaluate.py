@@ -43,7 +43,8 @@ def run(cfg: EvalConfig) -> Path:
         logger.info("no run named: using the newest, %s", directory)
     trained = artifact.read(directory)
     asked = trained.config["cache"]["request"]["model"]
-    lm_options = from_plain(ModelOptions, {**asked, "device": cfg.device})
+    revision = trained.config["model"]["revision"] or asked["revision"]  # the commit, where a branch was asked for
+    lm_options = from_plain(ModelOptions, {**asked, "device": cfg.device, "revision": revision})
     cached = _cached(cfg, trained) if cfg.dataset is None else None
     lm = models.load(lm_options)
     _same_model(trained, lm)
@@ -97,7 +98,7 @@ def _other_text(cfg: EvalConfig, trained: Trained, lm: LanguageModel) -> tuple[H
     lm.check_context(cfg.dataset.context)
     held_out_only = cfg.eval.documents == Documents.held_out or cfg.dataset.kind == DatasetKind.world
     split = Split.evaluation if held_out_only else None
-    packed = tokens.pack_other(cfg.dataset, lm.tokenizer, lm.bos_token_id, split)
+    packed = tokens.pack_other(cfg.dataset, lm.tokenizer, tokens.bos_of(cfg.dataset, lm.tokenizer), split)
     rows = list(harvest(lm, packed, range(len(packed.contexts)), cfg.eval.batch_tokens))
     resid_mid = torch.cat([block.resid_mid.cpu() for block in rows]).float()
     mlp_out = torch.cat([block.mlp_out.cpu() for block in rows]).float()

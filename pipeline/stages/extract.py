@@ -2,36 +2,46 @@
 
     clt extract model=world
     clt extract model=local model.path=DIR dataset=text dataset.path=FILE
+    clt extract model=gpt2 --dry-run
 
 1. What is asked for names the cache: when it is there, nothing is loaded and nothing is done.
 2. Documents are split and packed into contexts.
 3. The base model runs over the contexts, block by block; the residual stream before each MLP and the MLP's output are
    scattered over the shards in their final, random order. A stopped extraction goes on with the same command.
+4. A few contexts are computed again and compared with what is on disk; then the cache is called finished.
 """
 
 import logging
+import os
 import shlex
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.data import models, tokens
 from pipeline.data.cache import Cache, damage, newest, read_attributes
+from pipeline.data.conveyor import Conveyor
 from pipeline.data.harvest import harvest, sums
 from pipeline.data.journal import tidy
-from pipeline.data.layout import STORED, Json, directory_of, gb, overrides_of, request_of
+from pipeline.data.layout import JOURNAL, STORED, Json, directory_of, gb, overrides_of, request_of
 from pipeline.data.models import LanguageModel
 from pipeline.data.plan import Block, Plan, check_space, describe, free_bytes, make_plan
+from pipeline.data.spot_check import spot_check
 from pipeline.data.tokens import Packed, Split
 from pipeline.data.writer import Writer
 from pipeline.errors import UserError
+from pipeline.files import remove_empty, take_lock
 from pipeline.progress import Progress
+from pipeline.stages import estimate
 from pipeline.stages.options import ExtractConfig
 
 logger = logging.getLogger(__name__)
 
 
 def run(cfg: ExtractConfig) -> Path:
-    """Make the cache, or go on with it, or say that it is there. -> its directory"""
+    """Make the cache, or go on with it, or say that it is there. -> its directory, which a dry run does not make."""
     if cfg.extract.batch_tokens < 1:
         raise UserError(f"extract.batch_tokens={cfg.extract.batch_tokens} must be at least 1")
     request = request_of(cfg.model, cfg.dataset, cfg.cache.codec)
@@ -41,18 +51,46 @@ def run(cfg: ExtractConfig) -> Path:
         return path
     model = models.load(cfg.model)
     model.check_context(cfg.dataset.context)
-    packed = tokens.pack(cfg.dataset, model.tokenizer, model.bos_token_id)
-    _check_vocabulary(model, packed)
-    plan = make_plan(path, describe(model, cfg.dataset, packed, request), model.mlp_norm(), packed, cfg.cache.shard_mb)
-    _say(cfg, model, plan)
-    check_space(plan)
-    start = time.monotonic()
-    with Writer(plan) as writer:
-        n_tokens = _extract(model, writer, cfg.extract.batch_tokens)
-        writer.publish()
-    rate = n_tokens / (time.monotonic() - start)
+    bos = tokens.bos_of(cfg.dataset, model.tokenizer)
+    if cfg.dry_run:
+        estimate.say(cfg, model, bos, path)
+        return path
+    with _workspace(path) as workspace:
+        packed = tokens.pack(cfg.dataset, model.tokenizer, bos, workspace)
+        _check_vocabulary(model, packed)
+        about = describe(model, cfg.dataset, packed, request, bos)
+        plan = make_plan(path, about, model.mlp_norm(), packed, cfg.cache.shard_mb)
+        _say(cfg, model, plan)
+        check_space(plan)
+        start = time.monotonic()
+        with Writer(plan) as writer:
+            n_tokens = _extract(model, writer, cfg.extract.batch_tokens)
+            rate = n_tokens / (time.monotonic() - start)
+            logger.info("spot check: %s", spot_check(model, plan))
+            writer.publish()
+        shutil.rmtree(workspace)
     logger.info("%s, %s tokens/s\n%s", _summary(Cache.open(path)), f"{rate:,.0f}", _next(path, request))
     return path
+
+
+@contextmanager
+def _workspace(path: Path) -> Iterator[Path]:
+    """Where packing notes how far it has come, beside the cache: locked, and kept for the next start unless the request
+    itself was refused."""
+    folder = path.parent / ".packing" / path.name
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    lock = take_lock(folder, path)
+    try:
+        yield folder / "tokens"
+    except UserError:
+        if not (path / JOURNAL).exists():
+            shutil.rmtree(folder)
+        raise
+    finally:
+        os.close(lock)
+        if folder.is_dir() and not (folder / "tokens").exists():
+            shutil.rmtree(folder)
+        remove_empty([folder, folder.parent, *new])
 
 
 def _is_there(path: Path) -> bool:
@@ -75,16 +113,15 @@ def _extract(model: LanguageModel, writer: Writer, batch_tokens: int) -> int:
     n_rows = writer.plan.n_rows
     if n_left < n_rows:
         logger.info("going on: %s of %s tokens are done", f"{n_rows - n_left:,}", f"{n_rows:,}")
-    with Progress(n_rows, unit="tok", desc="extract", initial=n_rows - n_left) as progress:
+    with (
+        Progress(n_rows, unit="tok", desc="extract", initial=n_rows - n_left) as progress,
+        Conveyor(writer, model.layers.start) as conveyor,
+    ):
         for block in writer.todo:
-            total = None
             for rows in harvest(model, packed[block.split], block.contexts, batch_tokens):
-                writer.write(block.split, rows)
-                part = sums(rows, norm)
-                total = part if total is None else total + part
+                conveyor.put(block, rows, sums(rows, norm))
                 progress.update(len(rows.resid_mid))
-            assert total is not None
-            writer.finish_block(block, total)
+            conveyor.finish(block)
     return n_left
 
 
@@ -107,7 +144,8 @@ def _say(cfg: ExtractConfig, model: LanguageModel, plan: Plan) -> None:
     train, *held_out = (plan.packed[split] for split in Split)
     spec = plan.specs[STORED[0]]
     lines = {
-        "model": f"{model.name}, {model.n_layers} layers of {model.d_model}, {dtype} on {model.device}",
+        "model": f"{model.name}, layers {model.layers.start} to {model.layers.stop - 1} of width {model.d_model}, "
+        f"{dtype} on {model.device}, {model.attention} attention",
         "dataset": f"{cfg.dataset.name}, {train.n_rows:,} tokens in {len(train.contexts):,} contexts of "
         f"{cfg.dataset.context}; {' + '.join(f'{len(p.contexts):,}' for p in held_out)} contexts held out",
         "cache": f"{plan.bytes_per_token:,} bytes a token, {gb(plan.total_bytes)} in all, "

@@ -41,6 +41,37 @@ class ExtractConfig:
     dataset: DatasetOptions
     cache: CacheOptions
     extract: ExtractOptions
+    dry_run: bool = False
+    """Say what it would cost, and write nothing. `--dry-run` sets it."""
+
+
+@dataclass
+class BenchExtractOptions:
+    rounds: int = 15
+    """Rounds that count; each times the three variants, one after the other."""
+
+    batches: int = 2
+    """Forward passes of a variant in a round."""
+
+    batch_tokens: int = 1024
+    """Tokens of a forward pass."""
+
+    context: int = 128
+    """Tokens of a context."""
+
+    device: str = "auto"
+    """Of the random model; a named one has its model.device."""
+
+
+@dataclass
+class BenchExtractConfig:
+    cache: CacheOptions
+    bench: BenchExtractOptions
+    model: ModelOptions | None = None
+    """Null: a random model of GPT-2 small's shape."""
+
+    to: str | None = None
+    """The JSON file; null is bench/extract.json."""
 
 
 @dataclass

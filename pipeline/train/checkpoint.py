@@ -13,12 +13,13 @@ written beside its place, synced and renamed, so that whatever bears its name is
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.arch.base import Transcoder
 from pipeline.files import atomic_directory
@@ -42,9 +43,9 @@ def save(
     target = directory / "checkpoints" / f"step_{state.step}"
     tensors = {"tokens_since_fired": state.tokens_since_fired, "torch_rng": torch.get_rng_state()}
     with atomic_directory(target) as aside:
-        save_file(_contiguous(model.state_dict()), aside / "model.safetensors")
-        save_file(_contiguous(_optimizer_tensors(model, optimizer)), aside / "optimizer.safetensors")
-        save_file(_contiguous(tensors), aside / "state.safetensors")
+        save_file(contiguous(model.state_dict()), aside / "model.safetensors")
+        save_file(contiguous(optimizer_tensors(model, optimizer)), aside / "optimizer.safetensors")
+        save_file(contiguous(tensors), aside / "state.safetensors")
         (aside / "state.json").write_text(json.dumps({"step": state.step, **about}, indent=2) + "\n")
     return target
 
@@ -52,7 +53,7 @@ def save(
 def load(checkpoint: Path, model: Transcoder, optimizer: torch.optim.Optimizer) -> State:
     """Restore model, optimiser and random generator in place, and return the rest."""
     model.load_state_dict(load_file(checkpoint / "model.safetensors"))
-    _restore_optimizer(model, optimizer, load_file(checkpoint / "optimizer.safetensors"))
+    restore_optimizer(model, optimizer, load_file(checkpoint / "optimizer.safetensors"))
     tensors = load_file(checkpoint / "state.safetensors")
     torch.set_rng_state(tensors["torch_rng"])
     step = json.loads((checkpoint / "state.json").read_text())["step"]
@@ -78,11 +79,13 @@ def _all(directory: Path) -> list[Path]:
     return [path for _, path in sorted(named)]
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As safetensors wants them."""
     return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
 
 
-def _optimizer_tensors(model: Transcoder, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's moments, as moment/parameter."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{what}/{names[parameter]}": torch.as_tensor(tensor)
@@ -91,7 +94,8 @@ def _optimizer_tensors(model: Transcoder, optimizer: torch.optim.Optimizer) -> d
     }
 
 
-def _restore_optimizer(model: Transcoder, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`."""
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
     for key, tensor in tensors.items():

@@ -3,13 +3,10 @@
 import json
 import logging
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import torch
 from torch import Tensor
@@ -23,6 +20,7 @@ from pipeline.progress import Progress
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import State
 from pipeline.train.inputs import Inputs
+from pipeline.train.interrupt import stop_requests
 from pipeline.train.objective import Objective
 from pipeline.train.options import OptimOptions
 from pipeline.train.schedule import learning_rate
@@ -76,7 +74,7 @@ class Trainer:
         total = plan.n_steps * plan.batch_tokens
         clock = _Clock()
         self.model.train()
-        with _stop_requests() as requested, Progress(total, "tok", "train", state.step * plan.batch_tokens) as bar:
+        with stop_requests() as requested, Progress(total, "tok", "train", state.step * plan.batch_tokens) as bar:
             while state.step < plan.n_steps:
                 clock.data_asked()
                 batch = next(batches)
@@ -193,22 +191,6 @@ class _Clock:
         }
         self.start, self.waited, self.steps = now, 0.0, 0
         return line
-
-
-@contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn SIGINT and SIGTERM into a flag that is looked at between steps, so that what is saved is a whole step."""
-    asked: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-
-    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def _append(path: Path, line: dict[str, object]) -> None:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from pipeline.data.options import Dtype
+
 
 class LrSchedule(StrEnum):
     constant = "constant"
@@ -86,9 +88,25 @@ class LmOptions:
     d_model: int = 128
     n_heads: int = 4
     d_mlp: int = 512
-    n_steps: int = 3000
+
+    tokenizer: str | None = None
+    """A directory or hub name whose tokenizer is used. Null: the built-in world's words for its documents, and for
+    other text a byte-level BPE that is trained on the training documents."""
+
+    vocab_size: int = 4096
+    """Tokens of a BPE that is trained here, at most; no effect with another tokenizer."""
+
+    tokenizer_mb: float = 50.0
+    """A BPE is trained on the first so many MB (10^6 bytes) of the training documents."""
+
+    n_steps: int | None = None
+    """Length in optimiser steps. Null when n_tokens is set."""
+
+    n_tokens: str | None = None
+    """Length in tokens (400k, 10M); more than the data holds means further epochs. Null when n_steps is set."""
+
     batch_tokens: int = 4096
-    """Tokens of a step."""
+    """Tokens of a step, in whole contexts."""
 
     optim: OptimOptions = field(
         default_factory=lambda: OptimOptions(
@@ -99,15 +117,38 @@ class LmOptions:
     """AdamW's, on matrices only."""
 
     seed: int = 0
-    """Seed of the initial weights and of the order of the contexts."""
+    """Seed of the initial weights, of the order of the contexts and of the samples."""
 
     early_attention_penalty: float = 0.0
     """Weight of the mean attention of layer 0 to earlier tokens other than the first. It makes the model look facts up
-    where the subject stands, which a transcoder can explain, rather than copy the subject to the end first."""
+    where the subject stands, which a transcoder can explain, rather than copy the subject to the end first. Above 0 the
+    attention is computed step by step (eager), which is slower."""
+
+    dtype: Dtype = Dtype.auto
+    """Arithmetic of the matrix products; weights and optimiser are float32 either way. auto is bfloat16 on CUDA and
+    float32 elsewhere. A CPU without bfloat16 instructions takes ten times as long with it."""
 
     weights: Weights = Weights.float32
     """How the finished weights are stored. float16 halves the file; it is only for small models whose weights stay far
-    from its limits. Training is in float32 either way."""
+    from its limits."""
 
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
+
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl."""
+
+    eval_every: int = 500
+    """Steps between held-out losses, with samples of the model's text. No effect on the weights."""
+
+    checkpoint_every: int = 500
+    """Steps between checkpoints. No effect on the result."""
+
+    n_samples: int = 3
+    """Samples at each held-out loss: the first from nothing, the others from the beginnings of held-out documents."""
+
+    sample_tokens: int = 40
+    """Tokens of a sample at most, its given beginning left out; less where the context ends."""
+
+    temperature: float = 0.8
+    """Of the samples; 0 takes the most likely token each time."""

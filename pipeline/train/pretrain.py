@@ -1,106 +1,146 @@
-"""Trains a small language model of the GPT-2 architecture from scratch on packed contexts.
+"""A small language model of the GPT-2 architecture in Hugging Face format: tokenizer, model, samples, files.
 
-    loss = cross-entropy of the next token + early_attention_penalty * early_attention
-
-early_attention is the mean, over sequences, heads and queries, of what layer 0 attends to on the earlier tokens other
-than position 0. Without the penalty a model tends to copy a subject's embedding to the end of the prompt in layer 0
-and to look the fact up there, out of reach of any feature at the subject.
-
-Weights and optimiser are float32, matrix products bfloat16; AdamW with weight decay on matrices. The result is the same
-for the same seed, contexts and number of threads.
+1. The tokenizer is a byte-level BPE trained on the training documents, or one that exists.
+2. The model is a plain GPT-2, so that whatever reads Hugging Face directories reads this one. `lm_loop` trains it.
+3. Samples of its text are drawn beside torch's generator, so that looking at them changes nothing.
 """
 
 import json
 import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
+from pipeline.data.text import hash_files
+from pipeline.data.tokens import count
 from pipeline.errors import UserError
-from pipeline.progress import Progress
 from pipeline.train.options import LmOptions, Weights
-from pipeline.train.schedule import learning_rate
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-EVAL_EVERY = 500
-"""Steps between held-out losses; no effect on the model."""
-EVAL_BATCH = 64
+BOS, EOS = "<bos>", "<eos>"
+N_BYTES = 256
+PROMPT_TOKENS = 8
+"""Given beginning of a sample."""
+TOKENIZER_FILES = ("tokenizer*.json", "vocab*", "merges.txt", "special_tokens_map.json", "*.model")
 
 
-def fit(
-    options: LmOptions,
-    train: np.ndarray,
-    held_out: np.ndarray,
-    tokenizer: "PreTrainedTokenizerBase",
-    to: Path,
-) -> dict[str, float | int]:
-    """Trains on `train` (int32 [n, T], each context once an epoch, in an order given by the seed) and writes a Hugging
-    Face directory `to`. Returns n_parameters, n_steps, n_tokens, loss (last step) and held_out_loss, in nats a token.
-
-    Raises UserError when `to` exists already or when the options do not fit one another.
-    """
-    check(options, to)
-    n, context = train.shape
-    per_step = max(1, options.batch_tokens // context)
-    torch.manual_seed(options.seed)
-    device = torch.device(_device(options.device))
-    model = build(options, len(tokenizer), context, tokenizer.bos_token_id, tokenizer.eos_token_id).to(device)
-    optimizer = _optimizer(model, options)
-    n_tokens = options.n_steps * per_step * context
-    held_out_loss = float("nan")
-    with Progress(n_tokens, unit="tok", desc="pretrain") as progress, early_attention(model) as seen:
-        for step, rows in enumerate(_batches(n, per_step, options.n_steps, options.seed)):
-            tokens = torch.from_numpy(train[rows]).to(device, torch.long)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(options.optim, step, options.n_steps)
-            with torch.autocast(device.type, torch.bfloat16):
-                logits = model(tokens, use_cache=False).logits
-            loss = next_token_loss(logits, tokens)
-            penalty = options.early_attention_penalty * seen[-1]
-            (loss + penalty).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            fields = {"loss": f"{loss.item():.3f}", "early": f"{seen[-1].item():.3f}"}
-            if (step + 1) % EVAL_EVERY == 0 or step + 1 == options.n_steps:
-                held_out_loss = evaluate(model, held_out)
-                fields["held-out"] = f"{held_out_loss:.3f}"
-                logger.info("step %d: loss %.4f, held-out loss %.4f", step + 1, loss.item(), held_out_loss)
-            progress.update(len(rows) * context, **fields)
-    save(model, tokenizer, options.weights, to)
-    return {
-        "n_parameters": sum(p.numel() for p in model.parameters()),
-        "n_steps": options.n_steps,
-        "n_tokens": n_tokens,
-        "loss": loss.item(),
-        "held_out_loss": held_out_loss,
-    }
+class Sample(NamedTuple):
+    prompt: str
+    """The given beginning; empty for a sample from nothing."""
+    text: str
 
 
-def check(options: LmOptions, to: Path) -> None:
-    """Raises UserError for what cannot be trained or written, before anything is done."""
+def check(options: LmOptions, context: int) -> None:
+    """Raises UserError for what cannot be trained, before anything is done."""
+    for name in ("n_layers", "d_model", "n_heads", "d_mlp", "log_every", "eval_every", "checkpoint_every"):
+        if getattr(options, name) < 1:
+            raise UserError(f"lm.{name}={getattr(options, name)} must be at least 1")
+    for name in ("seed", "n_samples", "sample_tokens", "temperature", "early_attention_penalty", "weight_decay"):
+        if getattr(options, name) < 0:
+            raise UserError(f"lm.{name}={getattr(options, name)} must not be negative")
     if options.d_model % options.n_heads:
         raise UserError(
             f"lm.d_model={options.d_model} must be a multiple of lm.n_heads={options.n_heads}; change either"
         )
-    if options.optim.name != "adamw":
-        raise UserError(f"lm.optim.name={options.optim.name}: a language model is trained with adamw only")
-    if to.exists():
-        raise UserError(f"to={to} exists already; remove it or choose another directory")
+    if (options.n_tokens is None) == (options.n_steps is None):
+        raise UserError("give the length of the training once: lm.n_tokens or lm.n_steps, the other null")
+    if options.n_tokens is not None:
+        count(options.n_tokens)
+    elif options.n_steps is not None and options.n_steps < 1:
+        raise UserError(f"lm.n_steps={options.n_steps} must be at least 1")
+    if options.batch_tokens < context:
+        raise UserError(
+            f"lm.batch_tokens={options.batch_tokens} holds no context; use lm.batch_tokens={context} or more"
+        )
+    if options.vocab_size < N_BYTES + 2:
+        raise UserError(f"lm.vocab_size={options.vocab_size}: 256 bytes and 2 special tokens are {N_BYTES + 2} already")
+    if options.tokenizer_mb <= 0:
+        raise UserError(f"lm.tokenizer_mb={options.tokenizer_mb} must be above 0")
+    optim = options.optim
+    if optim.name != "adamw":
+        raise UserError(f"lm.optim.name={optim.name}: a language model is trained with adamw only")
+    if optim.lr <= 0:
+        raise UserError(f"lm.optim.lr={optim.lr} must be above 0")
+    for name, top in (("beta1", 0.999999), ("beta2", 0.999999), ("warmup", 1), ("decay", 1)):
+        if not 0 <= getattr(optim, name) <= top:
+            raise UserError(f"lm.optim.{name}={getattr(optim, name)} must lie between 0 and 1")
 
 
-def build(options: LmOptions, n_words: int, context: int, bos: int, eos: int) -> "GPT2LMHeadModel":
+# --------------------------------------------------------------------------------------------------- tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, most_mb: float) -> "PreTrainedTokenizerBase":
+    """A byte-level BPE of at most `vocab_size` tokens, trained on the first `most_mb` MB of training documents. Ids 0
+    and 1 are <bos> and <eos>; it adds neither by itself, and decoding gives the text back. The same texts give the same
+    tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_first(texts, most_mb), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False
+    )
+
+
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """That of a directory or a hub name. Raises UserError when it cannot be had or has no end-of-text token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(Path(name).expanduser() if Path(name).expanduser().is_dir() else name)
+    except (OSError, ValueError) as error:
+        why = "holds no tokenizer" if Path(name).expanduser().exists() else "no directory, and the hub did not give it"
+        fix = f"give a directory with a tokenizer.json, or run `hf download {name}` where there is a network"
+        raise UserError(f"lm.tokenizer={name}: {why} ({type(error).__name__}); {fix}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"lm.tokenizer={name} has no end-of-text token; name its eos_token in tokenizer_config.json")
+    return tokenizer
+
+
+def tokenizer_identity(name: str | None) -> str | None:
+    """sha256 of the files of a local tokenizer; None where there are none."""
+    directory = Path(name).expanduser() if name is not None else None
+    if directory is None or not directory.is_dir():
+        return None
+    files = sorted({file for pattern in TOKENIZER_FILES for file in directory.glob(pattern)})
+    return hash_files(files) if files else None
+
+
+def n_words(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Rows that an embedding needs for this tokenizer."""
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
+def _first(texts: Iterable[str], most_mb: float) -> Iterator[str]:
+    left = most_mb * 1e6
+    for text in texts:
+        yield text
+        left -= len(text.encode("utf-8", "surrogatepass"))
+        if left <= 0:
+            return
+
+
+# ------------------------------------------------------------------------------------------------------- model
+
+
+def build(options: LmOptions, n_words: int, context: int, bos: int | None, eos: int) -> "GPT2LMHeadModel":
     """A plain GPT-2 of this size, freshly initialised from torch's generator."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -116,85 +156,73 @@ def build(options: LmOptions, n_words: int, context: int, bos: int, eos: int) ->
         attn_pdrop=0.0,
         bos_token_id=bos,
         eos_token_id=eos,
-        attn_implementation="eager",  # the only one that says what it attends to
+        # Only eager attention says what it attends to.
+        attn_implementation="eager" if options.early_attention_penalty > 0 else "sdpa",
     )
     return GPT2LMHeadModel(config).train()
 
 
-@contextmanager
-def early_attention(model: "GPT2LMHeadModel") -> Iterator[list[Tensor]]:
-    """While open, the list holds the mean layer-0 attention to keys between position 0 and the query, of the newest
-    forward pass."""
-    seen: list[Tensor] = []
+def save(model: "GPT2LMHeadModel", tokenizer: Path, weights: Weights, to: Path) -> None:
+    """The files of a Hugging Face directory. Converts the model to the dtype of the stored weights.
 
-    def note(module: torch.nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-        weights = output[1].float()  # [batch, head, query, key]
-        seen[:] = [weights.tril(-1)[..., 1:].sum(-1).mean()]
-
-    handle = model.transformer.h[0].attn.register_forward_hook(note)
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean cross-entropy of tokens[:, 1:], in nats.  [n, T, V], [n, T] -> []"""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
-
-
-@torch.no_grad()
-def evaluate(model: "GPT2LMHeadModel", contexts: np.ndarray) -> float:
-    """Mean next-token loss on contexts in float32, in nats."""
-    model.eval()
-    total = 0.0
-    for rows in np.array_split(contexts, -(-len(contexts) // EVAL_BATCH)):
-        tokens = torch.from_numpy(rows).to(model.device, torch.long)
-        total += next_token_loss(model(tokens, use_cache=False).logits, tokens).item() * len(rows)
-    model.train()
-    return total / len(contexts)
-
-
-def save(model: "GPT2LMHeadModel", tokenizer: "PreTrainedTokenizerBase", weights: Weights, to: Path) -> None:
-    """A Hugging Face directory, written aside and renamed, so that it is either whole or not there."""
+    tokenizer: directory with its files, which are copied: transformers saves one that it has read with other words.
+    """
     from transformers.utils import logging as noise
 
     noise.disable_progress_bar()
-    aside = to.with_name(f".{to.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.eval().to(dtype=getattr(torch, weights.value)).save_pretrained(aside)
-    (aside / "generation_config.json").unlink(missing_ok=True)  # nothing to say: GPT-2's defaults
-    tokenizer.save_pretrained(aside)
-    config = json.loads((aside / "config.json").read_text())
+    model.eval().to(dtype=getattr(torch, weights.value)).save_pretrained(to)
+    (to / "generation_config.json").unlink(missing_ok=True)  # nothing to say: GPT-2's defaults
+    shutil.copytree(tokenizer, to, dirs_exist_ok=True)
+    config = json.loads((to / "config.json").read_text())
     config.pop("_name_or_path", None)
-    (aside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    (aside / "model.safetensors").chmod(0o644)  # safetensors makes it private
-    aside.rename(to)
+    (to / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (to / "model.safetensors").chmod(0o644)  # safetensors makes it private
 
 
-def _optimizer(model: "GPT2LMHeadModel", options: LmOptions) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": options.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    optim = options.optim
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
+# ----------------------------------------------------------------------------------------------------- samples
 
 
-def _batches(n: int, per_step: int, n_steps: int, seed: int) -> Iterator[np.ndarray]:
-    """Row numbers of each step: every context once an epoch; what is left over at its end waits for the next epoch."""
-    generator = np.random.default_rng(seed)
-    queue = np.empty(0, dtype=np.int64)
-    for _ in range(n_steps):
-        while len(queue) < per_step:
-            queue = np.concatenate([queue, generator.permutation(n)])
-        yield queue[:per_step]
-        queue = queue[per_step:]
+def prompts(n: int, held_out: np.ndarray, bos: int | None, eos: int) -> list[list[int]]:
+    """Token ids to begin samples with: nothing, then the beginnings of held-out documents (of contexts, where too few
+    documents begin).  held_out [n, T]"""
+    start = [eos] if bos is None else [bos, eos]
+    text = held_out[:, 1:]
+    found = [row[i + 1 : i + 1 + PROMPT_TOKENS] for row in text for i in np.flatnonzero(row == eos) if i + 1 < len(row)]
+    whole = [ids for ids in found if len(ids) == PROMPT_TOKENS and eos not in ids]
+    begun = [*whole, *(row[:PROMPT_TOKENS] for row in text if eos not in row[:PROMPT_TOKENS])]
+    return [start, *([*start, *map(int, ids)] for ids in begun)][:n]
 
 
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def samples(
+    model: "GPT2LMHeadModel", tokenizer: "PreTrainedTokenizerBase", begun: list[list[int]], options: LmOptions
+) -> list[Sample]:
+    """A continuation of each beginning, the same for the same weights and seed. Leaves torch's generator as it was and
+    the model in training mode."""
+    eos = tokenizer.eos_token_id
+    chosen = {"do_sample": True, "temperature": options.temperature, "top_k": 0} if options.temperature > 0 else {}
+    found = []
+    model.eval()
+    cuda = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(cuda), torch.no_grad():
+        torch.manual_seed(options.seed)
+        for ids in begun:
+            room = min(options.sample_tokens, model.config.n_positions - len(ids))
+            if room < 1:
+                continue
+            tokens = torch.tensor([ids], device=model.device)
+            mask = torch.ones_like(tokens)
+            out = model.generate(
+                tokens, attention_mask=mask, max_new_tokens=room, eos_token_id=eos, pad_token_id=eos, **chosen
+            )
+            prompt, text = (
+                tokenizer.decode(part, skip_special_tokens=True) for part in (ids, out[0, len(ids) :].tolist())
+            )
+            found.append(Sample(prompt, text))
+    model.train()
+    return found
+
+
+def say(found: Iterable[Sample]) -> None:
+    """Log samples, a line each: the given beginning, a bar, what the model wrote."""
+    for sample in found:
+        logger.info("  %s", f"{sample.prompt}|{sample.text}".replace("\n", "\\n"))

@@ -32,7 +32,8 @@ class FakeModel:
     """Activations are sines of token, position, layer and dimension, so that no two are alike."""
 
     name, path, revision, architecture = "fake", "fake", None, "Sines"
-    n_layers, d_model, vocab_size, bos_token_id, eos_token_id = L, D, VOCAB, 0, 1
+    n_layers, d_model, vocab_size, eos_token_id = L, D, VOCAB, 1
+    layers, attention = range(L), "eager"
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, weight: float = 1.0) -> None:
@@ -40,7 +41,7 @@ class FakeModel:
         self.n_calls = 0
         self.before_call: Callable[[int], None] = lambda n: None
 
-    def collect(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def collect(self, tokens: Tensor, first: int = 0, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         self.before_call(self.n_calls)
         self.n_calls += 1
         context = tokens.shape[1]
@@ -48,7 +49,8 @@ class FakeModel:
         position = torch.arange(context).float()[None, :, None, None]
         layer = torch.arange(L).float()[:, None]
         phase = token * 1.7 + position * 0.31 + layer * 0.9 + torch.arange(D) * 2.3
-        return 3 * torch.sin(phase * self.weight) + 0.5, torch.cos(phase * 1.1)
+        values = 3 * torch.sin(phase * self.weight) + 0.5, torch.cos(phase * 1.1)
+        return tuple(value[:, first:].to(dtype or self.dtype) for value in values)
 
     def mlp_norm(self) -> MlpNorm:
         gain = 1 + torch.arange(L * D).float().view(L, D) / 10
@@ -78,7 +80,7 @@ def pack(seed: int = 0, sizes: dict[Split, tuple[int, int]] | None = None, conte
 
 
 def request(**changes: Any) -> dict[str, Any]:
-    model = {"name": "fake", "path": "fake", "revision": None, "dtype": "auto"}
+    model = {"name": "fake", "path": "fake", "revision": None, "dtype": "auto", "attention": "auto", "layers": None}
     options = {"name": "text", "kind": "text", "n_tokens": "244", "path": "x.txt", "split_by": None, "context": T}
     dataset = options | {"held_out": 3, "seed": 7} | changes
     return {"schema": 1, "model": model, "dataset": dataset, "codec": "raw", "source": {}}
@@ -90,7 +92,7 @@ def plan_of(
     options = DatasetOptions("text", DatasetKind.text, "244", path="x.txt", context=T, held_out=3, seed=seed)
     options.context = packed[Split.train].contexts.shape[1]
     asked = request(seed=seed, context=options.context)
-    about = describe(as_model(model), options, packed, asked) | {"block_contexts": block_contexts}
+    about = describe(as_model(model), options, packed, asked, bos_token_id=0) | {"block_contexts": block_contexts}
     return make_plan(directory_of(cache_dir, asked), about, model.mlp_norm(), packed, shard_mb)
 
 
@@ -116,7 +118,7 @@ def extract(
             total = np.zeros(plan.sums_shape)
             for rows in harvest(as_model(model), packed[block.split], block.contexts, batch_tokens):
                 writer.write(block.split, rows)
-                total += sums(rows, plan.norm)
+                total += sums(rows, plan.norm).numpy()
             writer.finish_block(block, total)
             if after_block is not None:
                 after_block(block.number)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.data import tokens
+from pipeline.data import mixture, tokens
 from pipeline.data.options import DatasetKind, DatasetOptions, SplitBy
 from pipeline.data.text import hash_files
 from pipeline.data.tokens import Split
@@ -127,7 +127,7 @@ def test_held_out_text_depends_on_neither_n_tokens_nor_order_nor_batching(
     few, all_of_it = (tokens.pack(replace(options, n_tokens=n), TOKENIZER, BOS) for n in ("9", "all"))
     for split in (Split.calibration, Split.evaluation):
         assert (few[split].contexts == all_of_it[split].contexts).all()
-    monkeypatch.setattr(tokens, "BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr(mixture, "BATCH_DOCUMENTS", 3)
     assert tokens.fingerprint(tokens.pack(options, TOKENIZER, BOS)) == tokens.fingerprint(all_of_it)
     backwards = tokens.pack(write(tmp_path / "backwards.txt", words(600)[::-1]), TOKENIZER, BOS)
     train = set(all_of_it[Split.train].contexts.ravel())
@@ -194,7 +194,7 @@ def test_without_a_number_a_text_too_short_for_one_context_is_refused(options: D
 
 
 def test_a_single_document_is_refused_with_the_advice_to_split_it(options: DatasetOptions) -> None:
-    with pytest.raises(UserError, match=r"0 evaluation contexts.*split_by=line"):
+    with pytest.raises(UserError, match=r"0 evaluation .*split_by=paragraph or line\).*whole documents.* is 1$"):
         tokens.pack(replace(options, split_by=SplitBy.document), TOKENIZER, BOS)
 
 
@@ -238,7 +238,7 @@ def test_world_gives_exactly_the_rows_asked_for_and_follows_its_seed() -> None:
 @pytest.mark.parametrize(
     ("split_by", "expected"),
     [
-        (SplitBy.line, ["one", "", "two", "lines", "", "three", "four"]),
+        (SplitBy.line, ["one", "two", "lines", "three", "four"]),
         (SplitBy.paragraph, ["one", "two\nlines", "three\nfour"]),
         (None, ["one", "two\nlines", "three\nfour"]),
         (SplitBy.document, ["one\n\ntwo\nlines\n\nthree\nfour"]),
@@ -304,7 +304,7 @@ def test_unusable_text_is_refused_with_the_name_of_the_file(options: DatasetOpti
 def test_options_that_do_not_apply_or_contradict_are_refused(wrong: dict[str, Any], match: str) -> None:
     options = DatasetOptions(name="world", kind=DatasetKind.world, n_tokens="1k")
     with pytest.raises(UserError, match=match):
-        tokens.documents(replace(options, **wrong))
+        tokens.check(replace(options, **wrong))
 
 
 @pytest.mark.parametrize(

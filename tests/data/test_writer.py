@@ -201,7 +201,7 @@ def test_few_maps_are_open_at_a_time_and_that_changes_nothing(
 
 def test_a_second_extraction_of_the_same_cache_is_refused(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
     def second(number: int) -> None:
-        with pytest.raises(UserError, match=rf"another extraction \(process {os.getpid()}\) is making"):
+        with pytest.raises(UserError, match=rf"another process \({os.getpid()}\) is making"):
             fake.extract(tmp_path)
 
     assert fake.stored_files(fake.extract(tmp_path, after_block=second)) == uninterrupted
@@ -228,7 +228,7 @@ def test_a_lock_on_a_journal_that_was_just_removed_is_taken_again(
 
     monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
     Journal(tmp_path)
-    with pytest.raises(UserError, match="another extraction"):
+    with pytest.raises(UserError, match="another process"):
         Journal(tmp_path)
 
 

@@ -4,6 +4,7 @@ import logging
 import shlex
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,22 @@ import pytest
 import torch
 import zarr
 
+from pipeline.arch.options import Site
 from pipeline.config import compose
+from pipeline.core.normalize import Scaling
 from pipeline.data import cache as caches
 from pipeline.data import models
 from pipeline.data.cache import Cache
 from pipeline.data.layout import command_of, request_of
+from pipeline.data.loader import Loader
 from pipeline.data.options import CacheOptions, DatasetKind, DatasetOptions, ExtractOptions, ModelOptions, SplitBy
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 from pipeline.stages import extract
 from pipeline.stages.options import ExtractConfig
+from pipeline.train import inputs
 from tests.data.fake import stored_files
+from tests.families import FAMILIES, Plain
 
 N, T, HELD_OUT = 2000, 17, 5
 
@@ -76,7 +82,7 @@ def test_rows_in_plain_zarr_are_what_hugging_face_sees_for_their_tokens(cfg: Ext
     seen = hugging_face_sees(cfg.model.path, contexts)
     for name, exact, expected in zip(("resid_mid", "mlp_out"), zip(*collected, strict=True), seen, strict=True):
         stored = torch.from_numpy(group[name][:]).view(torch.bfloat16)
-        assert torch.equal(stored, torch.cat(exact)[context, position].bfloat16())
+        compare(stored, torch.cat(exact)[context, position])
         compare(stored, expected[context, position])
     tokens, resid_mid, mlp_out = cache.held_out(Split.evaluation)
     assert tokens.shape == (HELD_OUT, T)
@@ -94,16 +100,48 @@ def compare(stored: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(*nearest, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_row_of_every_family_is_what_hugging_face_sees_and_gives_the_real_input_of_its_mlp(
+    cfg: ExtractConfig, family_model: Callable[[str], Path], family: str
+) -> None:
+    """From the text to what a trainer is handed, and back into the model."""
+    cfg.model.path = str(family_model(family))
+    cache = Cache.open(extract.run(cfg))
+    contexts = torch.from_numpy(cache.tokens).long()
+    context, position, _ = cache.locate(np.arange(N))
+    seen = [sites[context, position] for sites in Plain(Path(cfg.model.path), family).seen(contexts)]
+    norm_in, mlp_in, added = seen
+    to_x = inputs.build(cache.norm, Site.mlp_in, unscaled(cache), torch.device("cpu"))
+    n_seen = 0
+    with Loader(cache, batch_tokens=500, seed=0) as loader:
+        for _ in range(N // 500):
+            batch = next(loader)
+            for stored, expected in ((batch.resid_mid, norm_in), (batch.mlp_out, added)):
+                compare(stored, expected[batch.rows])
+            x, y = to_x(batch.resid_mid, batch.mlp_out)
+            assert torch.equal(y, batch.mlp_out.float())
+            off = (x - mlp_in[batch.rows]).norm() / mlp_in[batch.rows].norm()
+            assert off < 2**-8  # resid_mid is stored with 8 bits
+            n_seen += len(x)
+    assert n_seen == N
+
+
+def unscaled(cache: Cache) -> Scaling:
+    one = torch.ones(cache.n_layers, cache.d_model)
+    return Scaling(0 * one, one, 0 * one, one)
+
+
 def test_it_says_what_it_does(cfg: ExtractConfig, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     path = extract.run(cfg)
     said = caplog.text
     for what in (
-        "local, 3 layers of 20, float32 on cpu",
+        "local, layers 0 to 2 of width 20, float32 on cpu, sdpa attention",
         f"text, 2,000 tokens in 125 contexts of {T}; {HELD_OUT} + {HELD_OUT} contexts held out",
         "240 bytes a token",
         "2 x 5 shards of 0.0458 MB",
         "GB free",
+        "spot check: 64 rows computed again",
         f"{path}: 2,000 rows in 2 x 5 shards",
         "tokens/s",
         f"next: clt train +experiment=batchtopk_across cache.dir={cfg.cache.dir}",
@@ -155,12 +193,13 @@ def test_stopped_in_a_pass_it_goes_on_to_the_same_bytes(
     cfg.cache.dir = str(tmp_path / "again")
     collect, calls = models.LanguageModel.collect, 0
 
-    def failing(self: models.LanguageModel, tokens: torch.Tensor) -> Any:
+    def failing(self: models.LanguageModel, tokens: torch.Tensor, **more: Any) -> Any:
         nonlocal calls
-        calls += 1
-        if calls == 5:
+        counts = "first" in more  # not what a load tries out
+        calls += counts
+        if counts and calls == 5:
             raise KeyboardInterrupt
-        return collect(self, tokens)
+        return collect(self, tokens, **more)
 
     monkeypatch.setattr(models.LanguageModel, "collect", failing)
     monkeypatch.setattr("pipeline.data.plan.BLOCK_TOKENS", (680, 680))  # two passes
@@ -290,3 +329,55 @@ def test_changed_weights_make_another_cache(cfg: ExtractConfig, tiny_gpt2: Path,
     (other / "model.safetensors").write_bytes(weights)
     with pytest.raises(UserError, match="does not exist; run: clt extract"):
         caches.find(Path(cfg.cache.dir), cfg.model, cfg.dataset)
+
+
+def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(
+    cfg: ExtractConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("pipeline.stages.estimate.TIMED_SECONDS", 0.05)
+
+    def promised() -> dict[str, str]:
+        """name -> text of the lines that it says."""
+        caplog.clear()
+        cfg.dry_run = True
+        path = extract.run(cfg)
+        cfg.dry_run = False
+        assert not (tmp_path / "cache").exists()
+        assert caplog.messages[-1].startswith("nothing was written")
+        lines = dict(message.split(maxsplit=1) for message in caplog.messages[:-1])
+        assert lines["path"] == str(path)
+        return lines
+
+    some = promised()
+    assert some["tokens"] == "2,000 train, 80 calibration, 80 evaluation"
+    assert some["contexts"] == f"135 of {T} tokens"
+    assert some["bytes"] == "240 a token"
+    cfg.dataset.n_tokens = "all"  # then the text is tokenised to be counted
+    whole = promised()
+    cache = Cache.open(extract.run(cfg))
+    assert whole["tokens"].split(" train")[0] == f"{cache.n_rows:,}"
+    assert abs(cache.n_bytes / 1e6 - float(whole["as"].removeprefix("raw").split()[0])) < 0.01 * cache.n_bytes / 1e6
+    cfg.dry_run = True
+    extract.run(cfg)
+    assert "already there, nothing to do" in caplog.messages[-1]
+
+
+def test_a_second_extraction_of_the_same_request_waits_for_no_one(
+    cfg: ExtractConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first one still reads its text."""
+    pack = extract.tokens.pack
+    seen: list[str] = []
+
+    def meanwhile(*arguments: Any) -> Any:
+        if not seen:
+            seen.append("first")
+            with pytest.raises(UserError, match=r"another process \(\d+\) is making .*; wait for it to end"):
+                extract.run(cfg)
+        return pack(*arguments)
+
+    monkeypatch.setattr(extract.tokens, "pack", meanwhile)
+    path = extract.run(cfg)
+    assert seen == ["first"]
+    assert [file.name for file in path.parent.iterdir()] == [path.name]  # no workspace stays behind

@@ -1,7 +1,5 @@
-"""Training a language model from scratch, on a tiny scale."""
+"""Tokenizer, model, samples and files of a small language model."""
 
-import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,15 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.options import DatasetKind, DatasetOptions
 from pipeline.data.world import tokenizer as world_tokenizer
 from pipeline.errors import UserError
-from pipeline.stages import pretrain as stage
-from pipeline.stages.options import PretrainConfig
-from pipeline.train import pretrain, world_report
-from pipeline.train.options import LmOptions, OptimOptions, Weights
-
-TINY = LmOptions(name="tiny", n_layers=2, d_model=12, n_heads=3, d_mlp=20, n_steps=12, batch_tokens=40)
+from pipeline.train import lm_loop, lm_measure, pretrain, world_report
+from pipeline.train.options import OptimOptions, Weights
+from tests.train.tiny_lm import TINY, contexts, fit, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -25,144 +19,148 @@ def words():
     return world_tokenizer.build()
 
 
-def contexts(n, context=10, seed=0):
-    """<bos>, then each token the one before it plus one."""
-    start = np.random.default_rng(seed).integers(3, 40, size=(n, 1))
-    tokens = (start + np.arange(context)).astype(np.int32)
-    tokens[:, 0] = 0
-    return tokens
+@pytest.fixture(scope="module")
+def saved(words, tmp_path_factory):
+    """The directory of a tokenizer."""
+    path = tmp_path_factory.mktemp("tokenizer")
+    words.save_pretrained(path)
+    return path
 
 
-def tiny_model(options=TINY, seed=0):
-    torch.manual_seed(seed)
-    return pretrain.build(options, n_words=57, context=10, bos=0, eos=1)
-
-
-def test_a_pattern_is_learnt(words, tmp_path):
-    options = replace(TINY, n_steps=150, batch_tokens=160, optim=OptimOptions(name="adamw", lr=1e-2))
-    result = pretrain.fit(options, contexts(64), contexts(8, seed=1), words, tmp_path / "lm")
-    assert result["n_tokens"] == 150 * 160
-    # Only the first token is a surprise: 37 choices, one ninth of the predictions.
-    assert math.log(37) / 9 - 0.05 < result["held_out_loss"] < 0.7
-
-
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(words, tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        pretrain.fit(replace(TINY, seed=seed), contexts(6), contexts(2), words, tmp_path / name)
-    alike = np.repeat(contexts(1), 6, axis=0)  # no order to differ by: the seed is also that of the first weights
-    for name, seed in (("d", 0), ("e", 1)):
-        pretrain.fit(replace(TINY, seed=seed), alike, contexts(2), words, tmp_path / name)
-    a, b, c, d, e = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abcde")
-    assert a == b
-    assert a != c
-    assert d != e
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_the_directory_is_a_hugging_face_model_with_its_tokenizer(words, tmp_path):
+def test_the_directory_is_a_hugging_face_model_with_its_tokenizer(words, saved, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    options = replace(TINY, weights=Weights.float16)
-    result = pretrain.fit(options, contexts(6), contexts(3), words, tmp_path / "lm")
+    model, last = fit(TINY, contexts(6), contexts(3), tmp_path / "run")
+    pretrain.save(model, saved, Weights.float16, tmp_path / "lm")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "lm")
     assert type(model).__name__ == "GPT2LMHeadModel"
     assert model.dtype == torch.float16
     sizes = model.config
     assert (sizes.n_layer, sizes.n_embd, sizes.n_inner, sizes.n_positions) == (2, 12, 20, 10)
     assert AutoTokenizer.from_pretrained(tmp_path / "lm")("Paris is")["input_ids"] == words("Paris is")["input_ids"]
-    again = pretrain.evaluate(model.float(), contexts(3))
-    assert again == pytest.approx(result["held_out_loss"], abs=2e-3)  # stored in float16
-    assert result["n_parameters"] == sum(p.numel() for p in model.parameters())
+    again = lm_measure.evaluate(model.float(), contexts(3))
+    assert again == pytest.approx(last["held_out_loss"], abs=2e-3)  # stored in float16
 
 
-def test_early_attention_is_the_mean_mass_of_layer_0_on_earlier_tokens_but_the_first():
-    model = tiny_model()
+def test_attention_is_fused_unless_it_is_looked_at():
+    eager, fused = tiny_model(replace(TINY, early_attention_penalty=1.0)), tiny_model()
+    assert eager.config._attn_implementation == "eager"
+    assert fused.config._attn_implementation == "sdpa"
     tokens = torch.from_numpy(contexts(3)).long()
-    with torch.no_grad(), pretrain.early_attention(model) as seen:
-        out = model(tokens, output_attentions=True)
-    weights = out.attentions[0]
-    n, n_heads, context, _ = weights.shape
-    mass = [
-        float(weights[b, h, i, j])
-        for b in range(n)
-        for h in range(n_heads)
-        for i in range(context)
-        for j in range(1, i)
-    ]
-    assert seen[-1].item() == pytest.approx(sum(mass) / (n * n_heads * context), rel=1e-5)
-    kept = seen[-1]
-    model(tokens)
-    assert seen[-1] is kept  # closed
+    torch.testing.assert_close(eager(tokens).logits, fused(tokens).logits)
 
 
-def test_the_penalty_moves_layer_0_away_from_earlier_tokens(words, tmp_path):
+def test_the_penalty_moves_layer_0_away_from_earlier_tokens(saved, tmp_path):
     masses = []
     for weight in (0.0, 5.0):
         options = replace(TINY, n_steps=60, early_attention_penalty=weight, optim=OptimOptions(name="adamw", lr=1e-2))
-        to = tmp_path / str(weight)
-        pretrain.fit(options, contexts(64), contexts(2), words, to)
-        model = world_report.load(to)
+        model, _ = fit(options, contexts(64), contexts(2), tmp_path / str(weight))
+        pretrain.save(model, saved, Weights.float32, tmp_path / f"saved-{weight}")
+        model = world_report.load(tmp_path / f"saved-{weight}")
         model.set_attn_implementation("eager")
-        with pretrain.early_attention(model) as seen:
+        with lm_loop.early_attention(model) as seen:
             model(torch.from_numpy(contexts(20)).long())
         masses.append(seen[-1].item())
     assert masses[1] < 0.3 * masses[0]
 
 
-def test_the_loss_is_the_mean_negative_log_probability_of_the_next_token():
-    torch.manual_seed(0)
-    logits, tokens = torch.randn(3, 5, 7), torch.randint(7, (3, 5))
-    slow = [-logits[n, t].log_softmax(-1)[tokens[n, t + 1]].item() for n in range(3) for t in range(4)]
-    assert pretrain.next_token_loss(logits, tokens).item() == pytest.approx(np.mean(slow), rel=1e-6)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_heads": 5}, r"multiple of lm\.n_heads=5"),
+        ({"optim": OptimOptions(name="adam")}, "adamw only"),
+        ({"optim": OptimOptions(name="adamw", lr=0.0)}, r"lm\.optim\.lr=0\.0 must be above 0"),
+        ({"optim": OptimOptions(name="adamw", beta2=1.0)}, r"lm\.optim\.beta2=1\.0 must lie"),
+        ({"n_tokens": "1k"}, "once: lm.n_tokens or lm.n_steps"),
+        ({"n_steps": None}, "once: lm.n_tokens or lm.n_steps"),
+        ({"n_steps": None, "n_tokens": "many"}, "'many' is not a count"),
+        ({"n_steps": 0}, r"lm\.n_steps=0 must be at least 1"),
+        ({"batch_tokens": 9}, r"lm\.batch_tokens=9 holds no context; use lm\.batch_tokens=10 or more"),
+        ({"vocab_size": 257}, r"lm\.vocab_size=257: 256 bytes"),
+        ({"eval_every": 0}, r"lm\.eval_every=0 must be at least 1"),
+        ({"temperature": -1.0}, "must not be negative"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(change, message):
+    pretrain.check(TINY, context=10)
+    with pytest.raises(UserError, match=message):
+        pretrain.check(replace(TINY, **change), context=10)
 
 
-def test_the_held_out_loss_weighs_every_context_alike():
+TEXTS = [f"The {adjective} cat sat on {i} mats.\nNaïve — 猫 🐈\t" for i in range(40) for adjective in ("old", "new")]
+
+
+def test_a_trained_tokenizer_gives_every_text_back_and_is_the_same_again(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = pretrain.train_tokenizer(TEXTS, 300, 1.0)
+    assert len(tokenizer) == pretrain.n_words(tokenizer) == 300
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
+    for text in (*TEXTS[:2], "  two  spaces .\n\n", "\x00 other bytes ñ ﷽ 𝄞", " ", "it 's , n't"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again(TEXTS[0])["input_ids"] == tokenizer(TEXTS[0])["input_ids"]
+    assert again.decode(again("a  b , c .")["input_ids"]) == "a  b , c ."
+    alike = pretrain.train_tokenizer(TEXTS, 300, 1.0)
+    assert alike.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+
+
+def test_a_tokenizer_is_trained_on_the_first_text_up_to_the_given_size():
+    half = sum(len(text.encode()) for text in TEXTS) / 2
+    assert len(list(pretrain._first(iter(TEXTS), 1e-6 * half))) == pytest.approx(len(TEXTS) / 2, abs=1)
+    assert list(pretrain._first(iter(TEXTS), 1.0)) == TEXTS
+    little = pretrain.train_tokenizer(TEXTS, 300, 1e-6)  # one text: fewer pairs than that
+    assert 258 < len(little) < 300
+
+
+def test_a_tokenizer_of_ones_own_is_a_directory_or_a_hub_name(words, tmp_path):
+    words.save_pretrained(tmp_path / "words")
+    tokenizer = pretrain.load_tokenizer(str(tmp_path / "words"))
+    assert tokenizer("Paris is")["input_ids"] == words("Paris is")["input_ids"]
+    with pytest.raises(UserError, match=r"the hub did not give it .*hf download nobody/nothing"):
+        pretrain.load_tokenizer("nobody/nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"lm\.tokenizer=.*empty: holds no tokenizer"):
+        pretrain.load_tokenizer(str(tmp_path / "empty"))
+    first = pretrain.tokenizer_identity(str(tmp_path / "words"))
+    file = tmp_path / "words" / "tokenizer.json"
+    file.write_text(file.read_text().replace("Paris", "Parys"))
+    assert first != pretrain.tokenizer_identity(str(tmp_path / "words"))
+
+
+def test_samples_begin_with_nothing_and_with_held_out_documents():
+    held_out = np.array([[0, 5, 1, *range(10, 20)], [0, 1, 6, 6, 1, *range(30, 38)]], dtype=np.int32)
+    found = pretrain.prompts(4, held_out, bos=0, eos=1)
+    assert found == [[0, 1], [0, 1, *range(10, 18)], [0, 1, *range(30, 38)]]
+    assert pretrain.prompts(2, held_out, bos=None, eos=1) == [[1], [1, *range(10, 18)]]
+    assert pretrain.prompts(0, held_out, bos=0, eos=1) == []
+
+
+def test_samples_repeat_fit_the_context_and_leave_the_generator_alone(words):
     model = tiny_model()
-    rows = contexts(pretrain.EVAL_BATCH + 5)
-    one_by_one = [pretrain.evaluate(model, rows[i : i + 1]) for i in range(len(rows))]
-    assert pretrain.evaluate(model, rows) == pytest.approx(np.mean(one_by_one), rel=1e-5)
+    options = replace(TINY, sample_tokens=30)
+    state = torch.get_rng_state()
+    first = pretrain.samples(model, words, [[0, 1], [0, 1, 5, 6, 7, 8, 9, 10, 11, 12]], options)
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training
+    assert len(first) == 1  # nothing fits behind ten tokens of ten
+    assert first == pretrain.samples(model, words, [[0, 1]], options)
+    assert first != pretrain.samples(model, words, [[0, 1]], replace(options, seed=1))
+    greedy = replace(options, temperature=0.0)
+    likeliest = [0, 1]
+    model.eval()
+    while len(likeliest) < 10:
+        likeliest.append(int(model(torch.tensor([likeliest])).logits[0, -1].argmax()))
+        if likeliest[-1] == 1:
+            break
+    assert pretrain.samples(model, words, [[0, 1]], greedy)[0].text == words.decode(
+        likeliest[2:], skip_special_tokens=True
+    )
 
 
-def test_every_context_comes_once_an_epoch():
-    batches = list(pretrain._batches(n=7, per_step=3, n_steps=7, seed=0))
-    rows = np.concatenate(batches)
-    assert {len(batch) for batch in batches} == {3}
-    assert [sorted(rows[i : i + 7]) for i in (0, 7, 14)] == [list(range(7))] * 3
-    assert list(rows[:7]) != list(rows[7:14])
+def test_the_options_of_the_yaml_files_can_be_trained():
+    from pipeline.config import compose
 
-
-def test_what_cannot_be_trained_is_refused_before_anything_is_written(words, tmp_path):
-    (tmp_path / "there").mkdir()
-    with pytest.raises(UserError, match="exists already"):
-        pretrain.fit(TINY, contexts(6), contexts(2), words, tmp_path / "there")
-    with pytest.raises(UserError, match=r"multiple of lm\.n_heads=5"):
-        pretrain.fit(replace(TINY, n_heads=5), contexts(6), contexts(2), words, tmp_path / "new")
-    with pytest.raises(UserError, match="adamw only"):
-        pretrain.fit(replace(TINY, optim=OptimOptions(name="adam")), contexts(6), contexts(2), words, tmp_path / "new")
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]
-
-
-def world_dataset(**changes):
-    return DatasetOptions(name="world", kind=DatasetKind.world, **{"n_tokens": "2k", "held_out": 2, **changes})
-
-
-def test_the_command_writes_a_model_and_a_report_of_what_it_knows(tmp_path, monkeypatch):
-    monkeypatch.setattr(world_report, "N_DOCUMENTS", 600)
-    cfg = PretrainConfig(lm=replace(TINY, n_steps=4), dataset=world_dataset(), to=str(tmp_path / "new" / "lm"))
-    to = stage.run(cfg)
-    assert to == tmp_path / "new" / "lm"
-    report = json.loads((to / "world.json").read_text())
-    assert report["command"].startswith("clt pretrain lm=tiny dataset=world dataset.n_tokens=2k")
-    assert report["lm"]["seed"] == 0
-    # The model has seen 160 tokens: it knows nothing, and the generator's own loss is far below.
-    assert report["losses"]["held_out_loss"] > 5 > 1.1 > report["losses"]["floor"] > 0.8
-    assert max(score["accuracy"] for score in report["tasks"].values()) < 0.9
-    assert report["swap_layer_0_mlp"]["capital"]["n"] == 1560
-    assert [path.name for path in to.parent.iterdir()] == ["lm"]
-
-
-def test_other_text_than_the_world_is_refused(tmp_path):
-    dataset = DatasetOptions(name="text", kind=DatasetKind.text, n_tokens="all", path=str(Path(__file__)))
-    with pytest.raises(UserError, match="use dataset=world"):
-        stage.run(PretrainConfig(lm=TINY, dataset=dataset, to=str(tmp_path / "lm")))
-    assert not list(tmp_path.iterdir())
+    for file in (Path(__file__).parents[2] / "conf" / "lm").glob("*.yaml"):
+        pretrain.check(compose("pretrain", [f"lm={file.stem}"]).lm, context=128)

@@ -1,0 +1,128 @@
+"""Whether what was stored is what the model computes: a few contexts again, before a cache is called finished.
+
+Each context runs alone, in a batch of another shape than the one that was stored, and its rows are looked up where a
+reader will look for them. So a wrong order, a wrong position, a torn file or a model that is not deterministic shows.
+Compared are, in norm over all rows of a layer:
+
+    stored     resid_mid and mlp_out on disk against those computed again
+    mlp_in     the norm applied to the stored resid_mid against what the MLP really reads
+    kl         KL(original || with the stored outputs in place of the MLPs), nats a token
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data.layout import STORED, prefix
+from pipeline.data.models import LanguageModel
+from pipeline.data.plan import Plan
+from pipeline.data.shuffle import Permutation
+from pipeline.data.tokens import Split
+from pipeline.errors import UserError
+
+N_CONTEXTS = 3
+"""Of the training split; the evaluation split has one more."""
+
+TOLERANCE = {torch.float32: 2**-7, torch.bfloat16: 2**-4}
+"""Of a difference in norm. Rounding to bfloat16 is 2^-9; arithmetic in bfloat16 adds some of it in every layer. A row
+that belongs to another token differs by about 1."""
+
+MOST_KL = 0.05
+"""Nats a token. Zeroed MLPs cost several."""
+
+
+class Check(NamedTuple):
+    """Largest differences over the layers and contexts that were compared."""
+
+    n_rows: int
+    resid_mid: float
+    mlp_out: float
+    mlp_in: float
+    kl: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.n_rows} rows computed again: resid_mid differs by {self.resid_mid:.1g} of its norm, "
+            f"mlp_out by {self.mlp_out:.1g}, mlp_in by {self.mlp_in:.1g}; "
+            f"the stored outputs in place of the MLPs cost {self.kl:.1g} nats (KL)"
+        )
+
+
+def spot_check(model: LanguageModel, plan: Plan) -> Check:
+    """Raises UserError, with layer and site, when something differs by more than rounding."""
+    norm = plan.norm.to(str(model.device))
+    n_rows, worst, kls = 0, {"resid_mid": 0.0, "mlp_out": 0.0, "mlp_in": 0.0}, []
+    for split, context in _chosen(plan):
+        tokens = torch.from_numpy(plan.packed[split].contexts[context : context + 1].astype(np.int64))
+        stored = {name: rows.to(model.device) for name, rows in _stored(plan, split, context).items()}
+        n = len(stored["mlp_out"])
+        again = dict(zip(STORED, model.collect(tokens, first=1, dtype=torch.bfloat16), strict=True))
+        again["mlp_in"] = model.mlp_inputs(tokens)[:, 1:]
+        for name, seen in (stored | {"mlp_in": norm(stored["resid_mid"])}).items():
+            errors = _relative(seen, again[name][0, :n])
+            worst[name] = max(worst[name], errors.max().item())
+            if not errors.max() <= TOLERANCE[model.dtype]:  # not <=: NaN is a difference too
+                raise UserError(_differs(model, plan, name, int(errors.argmax()), errors.max().item()))
+        kls.append(_kl(model, tokens, stored["mlp_out"]))
+        n_rows += n
+    check = Check(n_rows, **worst, kl=float(np.mean(kls)))
+    if not check.kl <= MOST_KL:
+        raise UserError(_differs(model, plan, "mlp_out", None, check.kl))
+    return check
+
+
+def _chosen(plan: Plan) -> list[tuple[Split, int]]:
+    """Contexts spread over the training split, the last one (which may be padded) among them, and one held out."""
+    n = len(plan.packed[Split.train].contexts)
+    spread = sorted({round(i * (n - 1) / (N_CONTEXTS - 1)) for i in range(N_CONTEXTS)})
+    return [*((Split.train, context) for context in spread), (Split.evaluation, 0)]
+
+
+def _stored(plan: Plan, split: Split, context: int) -> dict[str, Tensor]:
+    """The rows of a context as they are on disk, bfloat16 [n, L, D]."""
+    packed = plan.packed[split]
+    width = packed.contexts.shape[1] - 1
+    t = np.arange(context * width, min((context + 1) * width, packed.n_rows))
+    rows = Permutation(packed.n_rows, plan.about["seed"]).forward(t) if split is Split.train else t
+    found = {}
+    for name in STORED:
+        array = prefix(split) + name
+        spec = plan.specs[array]
+        values = np.empty((len(rows), *spec.shape[1:]), np.uint16)
+        for chunk in np.unique(rows // spec.chunk_rows):
+            inside = rows // spec.chunk_rows == chunk
+            shard = np.memmap(spec.file(plan.path, array, int(chunk)), "<u2", "r", shape=spec.chunk_shape)
+            values[inside] = shard[rows[inside] - chunk * spec.chunk_rows]
+        found[name] = torch.from_numpy(values).view(torch.bfloat16)
+    return found
+
+
+def _relative(seen: Tensor, expected: Tensor) -> Tensor:
+    """[n, L, D], [n, L, D] -> [L]: norm of the difference over the norm."""
+    difference = (seen.float() - expected.float()).square().sum(dim=(0, 2))
+    return (difference / expected.float().square().sum(dim=(0, 2)).clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+
+
+def _kl(model: LanguageModel, tokens: Tensor, mlp_out: Tensor) -> float:
+    """KL(original || outputs replaced by the stored ones), mean over the rows. mlp_out [n, L, D]"""
+    n = len(mlp_out)
+
+    def put_back(layer: int, resid: Tensor, own: Tensor) -> Tensor:
+        replaced = own.clone()
+        replaced[0, 1 : n + 1] = mlp_out[:, layer].to(own)
+        return replaced
+
+    p, q = (
+        logits[0, 1 : n + 1].float().log_softmax(-1)
+        for logits in (model.logits(tokens), model.logits(tokens, put_back))
+    )
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+def _differs(model: LanguageModel, plan: Plan, name: str, layer: int | None, size: float) -> str:
+    where = f"{name} of layer {model.layers[layer]}" if layer is not None else "putting the stored MLP outputs back"
+    how = f"differs by {size:.2g} of its norm from what is stored" if layer is not None else f"costs {size:.2g} nats"
+    fix = f"the cache was not finished. Remove {plan.path} and extract again, with model.dtype=float32 if it stays so"
+    return f"{where}, computed again, {how}; {fix}"

@@ -1,0 +1,77 @@
+"""`clt extract ... --dry-run`: what an extraction would cost, before anything is written."""
+
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.data import tokens
+from pipeline.data.harvest import harvest, sums
+from pipeline.data.layout import Size, gb, hierarchy, total_bytes
+from pipeline.data.models import LanguageModel
+from pipeline.data.options import Codec
+from pipeline.data.plan import disk_of, free_bytes
+from pipeline.data.tokens import Packed, Split
+from pipeline.progress import clock_time
+from pipeline.stages.options import ExtractConfig
+
+logger = logging.getLogger(__name__)
+
+TIMED_SECONDS = 5.0
+"""How long the model is timed, after one batch that is not."""
+
+
+def say(cfg: ExtractConfig, model: LanguageModel, bos_token_id: int | None, path: Path) -> None:
+    """Logs tokens, contexts, bytes by codec, free space and time. Text of unknown length (dataset.n_tokens=all) is
+    tokenised to its end for that; a count needs no text."""
+    sizes = _sizes(cfg, model, bos_token_id)
+    specs = hierarchy(model.n_layers, model.d_model, cfg.dataset.context, sizes, cfg.cache.shard_mb)
+    n_rows = sum(size.n_rows for size in sizes.values())
+    per_token = 2 * 2 * model.n_layers * model.d_model
+    free, needed = free_bytes(path), total_bytes(specs)
+    rate = _tokens_per_second(model, cfg.dataset.context, cfg.extract.batch_tokens)
+    dtype = str(model.dtype).removeprefix("torch.")
+    first, last = model.layers.start, model.layers.stop - 1
+    lines = {
+        "model": f"{model.name}, layers {first} to {last} of width {model.d_model}, {dtype} on {model.device}, "
+        f"{model.attention} attention",
+        "tokens": ", ".join(f"{size.n_rows:,} {split}" for split, size in sizes.items()),
+        "contexts": f"{sum(size.n_contexts for size in sizes.values()):,} of {cfg.dataset.context} tokens",
+        "bytes": f"{per_token:,} a token",
+        **{f"as {codec}": gb(needed) for codec in Codec},
+        "free": f"{gb(free)} on {disk_of(path)}" + ("" if free >= needed else ": NOT ENOUGH"),
+        "time": f"{clock_time(n_rows / rate)} at {rate:,.0f} tokens/s (timed for {TIMED_SECONDS:.0f} s), "
+        f"if the disk takes {gb(int(rate * per_token))} a second",
+        "path": str(path),
+    }
+    for name, text in lines.items():
+        logger.info("%-10s %s", name, text)
+    logger.info("nothing was written; without --dry-run the same command extracts")
+
+
+def _sizes(cfg: ExtractConfig, model: LanguageModel, bos_token_id: int | None) -> dict[Split, Size]:
+    counted = tokens.sizes(cfg.dataset, bos_token_id)
+    if counted is None:
+        packed = tokens.pack(cfg.dataset, model.tokenizer, bos_token_id)
+        counted = {split: (len(contexts), n_rows) for split, (contexts, n_rows) in packed.items()}
+    return {split: Size(*size) for split, size in counted.items()}
+
+
+def _tokens_per_second(model: LanguageModel, context: int, batch_tokens: int) -> float:
+    """Forward pass and statistics on random tokens: a dense model takes as long for these as for text."""
+    n = max(1, batch_tokens // context)
+    contexts = np.random.default_rng(0).integers(model.vocab_size, size=(n, context), dtype=np.int32)
+    norm = model.mlp_norm().to(str(model.device))
+    packed = Packed(contexts, n * (context - 1))
+
+    def batch() -> int:
+        (rows,) = harvest(model, packed, range(n), batch_tokens)
+        sums(rows, norm).cpu()  # waits for the device
+        return len(rows.resid_mid)
+
+    batch()
+    done, start = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - start) < TIMED_SECONDS:
+        done += batch()
+    return done / seconds
