@@ -23,8 +23,13 @@ from pipeline.data.harvest import Rows, finite
 from pipeline.data.plan import Block
 from pipeline.data.writer import Writer
 
-DEPTH = 2
-"""Batches that wait for the writer at most: their rows stay in memory."""
+DEPTH = 1
+"""Batches that wait for the writer at most, while another one is being written."""
+
+
+def n_buffers(device: torch.device) -> int:
+    """Batches whose rows must stay valid: those, and the one that is being computed. A GPU hands over copies."""
+    return 1 if device.type == "cuda" else DEPTH + 2
 
 
 class Conveyor:

@@ -92,11 +92,14 @@ class LanguageModel:
             self.weights.base_model(tokens.to(self.device), use_cache=False)
 
     @torch.inference_mode()
-    def collect(self, tokens: Tensor, first: int = 0, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """(resid_mid, mlp_out), each [n, T - first, L, D] in `dtype` (None: the model's), from tokens int64 [n, T]:
-        positions `first` and later."""
+    def collect(
+        self, tokens: Tensor, first: int = 0, out: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(resid_mid, mlp_out), each [n, T - first, L, D], from tokens int64 [n, T]: positions `first` and later. `out`
+        is where to put them, rounded to its dtype; None: new tensors of the model's."""
         shape = (tokens.shape[0], tokens.shape[1] - first, self.n_layers, self.d_model)
-        resid_mid, mlp_out = (torch.empty(shape, device=self.device, dtype=dtype or self.dtype) for _ in range(2))
+        resid_mid, mlp_out = torch.empty(2, *shape, device=self.device, dtype=self.dtype) if out is None else out
+        assert resid_mid.shape == mlp_out.shape == shape
 
         def read(module: nn.Module, inputs: tuple[Tensor], out: Tensor) -> None:
             out.copy_(self._checked(inputs[0], tokens)[:, first:])

@@ -58,7 +58,7 @@ def spot_check(model: LanguageModel, plan: Plan) -> Check:
         tokens = torch.from_numpy(plan.packed[split].contexts[context : context + 1].astype(np.int64))
         stored = {name: rows.to(model.device) for name, rows in _stored(plan, split, context).items()}
         n = len(stored["mlp_out"])
-        again = dict(zip(STORED, model.collect(tokens, first=1, dtype=torch.bfloat16), strict=True))
+        again = {name: sites.bfloat16() for name, sites in zip(STORED, model.collect(tokens, first=1), strict=True)}
         again["mlp_in"] = model.mlp_inputs(tokens)[:, 1:]
         for name, seen in (stored | {"mlp_in": norm(stored["resid_mid"])}).items():
             errors = _relative(seen, again[name][0, :n])

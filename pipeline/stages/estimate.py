@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data import tokens
-from pipeline.data.harvest import harvest, sums
+from pipeline.data.harvest import Buffers, harvest, sums
 from pipeline.data.layout import Size, gb, hierarchy, total_bytes
 from pipeline.data.models import LanguageModel
 from pipeline.data.options import Codec
@@ -65,8 +65,10 @@ def _tokens_per_second(model: LanguageModel, context: int, batch_tokens: int) ->
     norm = model.mlp_norm().to(str(model.device))
     packed = Packed(contexts, n * (context - 1))
 
+    buffers = Buffers(model, context, batch_tokens, n=1)
+
     def batch() -> int:
-        (rows,) = harvest(model, packed, range(n), batch_tokens)
+        (rows,) = harvest(model, packed, range(n), buffers)
         sums(rows, norm).cpu()  # waits for the device
         return len(rows.resid_mid)
 

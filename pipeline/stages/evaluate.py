@@ -16,7 +16,7 @@ from pipeline.arch.options import Site
 from pipeline.core.normalize import MlpNorm
 from pipeline.data import cache as caches
 from pipeline.data import models, tokens
-from pipeline.data.harvest import harvest
+from pipeline.data.harvest import Buffers, harvest
 from pipeline.data.model_files import BUILTIN
 from pipeline.data.models import LanguageModel
 from pipeline.data.options import DatasetKind, ModelOptions
@@ -99,9 +99,10 @@ def _other_text(cfg: EvalConfig, trained: Trained, lm: LanguageModel) -> tuple[H
     held_out_only = cfg.eval.documents == Documents.held_out or cfg.dataset.kind == DatasetKind.world
     split = Split.evaluation if held_out_only else None
     packed = tokens.pack_other(cfg.dataset, lm.tokenizer, tokens.bos_of(cfg.dataset, lm.tokenizer), split)
-    rows = list(harvest(lm, packed, range(len(packed.contexts)), cfg.eval.batch_tokens))
-    resid_mid = torch.cat([block.resid_mid.cpu() for block in rows]).float()
-    mlp_out = torch.cat([block.mlp_out.cpu() for block in rows]).float()
+    buffers = Buffers(lm, packed.contexts.shape[1], cfg.eval.batch_tokens, n=1)
+    rows = harvest(lm, packed, range(len(packed.contexts)), buffers)
+    kept = [(block.resid_mid.float().cpu(), block.mlp_out.float().cpu()) for block in rows]
+    resid_mid, mlp_out = (torch.cat(site) for site in zip(*kept, strict=True))
     x = _site(trained.site, resid_mid, lm.mlp_norm())
     return HeldOut(packed.contexts, packed.n_rows, x, mlp_out), f"{cfg.dataset.name}/{split or 'all'}"
 

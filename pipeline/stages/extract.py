@@ -22,8 +22,8 @@ from pathlib import Path
 
 from pipeline.data import models, tokens
 from pipeline.data.cache import Cache, damage, newest, read_attributes
-from pipeline.data.conveyor import Conveyor
-from pipeline.data.harvest import harvest, sums
+from pipeline.data.conveyor import Conveyor, n_buffers
+from pipeline.data.harvest import Buffers, harvest, sums
 from pipeline.data.journal import tidy
 from pipeline.data.layout import JOURNAL, STORED, Json, directory_of, gb, overrides_of, request_of
 from pipeline.data.models import LanguageModel
@@ -113,12 +113,14 @@ def _extract(model: LanguageModel, writer: Writer, batch_tokens: int) -> int:
     n_rows = writer.plan.n_rows
     if n_left < n_rows:
         logger.info("going on: %s of %s tokens are done", f"{n_rows - n_left:,}", f"{n_rows:,}")
+    context = packed[Split.train].contexts.shape[1]
+    buffers = Buffers(model, context, batch_tokens, n_buffers(model.device))
     with (
         Progress(n_rows, unit="tok", desc="extract", initial=n_rows - n_left) as progress,
         Conveyor(writer, model.layers.start) as conveyor,
     ):
         for block in writer.todo:
-            for rows in harvest(model, packed[block.split], block.contexts, batch_tokens):
+            for rows in harvest(model, packed[block.split], block.contexts, buffers):
                 conveyor.put(block, rows, sums(rows, norm))
                 progress.update(len(rows.resid_mid))
             conveyor.finish(block)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.core.normalize import MlpNorm
-from pipeline.data.harvest import harvest, sums
+from pipeline.data.harvest import Buffers, harvest, sums
 from pipeline.data.layout import directory_of
 from pipeline.data.models import LanguageModel
 from pipeline.data.options import DatasetKind, DatasetOptions
@@ -41,7 +41,9 @@ class FakeModel:
         self.n_calls = 0
         self.before_call: Callable[[int], None] = lambda n: None
 
-    def collect(self, tokens: Tensor, first: int = 0, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    def collect(
+        self, tokens: Tensor, first: int = 0, out: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         self.before_call(self.n_calls)
         self.n_calls += 1
         context = tokens.shape[1]
@@ -50,7 +52,9 @@ class FakeModel:
         layer = torch.arange(L).float()[:, None]
         phase = token * 1.7 + position * 0.31 + layer * 0.9 + torch.arange(D) * 2.3
         values = 3 * torch.sin(phase * self.weight) + 0.5, torch.cos(phase * 1.1)
-        return tuple(value[:, first:].to(dtype or self.dtype) for value in values)
+        if out is None:
+            return values[0][:, first:], values[1][:, first:]
+        return out[0].copy_(values[0][:, first:]), out[1].copy_(values[1][:, first:])
 
     def mlp_norm(self) -> MlpNorm:
         gain = 1 + torch.arange(L * D).float().view(L, D) / 10
@@ -113,10 +117,11 @@ def extract(
     plan = plan_of(cache_dir, model, packed, shard_mb, block_contexts, seed)
     if commit_seconds is None:
         commit_seconds = 1e9 if after_block is None else 0
+    buffers = Buffers(as_model(model), packed[Split.train].contexts.shape[1], batch_tokens, n=1)
     with Writer(plan, commit_seconds=commit_seconds) as writer:
         for block in writer.todo:
             total = np.zeros(plan.sums_shape)
-            for rows in harvest(as_model(model), packed[block.split], block.contexts, batch_tokens):
+            for rows in harvest(as_model(model), packed[block.split], block.contexts, buffers):
                 writer.write(block.split, rows)
                 total += sums(rows, plan.norm).numpy()
             writer.finish_block(block, total)

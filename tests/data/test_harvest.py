@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pipeline.core.normalize import MlpNorm
 from pipeline.data import harvest as module
-from pipeline.data.harvest import Rows, finite, harvest, statistics, sums
+from pipeline.data.harvest import Buffers, Rows, finite, harvest, statistics, sums
 from pipeline.data.layout import SITES
 from pipeline.data.tokens import Packed, Split
 from pipeline.errors import UserError
@@ -16,7 +16,22 @@ from tests.data.fake import D, FakeModel, L, T
 
 
 def all_rows(model: FakeModel, packed: Packed, contexts: range, batch_tokens: int) -> list[Rows]:
-    return list(harvest(fake.as_model(model), packed, contexts, batch_tokens))
+    """All at once, so every pass has a buffer of its own."""
+    buffers = Buffers(fake.as_model(model), packed.contexts.shape[1], batch_tokens, n=len(contexts))
+    return list(harvest(fake.as_model(model), packed, contexts, buffers))
+
+
+def test_rows_stay_valid_for_as_many_passes_as_there_are_buffers() -> None:
+    model, packed = fake.as_model(FakeModel()), fake.pack()[Split.train]
+    expected = all_rows(FakeModel(), packed, range(9), batch_tokens=2 * T)
+    passes = harvest(model, packed, range(9), Buffers(model, T, batch_tokens=2 * T, n=3))
+    rows = [next(passes) for _ in range(3)]
+    for kept, fresh in zip(rows, expected, strict=False):
+        assert torch.equal(kept.resid_mid, fresh.resid_mid)
+        assert torch.equal(kept.mlp_out, fresh.mlp_out)
+    next(passes)
+    assert not torch.equal(rows[0].mlp_out, expected[0].mlp_out)
+    assert torch.equal(rows[1].mlp_out, expected[1].mlp_out)
 
 
 def test_a_row_is_a_token_after_the_first_of_its_context() -> None:
@@ -63,6 +78,7 @@ def random_rows(n: int, seed: int) -> Rows:
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 def test_sums_and_statistics_follow_their_formulas(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PIECE", 100)  # 6 rows
+    threads = torch.get_num_threads()
     norm = FakeModel().mlp_norm()._replace(kind=kind)
     rows = random_rows(101, seed=0)
     expected = np.zeros((3, 2, L, D))
@@ -74,7 +90,8 @@ def test_sums_and_statistics_follow_their_formulas(kind: str, monkeypatch: pytes
             values[site].append(x.numpy())
     got = sums(rows, norm).numpy()
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-5)
-    np.testing.assert_allclose(got[[0, 2]], expected[[0, 2]], rtol=1e-14)  # exact numbers, summed in float64
+    np.testing.assert_allclose(got[[0, 2]], expected[[0, 2]], rtol=1e-6)  # pieces are summed in float32
+    assert torch.get_num_threads() == threads
     found = statistics(got, 101)
     for site, x in zip(SITES, map(np.stack, values), strict=True):
         np.testing.assert_allclose(found[f"{site}/mean"], x.mean(axis=0), rtol=1e-6, atol=1e-6)

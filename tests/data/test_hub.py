@@ -47,7 +47,7 @@ def hub_errors() -> list[tuple[Callable[[], Exception], str]]:
     import httpx
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-    response = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co"))
+    response = httpx.Response(404, request=httpx.Request("GET", "https://hub.invalid"))
     return [
         (
             lambda: ConnectionError("no route\nto host"),
@@ -55,7 +55,7 @@ def hub_errors() -> list[tuple[Callable[[], Exception], str]]:
         ),
         (
             lambda: GatedRepoError("gated", response=response),
-            r"\(it is gated\); accept its terms at .*, then hf auth login",
+            r"\(it is gated\); accept its terms on its page there, then hf auth login",
         ),
         (lambda: RepositoryNotFoundError("404", response=response), r"\(404\); check the name"),
         (lambda: HFValidationError("bad name"), r"\(bad name\); check its path"),

@@ -44,13 +44,13 @@ def test_it_prints_ratios_and_writes_them(
 
 def test_the_slowest_part_is_called_the_bottleneck(tmp_path: Path) -> None:
     seconds = {"body": [1.0] * 4, "read": [1.1] * 4, "write": [5.0] * 4, "statistics": [0.2] * 4}
-    seconds |= {"scatter": [0.3] * 4, "sync": [3.0] * 4}
+    seconds |= {"scatter": [0.3] * 4, "sync": [0.0, 12.0, 0.0, 0.0]}
     model = type("Model", (), {"name": "m", "n_layers": 2, "d_model": 3, "attention": "sdpa"})()
     model.dtype, model.device = "torch.float32", type("Device", (), {"type": "cpu", "__str__": lambda self: "cpu"})()
     report = bench_extract._report(composed("bench.rounds=4"), model, seconds, n_tokens=100)
     assert report["bottleneck"] == "waiting for the disk"
     assert report["tokens_per_s"] == {"body": 100, "read": 100 / 1.1, "write": 20}
-    assert report["time_over_body"]["write"] == {"median": 5, "q1": 5, "q3": 5}  # type: ignore[index]
+    assert report["time_over_body"]["write"] == {"median": 5, "q1": 5, "q3": 5, "all_rounds": 5}  # type: ignore[index]
 
 
 def test_sizes_that_measure_nothing_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
