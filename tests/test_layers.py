@@ -32,7 +32,7 @@ ONLY_IN = {
     "omegaconf": "config.py",
     "transformer_lens": "data/model_sites.py",
     "typer": "cli.py",
-    "zarr": "data/writer.py",
+    "zarr": "data/zarr_files.py",
 }
 
 HEAVY = {"datasets", "numpy", "safetensors", "tokenizers", "torch", "transformer_lens", "transformers", "zarr"}

@@ -32,8 +32,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.core.normalize import MlpNorm
+from pipeline.data.codecs import Int8, decompress
 from pipeline.data.journal import read_state
 from pipeline.data.layout import (
+    CRC_BYTES,
     JOURNAL,
     KIND,
     SCHEMA,
@@ -44,12 +46,12 @@ from pipeline.data.layout import (
     checksum_of,
     command_of,
     directory_of,
+    file_bytes,
     key_of,
     little,
     prefix,
     request_of,
     spec_of,
-    total_bytes,
 )
 from pipeline.data.options import Codec, DatasetOptions, ModelOptions
 from pipeline.data.shuffle import Permutation
@@ -158,7 +160,19 @@ class Cache:
     @property
     def n_bytes(self) -> int:
         """Size of all chunk files."""
-        return total_bytes(self.specs)
+        arrays = self.attributes["manifest"]["arrays"]
+        return sum(file_bytes(arrays[name], i) for name, spec in self.specs.items() for i in range(spec.n_chunks))
+
+    @property
+    def codec(self) -> Codec:
+        """How the training rows are stored; held-out ones are always raw."""
+        return Codec(self.request["codec"])
+
+    def code(self, name: str) -> Int8 | None:
+        """What the numbers of an int8 array stand for; None where they are the bits of bfloat16."""
+        if self.specs[name].dtype != "int8":
+            return None
+        return Int8(*(torch.from_numpy(self._array(f"codec/{name}/{part}")) for part in ("scale", "offset")))
 
     @property
     def tokens(self) -> NDArray[np.int32]:
@@ -200,8 +214,9 @@ class Cache:
         return [Shard(i, i * spec.chunk_rows, spec.rows_in(i)) for i in range(spec.n_chunks)]
 
     def map_chunk(self, name: str, chunk: int) -> NDArray[Any]:
-        """A chunk as a read-only memory map, padding left out."""
+        """A chunk as a read-only memory map, padding left out. Not for compressed arrays."""
         spec = self.specs[name]
+        assert spec.compressor is None
         file = spec.file(self.path, name, chunk)
         with self._refusing(name, chunk):
             if (name, chunk) not in self._checked:
@@ -215,6 +230,8 @@ class Cache:
         spec = self.specs[name]
         assert out.shape == spec.chunk_shape
         assert out.dtype == little(spec.dtype)
+        if spec.compressor is not None:
+            return self._decompressed(name, chunk, out)
         flat = out.reshape(-1).view(np.uint8).data
         with self._refusing(name, chunk), spec.file(self.path, name, chunk).open("rb", buffering=0) as file:
             done = 0
@@ -225,6 +242,17 @@ class Cache:
                 done += n
         if (name, chunk) not in self._checked:
             self._compare(name, chunk, google_crc32c.value(out))
+        return out[: spec.rows_in(chunk)]
+
+    def _decompressed(self, name: str, chunk: int, out: NDArray[Any]) -> NDArray[Any]:
+        spec, entry = self.specs[name], self.attributes["manifest"]["arrays"][name]
+        with self._refusing(name, chunk):
+            data = spec.file(self.path, name, chunk).read_bytes()
+            if len(data) != file_bytes(entry, chunk):
+                raise EOFError
+        payload = data[:-CRC_BYTES]
+        self._compare(name, chunk, google_crc32c.value(payload))  # each time: a damaged stream must not be decoded
+        decompress(self.codec, payload, out)
         return out[: spec.rows_in(chunk)]
 
     @contextmanager
@@ -286,9 +314,9 @@ def damage(path: Path, attributes: Json) -> Iterator[tuple[str, int, str]]:
             except FileNotFoundError:
                 yield name, chunk, "is missing"
                 continue
-            if size != spec.file_bytes:
-                what = "truncated" if size < spec.file_bytes else "too long"
-                yield name, chunk, f"is {what} ({size:,} bytes, not {spec.file_bytes:,})"
+            if size != (whole := file_bytes(entry, chunk)):
+                what = "truncated" if size < whole else "too long"
+                yield name, chunk, f"is {what} ({size:,} bytes, not {whole:,})"
     for name, expected in attributes["manifest"]["metadata"].items():
         file = path / name
         if not file.exists() or google_crc32c.value(file.read_bytes()) != expected:

@@ -44,6 +44,8 @@ class Spec(NamedTuple):
     """Length of a chunk along the first axis; along the others it is as long as the array."""
     dtype: str
     dims: tuple[str, ...]
+    compressor: str | None = None
+    """A codec whose files are as long as they happen to be; None: plain numbers."""
 
     @property
     def n_chunks(self) -> int:
@@ -72,7 +74,8 @@ class Spec(NamedTuple):
 
 def spec_of(entry: Json) -> Spec:
     """A Spec from its fields in a manifest."""
-    return Spec(tuple(entry["shape"]), entry["chunk_rows"], entry["dtype"], tuple(entry["dims"]))
+    dims, compressor = tuple(entry["dims"]), entry.get("compressor")
+    return Spec(tuple(entry["shape"]), entry["chunk_rows"], entry["dtype"], dims, compressor)
 
 
 class Size(NamedTuple):
@@ -142,8 +145,11 @@ def directory_of(cache_dir: Path, request: Json) -> Path:
 
 
 def command_of(request: Json, cache_dir: Path) -> str:
-    """The command that makes the cache of a request."""
-    return f"clt extract {overrides_of(request, cache_dir)}"
+    """The command that makes the cache of a request; other codecs are made from the raw one."""
+    if request["codec"] == Codec.raw:
+        return f"clt extract {overrides_of(request, cache_dir)}"
+    source = directory_of(cache_dir, request | {"codec": Codec.raw.value})
+    return f"clt cache convert {shlex.quote(str(source))} codec={request['codec']}"
 
 
 def overrides_of(request: Json, cache_dir: Path) -> str:
@@ -188,6 +194,11 @@ def checksum_of(file: Path, n_bytes: int) -> int:
 def canonical(value: Json) -> bytes:
     """JSON in one spelling, for hashes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def file_bytes(entry: Json, chunk: int) -> int:
+    """Size of a chunk file, by the array's entry in a manifest."""
+    return int(entry["bytes"][chunk]) if entry.get("compressor") else spec_of(entry).file_bytes
 
 
 def total_bytes(specs: dict[str, Spec]) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Generic, NamedTuple, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -23,9 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.cache import Cache, Shard
-from pipeline.data.layout import STORED
+from pipeline.data.codecs import COMPRESSED
+from pipeline.data.layout import STORED, little
 from pipeline.data.options import Read
 from pipeline.data.shuffle import Permutation, derive
+from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +37,8 @@ BATCHES_AHEAD = 2
 """Batches that are being gathered, or wait, while the trainer has one."""
 
 T = TypeVar("T")
-Stored = list[NDArray[np.uint16]]
-"""The rows of a shard in each of the stored arrays: [n, L, D]"""
+Stored = list[NDArray[Any]]
+"""The rows of a shard in each of the stored arrays: uint16 or int8 [n, L, D]"""
 
 
 class Batch(NamedTuple):
@@ -72,7 +74,7 @@ class Loader:
         self.cache = cache
         self.position = start
         """Batches handed out so far, those before `start` included: `start` of a loader that goes on from here."""
-        self.read = read if read is not Read.auto else choose_read(cache)
+        self.read = choose_read(cache, read)
         self._batch_tokens = batch_tokens
         self._seed = seed
         self._shards = cache.shards()
@@ -87,7 +89,12 @@ class Loader:
         ]
         spec = cache.specs[STORED[0]]
         n_shard_buffers = SHARDS_AHEAD + 1 if self.read is Read.readinto else 0
-        self._shard_buffers = [[np.empty(spec.chunk_shape, "<u2") for _ in STORED] for _ in range(n_shard_buffers)]
+        self._shard_buffers = [
+            [np.empty(spec.chunk_shape, little(spec.dtype)) for _ in STORED] for _ in range(n_shard_buffers)
+        ]
+        self._codes = [cache.code(name) for name in STORED]
+        self._gathered = np.empty(shape if self._codes[0] else 0, np.int8)
+        """Rows of a batch that are yet to be decoded."""
         self._reader = _Ahead(self._bring_shards(), SHARDS_AHEAD, "shards")
         self._gatherer = _Ahead(self._gather(), BATCHES_AHEAD, "batches")
 
@@ -148,8 +155,13 @@ class Loader:
                 batch = self._buffers[turn % len(self._buffers)]
                 n = min(shard.n_rows - done, self._batch_tokens - filled)
                 index = order.forward(np.arange(done, done + n))
-                for source, target in zip(arrays, batch, strict=False):
-                    _take(source, index, target[filled : filled + n].view(torch.uint16).numpy())
+                for source, code, target in zip(arrays, self._codes, batch, strict=False):
+                    rows = target[filled : filled + n]
+                    if code is None:
+                        _take(source, index, rows.view(torch.uint16).numpy())
+                    else:
+                        _take(source, index, self._gathered[:n])
+                        code.decode(torch.from_numpy(self._gathered[:n]), rows)
                 batch.rows.numpy()[filled : filled + n] = shard.first + index
                 done, filled = done + n, filled + n
                 if filled == self._batch_tokens:
@@ -157,13 +169,22 @@ class Loader:
                     turn, filled = turn + 1, 0
 
 
-def _take(source: NDArray[np.uint16], index: NDArray[np.int64], out: NDArray[np.uint16]) -> None:
+def _take(source: NDArray[Any], index: NDArray[np.int64], out: NDArray[Any]) -> None:
     """out = source[index]. `clip` because numpy goes through a copy of `out` otherwise; the index is in range."""
     np.take(source, index, axis=0, out=out, mode="clip")
 
 
-def choose_read(cache: Cache) -> Read:
-    """Memory maps when the whole cache fits into the memory that is free now, so that it is read from disk once."""
+def choose_read(cache: Cache, asked: Read) -> Read:
+    """What was asked for; of auto, memory maps when the whole cache fits into the memory that is free now, so that it
+    is read from disk once. Raises UserError for maps of a compressed cache."""
+    if cache.codec in COMPRESSED:
+        if asked is Read.mmap:
+            raise UserError(
+                f"cache.read=mmap: a {cache.codec} cache has to be decoded; use cache.read=readinto or auto"
+            )
+        return Read.readinto
+    if asked is not Read.auto:
+        return asked
     free = _available_memory()
     read = Read.mmap if cache.n_bytes <= free else Read.readinto
     logger.debug("cache.read=auto: %s (%d MB, %d MB of memory free)", read, cache.n_bytes >> 20, free >> 20)

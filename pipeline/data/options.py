@@ -51,8 +51,11 @@ class Separator(StrEnum):
     none = "none"
 
 
-class Codec(StrEnum):
-    raw = "raw"
+Codec = StrEnum(
+    "Codec",
+    {"raw": "raw", "int8": "int8", "blosc-lz4-bitshuffle": "blosc-lz4-bitshuffle", "pcodec": "pcodec"},
+)
+"""How rows are stored (`data/codecs.py`). Hydra names the members of an enum, so they are called what they are."""
 
 
 class Read(StrEnum):

@@ -15,7 +15,6 @@
    `zarr.json` last: until then no reader takes the directory for a cache.
 
 What was done before a crash is skipped, or done again with the same result. A finished chunk is never written again.
-The only file that imports zarr, to write its metadata; the chunks are plain files.
 """
 
 import errno
@@ -44,7 +43,6 @@ from pipeline.data.layout import (
     JOURNAL,
     STORED,
     Json,
-    Spec,
     checksum,
     gb,
     little,
@@ -54,6 +52,7 @@ from pipeline.data.plan import Block, Plan, disk_of, free_bytes
 from pipeline.data.shards import Maps, allocate, seal
 from pipeline.data.shuffle import Permutation
 from pipeline.data.tokens import Split
+from pipeline.data.zarr_files import zarr_metadata
 from pipeline.errors import UserError
 from pipeline.files import remove_empty, sync, write_aside
 from pipeline.progress import Progress
@@ -135,7 +134,7 @@ class Writer:
             self._commit()
             self._maps.close()
             crcs = self._crcs | self._seal() | self._write_small_arrays()
-            children = _zarr_metadata(plan.specs, {})
+            children = zarr_metadata(plan.specs, {})
             del children["zarr.json"]
             for name, data in children.items():
                 (plan.path / name).write_bytes(data)
@@ -144,7 +143,7 @@ class Writer:
             attributes = plan.about | {"manifest": {"arrays": _manifest(plan, crcs), "metadata": metadata}}
             attributes = json.loads(json.dumps(attributes | {"created": datetime.now(UTC).isoformat()}))
             attributes["checksum"] = checksum(attributes)
-            write_aside(plan.path / "zarr.json", _zarr_metadata({}, attributes)["zarr.json"])
+            write_aside(plan.path / "zarr.json", zarr_metadata({}, attributes)["zarr.json"])
         self._journal.remove()
 
     def _check_unchanged(self) -> None:
@@ -261,30 +260,6 @@ def _manifest(plan: Plan, crcs: Checksums | dict[str, dict[int, int]]) -> Json:
         arrays[name] = spec._asdict() | {"crc32c": [known.get(i) for i in range(spec.n_chunks)]}
     manifest: Json = json.loads(json.dumps(arrays))
     return manifest
-
-
-def _zarr_metadata(specs: dict[str, Spec], attributes: Json) -> dict[str, bytes]:
-    """Every `zarr.json` of the hierarchy, by its path, as Zarr itself writes it."""
-    import zarr
-    from zarr.codecs import BytesCodec, Crc32cCodec
-    from zarr.storage import MemoryStore
-
-    files: dict[str, Any] = {}
-    root = zarr.create_group(MemoryStore(files), attributes=attributes)
-    for name, spec in specs.items():
-        root.create_array(
-            name,
-            shape=spec.shape,
-            chunks=spec.chunk_shape,
-            dtype=spec.dtype,
-            serializer=BytesCodec(endian="little"),
-            filters=None,
-            compressors=[Crc32cCodec()],
-            fill_value=0,
-            dimension_names=spec.dims,
-            attributes={"logical_dtype": "bfloat16"} if name.endswith(STORED) and spec.dtype == "uint16" else {},
-        )
-    return {name: data.to_bytes() for name, data in files.items()}
 
 
 def _clear(path: Path) -> None:

@@ -27,6 +27,7 @@ from pipeline.data.harvest import Buffers, harvest, sums
 from pipeline.data.journal import tidy
 from pipeline.data.layout import JOURNAL, STORED, Json, directory_of, gb, overrides_of, request_of
 from pipeline.data.models import LanguageModel
+from pipeline.data.options import Codec
 from pipeline.data.plan import Block, Plan, check_space, describe, free_bytes, make_plan
 from pipeline.data.spot_check import spot_check
 from pipeline.data.tokens import Packed, Split
@@ -44,7 +45,10 @@ def run(cfg: ExtractConfig) -> Path:
     """Make the cache, or go on with it, or say that it is there. -> its directory, which a dry run does not make."""
     if cfg.extract.batch_tokens < 1:
         raise UserError(f"extract.batch_tokens={cfg.extract.batch_tokens} must be at least 1")
-    request = request_of(cfg.model, cfg.dataset, cfg.cache.codec)
+    if cfg.cache.codec is not Codec.raw:
+        fix = f"extract without it, then run: clt cache convert codec={cfg.cache.codec}"
+        raise UserError(f"cache.codec={cfg.cache.codec}: caches are extracted raw; {fix}")
+    request = request_of(cfg.model, cfg.dataset)
     path = directory_of(Path(cfg.cache.dir), request)
     if _is_there(path):
         logger.info("already there, nothing to do: %s\n%s", _summary(Cache.open(path)), _next(path, request))

@@ -108,7 +108,7 @@ def test_stopped_between_any_two_steps_of_publishing_it_goes_on_to_the_same_byte
 
         return call
 
-    for module, name in ((writer, "seal"), (writer, "sync"), (writer, "write_aside"), (writer, "_zarr_metadata")):
+    for module, name in ((writer, "seal"), (writer, "sync"), (writer, "write_aside"), (writer, "zarr_metadata")):
         monkeypatch.setattr(module, name, counted(getattr(module, name)))
     monkeypatch.setattr(Journal, "remove", counted(Journal.remove))
 

@@ -345,7 +345,8 @@ def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(
         cfg.dry_run = False
         assert not (tmp_path / "cache").exists()
         assert caplog.messages[-1].startswith("nothing was written")
-        lines = dict(message.split(maxsplit=1) for message in caplog.messages[:-1])
+        pieces = [message.split(maxsplit=2 if message.startswith("as ") else 1) for message in caplog.messages[:-1]]
+        lines = {" ".join(name): text for *name, text in pieces}
         assert lines["path"] == str(path)
         return lines
 
@@ -357,7 +358,8 @@ def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(
     whole = promised()
     cache = Cache.open(extract.run(cfg))
     assert whole["tokens"].split(" train")[0] == f"{cache.n_rows:,}"
-    assert abs(cache.n_bytes / 1e6 - float(whole["as"].removeprefix("raw").split()[0])) < 0.01 * cache.n_bytes / 1e6
+    assert abs(cache.n_bytes / 1e6 - float(whole["as raw"].split()[0])) < 0.01 * cache.n_bytes / 1e6
+    assert float(whole["as int8"].split()[0]) < float(whole["as pcodec"].split()[1]) < float(whole["as raw"].split()[0])
     cfg.dry_run = True
     extract.run(cfg)
     assert "already there, nothing to do" in caplog.messages[-1]

@@ -1,0 +1,250 @@
+"""A cache with its training rows stored by another codec. Held-out rows stay raw: metrics are against them.
+
+    convert(Cache.open(path), Codec["int8"])      # -> a cache beside it, named by the request with the new codec
+
+1. int8 chooses its scales from a sample: the rows of the first shards, which are a random draw, since rows are stored
+   in an order that is random over the whole cache.
+2. Each chunk is read (and checked), encoded and written aside; one that is there is not made again, so a conversion
+   that was stopped goes on with the same command. Errors of a chunk are noted before it gets its name.
+3. The small arrays are copied, then Zarr's metadata written, the group's own `zarr.json` last.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import google_crc32c
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.data.cache import Cache, damage, read_attributes
+from pipeline.data.codecs import COMPRESSED, LOSSLESS, Int8, compress, fit_int8, sample_rows
+from pipeline.data.layout import CRC_BYTES, JOURNAL, STORED, Json, Spec, checksum, directory_of, file_bytes, gb, little
+from pipeline.data.options import Codec
+from pipeline.data.plan import disk_of, free_bytes
+from pipeline.data.zarr_files import zarr_metadata
+from pipeline.errors import UserError
+from pipeline.files import sync, take_lock, write_aside
+from pipeline.progress import Progress
+
+PIECE = 1 << 20
+"""Numbers encoded at a time."""
+
+
+class Loss(NamedTuple):
+    """What a codec loses of one site, over all training rows and against what was stored before."""
+
+    fvu: float
+    """sum of squared errors / sum of squared deviations from the mean, over layers and dimensions together."""
+    worst_fvu: float
+    """The same of the worst channel among those that vary."""
+    worst_channel: tuple[int, int]
+    """(layer, dimension)"""
+    clipped: float
+    """Share of the numbers that lie outside of what can be stored."""
+
+
+def convert(source: Cache, codec: Codec) -> Path:
+    """-> the directory of the new cache, finished; one that is damaged is made anew. Raises UserError for a source that
+    has lost bits, for a full disk, and when another process is at work there."""
+    if source.codec is codec:
+        return source.path
+    if source.codec not in LOSSLESS:
+        raise UserError(f"{source.path} is stored as {source.codec}, which has lost bits; convert the raw cache")
+    request = source.request | {"codec": codec.value}
+    path = directory_of(source.path.parent, request)
+    if (path / "zarr.json").exists():
+        if next(damage(path, read_attributes(path)), None) is None:
+            return path
+        shutil.rmtree(path)
+    _check_space(source, codec, path)
+    lock = take_lock(path / JOURNAL, path)
+    try:
+        write_aside(path / JOURNAL / "state.json", json.dumps({"request": request}).encode())
+        _Conversion(source, codec, path).run(request)
+        shutil.rmtree(path / JOURNAL)
+    finally:
+        os.close(lock)
+    return path
+
+
+class _Conversion:
+    def __init__(self, source: Cache, codec: Codec, path: Path) -> None:
+        self.source, self.codec, self.path = source, codec, path
+        self.specs = _specs(source, codec)
+        self.crcs: dict[str, list[int]] = {name: [] for name in self.specs}
+        self.sizes: dict[str, list[int]] = {name: [] for name in STORED}
+
+    def run(self, request: Json) -> None:
+        codes = {name: self._code(name) if self.codec is Codec["int8"] else None for name in STORED}
+        n_chunks = sum(spec.n_chunks for spec in self.specs.values())
+        with Progress(n_chunks, unit="chunks", desc=f"to {self.codec}") as progress:
+            for name, spec in self.specs.items():
+                for chunk in range(spec.n_chunks):
+                    file = spec.file(self.path, name, chunk)
+                    if not file.exists():
+                        self._write(name, chunk, file, codes.get(name))
+                    with file.open("rb") as stream:
+                        size = stream.seek(-CRC_BYTES, os.SEEK_END) + CRC_BYTES
+                        self.crcs[name].append(int.from_bytes(stream.read(), "little"))
+                    if name in STORED:
+                        self.sizes[name].append(size)
+                    progress.update(1)
+        self._publish(request)
+
+    def _write(self, name: str, chunk: int, file: Path, code: Int8 | None) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if name not in STORED or self.codec is Codec.raw:
+            data = self._plain(name, chunk)
+        else:
+            data = self._encoded(name, chunk, code)
+        write_aside(file, data + int(google_crc32c.value(data)).to_bytes(CRC_BYTES, "little"))
+
+    def _plain(self, name: str, chunk: int) -> bytes:
+        if name.startswith("codec/"):
+            return self._code_file(name).read_bytes()
+        return self._chunk(name, chunk).tobytes()
+
+    def _chunk(self, name: str, chunk: int) -> NDArray[Any]:
+        """A whole chunk of the source, padding included."""
+        spec = self.source.specs[name]
+        out = np.empty(spec.chunk_shape, little(spec.dtype))
+        self.source.read_chunk(name, chunk, out)
+        return out
+
+    def _encoded(self, name: str, chunk: int, code: Int8 | None) -> bytes:
+        bits = self._chunk(name, chunk)
+        if code is None:
+            return compress(self.codec, bits)
+        rows = torch.from_numpy(bits).view(torch.bfloat16)
+        q = torch.zeros(rows.shape, dtype=torch.int8)  # padding stays zero
+        n, n_layers, d_model = self.source.specs[name].rows_in(chunk), *rows.shape[1:]
+        error = torch.zeros(n_layers, d_model, dtype=torch.float64)
+        clipped = torch.zeros(n_layers, d_model, dtype=torch.int64)
+        step = max(1, PIECE // (n_layers * d_model))
+        decoded = torch.empty(step, n_layers, d_model, dtype=torch.bfloat16)
+        for start in range(0, n, step):
+            x = rows[start : min(start + step, n)]
+            q[start : start + len(x)] = code.encode(x)
+            seen = code.decode(q[start : start + len(x)], decoded[: len(x)])
+            error += (seen.double() - x.double()).square().sum(dim=0)
+            clipped += code.clipped(x)
+        noted = np.stack([error.numpy(), clipped.double().numpy()])
+        write_aside(self._loss_file(name, chunk), noted.tobytes())
+        return q.numpy().tobytes()
+
+    def _code(self, name: str) -> Int8:
+        """The scales: chosen once, and kept for a conversion that goes on."""
+        files = {part: self._code_file(f"codec/{name}/{part}") for part in Int8._fields}
+        shape = self.source.specs[name].shape[1:]
+        if not all(file.exists() for file in files.values()):
+            code = fit_int8(self._sample(name))
+            for part, file in files.items():
+                write_aside(file, np.ascontiguousarray(getattr(code, part).numpy(), "<f4").tobytes())
+        return Int8(*(torch.from_numpy(np.fromfile(file, "<f4").reshape(shape)) for file in files.values()))
+
+    def _sample(self, name: str) -> torch.Tensor:
+        wanted, parts = sample_rows(*self.source.specs[name].shape[1:]), []
+        for chunk in range(self.source.specs[name].n_chunks):
+            rows = self._chunk(name, chunk)[: self.source.specs[name].rows_in(chunk)][:wanted]
+            parts.append(rows)
+            wanted -= len(rows)
+            if not wanted:
+                break
+        return torch.from_numpy(np.concatenate(parts)).view(torch.bfloat16)
+
+    def _publish(self, request: Json) -> None:
+        children = zarr_metadata(self.specs, {})
+        del children["zarr.json"]
+        for name, data in children.items():
+            (self.path / name).write_bytes(data)
+        arrays = {
+            name: json.loads(json.dumps(spec._asdict()))
+            | {"crc32c": self.crcs[name]}
+            | ({"bytes": self.sizes[name]} if spec.compressor else {})
+            for name, spec in self.specs.items()
+        }
+        metadata = {name: google_crc32c.value(data) for name, data in children.items()}
+        attributes = {k: v for k, v in self.source.attributes.items() if k not in ("codec", "checksum")}
+        attributes |= {"request": request, "manifest": {"arrays": arrays, "metadata": metadata}}
+        attributes |= {"codec": self._about(), "created": datetime.now(UTC).isoformat()}
+        attributes["checksum"] = checksum(attributes)
+        sync(Path(place, name) for place, _, names in os.walk(self.path) for name in [".", *names])
+        write_aside(self.path / "zarr.json", zarr_metadata({}, attributes)["zarr.json"])
+
+    def _about(self) -> Json:
+        """Attributes that say what the codec did."""
+        about: Json = {"name": self.codec.value, "from": self.source.path.name}
+        if self.codec is Codec["int8"]:
+            for name in STORED:
+                loss, per_channel = self._loss(name)
+                about[name] = loss._asdict() | {"fvu_by_channel": per_channel.tolist()}
+        plain: Json = json.loads(json.dumps(about))
+        return plain
+
+    def _loss(self, name: str) -> tuple[Loss, NDArray[np.float64]]:
+        spec = self.source.specs[name]
+        total = np.zeros((2, *spec.shape[1:]))
+        for chunk in range(spec.n_chunks):
+            total += np.fromfile(self._loss_file(name, chunk)).reshape(total.shape)
+        error, clipped = total
+        spread = self.source.stats(name)[1].numpy() ** 2 * spec.shape[0]
+        per_channel = np.divide(error, spread, out=np.zeros_like(error), where=spread > 0)
+        layer, dim = np.unravel_index(int(per_channel.argmax()), per_channel.shape)
+        loss = Loss(
+            fvu=float(error.sum() / spread.sum()),
+            worst_fvu=float(per_channel.max()),
+            worst_channel=(int(layer), int(dim)),
+            clipped=float(clipped.sum() / (spec.shape[0] * error.size)),
+        )
+        return loss, per_channel
+
+    def _code_file(self, name: str) -> Path:
+        return self.path / JOURNAL / name.replace("/", "-")
+
+    def _loss_file(self, name: str, chunk: int) -> Path:
+        return self.path / JOURNAL / f"loss-{name}-{chunk}"
+
+
+def _specs(source: Cache, codec: Codec) -> dict[str, Spec]:
+    specs = {name: spec for name, spec in source.specs.items() if not name.startswith("codec/")}
+    for name in STORED:
+        plain = specs[name]._replace(compressor=None, dtype="uint16")
+        if codec in COMPRESSED:
+            plain = plain._replace(compressor=codec.value)
+        elif codec is Codec["int8"]:
+            plain = plain._replace(dtype="int8")
+            for part in Int8._fields:
+                shape = plain.shape[1:]
+                specs[f"codec/{name}/{part}"] = Spec(shape, shape[0], "float32", plain.dims[1:])
+        specs[name] = plain
+    return specs
+
+
+def _check_space(source: Cache, codec: Codec, path: Path) -> None:
+    """Compressed sizes are not known before: as large as raw, then."""
+    rows = sum(spec.n_chunks * spec.file_bytes for name, spec in source.specs.items() if name in STORED)
+    needed, free = rows // 2 if codec is Codec["int8"] else rows, free_bytes(path)
+    if needed > free:
+        sizes = f"up to {gb(needed)} to write, {gb(free)} free on {disk_of(path)}"
+        raise UserError(f"{path} does not fit: {sizes}; make room first")
+
+
+def describe(cache: Cache) -> Iterator[str]:
+    """Lines: bytes a token, ratio to raw, and what was lost."""
+    arrays, spec = cache.attributes["manifest"]["arrays"], cache.specs[STORED[0]]
+    stored = sum(file_bytes(arrays[name], chunk) for name in STORED for chunk in range(spec.n_chunks))
+    per_token, raw = stored / spec.shape[0], 2 * len(STORED) * int(np.prod(spec.shape[1:]))
+    yield f"{cache.codec}: {per_token:,.0f} bytes a token, {raw / per_token:.2f} times smaller than raw ({raw:,})"
+    for name in STORED if cache.codec is Codec["int8"] else ():
+        loss = cache.attributes["codec"][name]
+        layer, dim = loss["worst_channel"]
+        yield (
+            f"{name}: FVU {loss['fvu']:.2g} against bfloat16, worst channel {loss['worst_fvu']:.2g} (layer {layer}, "
+            f"dimension {dim}), {100 * loss['clipped']:.2g} % of the numbers clipped"
+        )
