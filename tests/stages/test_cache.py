@@ -68,10 +68,10 @@ def finished_run(runs: Path, name: str, key: str) -> None:
     (runs / name / "final" / "config.json").write_text(json.dumps({"cache": {"key": key, "path": "elsewhere"}}))
 
 
-def begun_run(runs: Path, name: str, seed: int, codec: str = "raw") -> None:
+def begun_run(runs: Path, name: str, seed: int, codec: str = "raw", dtype: str = "auto") -> None:
     """What `clt train` writes before its first checkpoint."""
     options = DatasetOptions("text", DatasetKind.text, "244", path="x.txt", context=fake.T, held_out=3, seed=seed)
-    model = {**fake.request()["model"], "device": "cpu", "max_memory": {}}
+    model = {**fake.request()["model"], "dtype": dtype, "device": "cpu", "max_memory": {}}
     settings = {"model": model, "dataset": to_plain(options), "cache": {"dir": "cache", "codec": codec}}
     (runs / name).mkdir(parents=True)
     (runs / name / "config.yaml").write_text(yaml.safe_dump(settings))
@@ -126,6 +126,7 @@ def test_runs_are_found_by_the_key_they_name_and_by_their_settings(path: Path, r
     begun_run(runs, "begun", seed=7)
     begun_run(runs, "another-seed", seed=8)
     begun_run(runs, "another-codec", seed=7, codec="int8")
+    begun_run(runs, "another-dtype", seed=7, dtype="bfloat16")
     begun_run(runs, "stopped", seed=8)  # the checkpoint knows better than the settings
     (runs / "stopped" / "checkpoints" / "step_9").mkdir(parents=True)
     (runs / "stopped" / "checkpoints" / "step_9" / "state.json").write_text(json.dumps({"step": 9, "cache": key}))
