@@ -5,6 +5,7 @@ imported when a command runs, so that `clt --help` answers at once.
 """
 
 import os
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,8 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure speed, as ratios within one run.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench")
+cache = typer.Typer(help="List, check and remove caches.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(cache, name="cache")
 
 
 class Cfg(StrEnum):
@@ -166,6 +169,135 @@ def bench_extract(
     clt bench extract model=gpt2 bench.context=1024
     """
     _launch("bench_extract", **locals())
+
+
+def _complete_name(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Caches whose names begin so."""
+    folder = Path(ctx.params.get("cache_dir") or "cache")
+    return sorted(path.name for path in folder.glob(f"{incomplete}*-*") if path.is_dir())
+
+
+_NAME = "Directory, path, or the beginning of a name or key."
+Name = Annotated[str | None, typer.Argument(metavar="NAME", help=_NAME, autocompletion=_complete_name)]
+Names = Annotated[list[str] | None, typer.Argument(metavar="NAME", help=_NAME, autocompletion=_complete_name)]
+SomeNames = Annotated[list[str], typer.Argument(metavar="NAME", help=_NAME, autocompletion=_complete_name)]
+CacheDir = Annotated[Path, typer.Option("--cache-dir", help="Where the caches lie.")]
+RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Where the runs lie that may use them.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+CACHE_DIR, RUNS_DIR = Path("cache"), Path("runs")
+
+
+def _answer(work: Callable[[], str]) -> None:
+    """What is asked for goes to stdout; what is said on the way, and what is wrong, to stderr."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    from pipeline.config import attempt
+
+    raise typer.Exit(attempt(lambda: typer.echo(work())))
+
+
+@cache.command("ls")
+def cache_ls(cache_dir: CacheDir = CACHE_DIR, runs_dir: RunsDir = RUNS_DIR, as_json: AsJson = False) -> None:
+    """Every cache: what it holds, its size on disk, whether it is complete, and which runs use it.
+
+    \b
+    clt cache ls
+    clt cache ls --cache-dir /data/cache --json
+    """
+
+    def work() -> str:
+        from pipeline.stages import cache_list
+
+        return cache_list.ls(cache_dir, runs_dir, as_json)
+
+    _answer(work)
+
+
+@cache.command("info")
+def cache_info(
+    name: Name = None, cache_dir: CacheDir = CACHE_DIR, runs_dir: RunsDir = RUNS_DIR, as_json: AsJson = False
+) -> None:
+    """All that is known of one cache, with the command that makes it; the newest, when none is named.
+
+    \b
+    clt cache info
+    clt cache info world-world --json
+    """
+
+    def work() -> str:
+        from pipeline.stages import cache_list
+
+        return cache_list.info(name, cache_dir, runs_dir, as_json)
+
+    _answer(work)
+
+
+@cache.command("verify")
+def cache_verify(
+    names: Names = None,
+    cache_dir: CacheDir = CACHE_DIR,
+    against_model: Annotated[
+        bool, typer.Option("--against-model", help="Also compute a sample again with the base model.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option("--device", help="Of the base model: auto, cpu, cuda, cuda:N or mps.")
+    ] = "auto",
+) -> None:
+    """Read every byte and compare all checksums, of all finished caches when none is named. Exit code 2: damaged.
+
+    \b
+    clt cache verify
+    clt cache verify world-world --against-model
+    """
+
+    def work() -> str:
+        from pipeline.stages import cache_verify
+
+        return cache_verify.run(names or [], cache_dir, against_model, device)
+
+    _answer(work)
+
+
+@cache.command("rm")
+def cache_rm(
+    names: SomeNames,
+    cache_dir: CacheDir = CACHE_DIR,
+    runs_dir: RunsDir = RUNS_DIR,
+    force: Annotated[bool, typer.Option("--force", help="Even if a run uses it.")] = False,
+) -> None:
+    """Remove caches, unless a run uses them or an extraction is at work.
+
+    \b
+    clt cache rm world-world-33e1a5f65cb9
+    clt cache rm 33e1 --force
+    """
+
+    def work() -> str:
+        from pipeline.stages import cache_remove
+
+        return cache_remove.rm(names, cache_dir, runs_dir, force)
+
+    _answer(work)
+
+
+@cache.command("prune")
+def cache_prune(
+    cache_dir: CacheDir = CACHE_DIR,
+    runs_dir: RunsDir = RUNS_DIR,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it; without this, only say what would go.")] = False,
+) -> None:
+    """Remove what was begun and never finished, unless somebody is at work on it.
+
+    \b
+    clt cache prune
+    clt cache prune --yes
+    """
+
+    def work() -> str:
+        from pipeline.stages import cache_remove
+
+        return cache_remove.prune(cache_dir, runs_dir, yes)
+
+    _answer(work)
 
 
 def main() -> None:

@@ -151,6 +151,24 @@ def launch(stage: str, request: Request) -> int:
     return 2 if outcomes.refused else 0
 
 
+def attempt(work: Callable[[], object]) -> int:
+    """Do what needs no configuration and return the exit code, as `launch` does: 0, 2 (one line says what to mend) or
+    130. Our bug is raised."""
+    log_to_stderr()
+    try:
+        work()
+    except KeyboardInterrupt:
+        logger.error("interrupted")
+        return 130
+    except (UserError, OSError) as error:
+        refusal = _refusal(error, "")
+        if refusal is None:
+            raise
+        logger.error(refusal)
+        return 2
+    return 0
+
+
 def compose(stage: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> Config:
     """The configuration that `clt <stage> <overrides>` would run with, for Python callers and tests.
 

@@ -97,3 +97,19 @@ def _is_file(fd: int, file: Path) -> bool:
         return os.path.samestat(os.fstat(fd), file.stat())
     except FileNotFoundError:
         return False
+
+
+def holder(directory: Path) -> str | None:
+    """The process that holds the lock of `take_lock` there, "?" where it has not said so yet; None when nobody does."""
+    try:
+        fd = os.open(directory / "lock", os.O_RDONLY)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(fd, 32, 0).decode() or "?"
+    else:
+        return None
+    finally:
+        os.close(fd)

@@ -1,5 +1,7 @@
 """The command line: quick to answer, with examples that work."""
 
+import errno
+import json
 import os
 import re
 import shlex
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 
 from pipeline import config
 from pipeline.cli import app
+from pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = [stage.replace("_", " ") for stage in config.STAGES]
@@ -63,7 +66,7 @@ finally:
 
 def test_help_lists_the_commands_that_exist() -> None:
     listed = re.findall(r"^  ([a-z]+)  +\S", help_of().split("Commands:")[1], re.MULTILINE)
-    assert listed == list(dict.fromkeys(command.split()[0] for command in COMMANDS))
+    assert set(listed) == {command.split()[0] for command in COMMANDS} | {"cache"}
     assert re.findall(r"^  ([a-z]+)  +\S", help_of("bench").split("Commands:")[1], re.MULTILINE) == ["extract"]
 
 
@@ -118,6 +121,53 @@ def test_a_dry_run_is_a_setting(asked: list[Any]) -> None:
     assert asked == [("extract", config.Request(overrides=("model=gpt2", "dry_run=true")))]
 
 
+def test_the_commands_on_caches_are_listed_each_with_examples_that_parse(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = re.findall(r"^  ([a-z]+)  +\S", help_of("cache").split("Commands:")[1], re.MULTILINE)
+    assert {"ls", "info", "verify", "rm", "prune"} <= set(listed)
+    reached: list[Any] = []
+    monkeypatch.setattr(config, "attempt", lambda work: reached.append(work) or 5)
+    for command in ("ls", "info", "verify", "rm", "prune"):
+        examples = re.findall(rf"^  clt (cache {command}.*)$", help_of("cache", command), re.MULTILINE)
+        assert len(examples) == 2
+        for example in examples:
+            assert CliRunner().invoke(app, shlex.split(example)).exit_code == 5
+    assert len(reached) == 10
+
+
+def test_a_cache_command_prints_its_answer_and_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
+    listed = clt("cache", "ls", "--json", cwd=tmp_path)
+    assert (listed.returncode, listed.stderr) == (0, "")
+    assert json.loads(listed.stdout) == {"cache_dir": "cache", "caches": [], "leftovers": []}
+    refused = clt("cache", "rm", "nothing", cwd=tmp_path)
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+    assert refused.stderr.startswith("error: no cache nothing under cache/")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(UserError("x; y"), 2), (PermissionError(errno.EACCES, "no", "cache"), 2), (KeyboardInterrupt(), 130)],
+)
+def test_work_without_a_configuration_has_the_same_exit_codes(
+    error: BaseException, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> None:
+        raise error
+
+    assert config.attempt(work) == code
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_bug_without_a_configuration_is_raised() -> None:
+    def work() -> None:
+        raise FileNotFoundError(errno.ENOENT, "ours")
+
+    with pytest.raises(FileNotFoundError):
+        config.attempt(work)
+
+
 def test_a_wrong_key_from_the_shell_is_one_line(tmp_path: Path) -> None:
     result = clt("train", "optim.lrr=1", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
@@ -150,6 +200,7 @@ def bash(line: str) -> set[str]:
         ("clt train model=gpt2 optim.l", {"optim.lr="}),
         ("clt train +experiment=b", {"batchtopk", "batchtopk_across"}),
         ("clt bench extract bench.r", {"bench.rounds="}),
+        ("clt cache ver", {"verify"}),
     ],
 )
 def test_bash_completes_commands_and_overrides(line: str, expected: set[str]) -> None:

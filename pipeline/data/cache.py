@@ -290,8 +290,8 @@ def read_attributes(path: Path) -> Json:
         raise UserError(f"the cache {path} is not finished; go on with: {command_of(state['request'], path.parent)}")
     again = f"remove {path} and make it again with clt extract"
     try:
-        attributes: Json = json.loads(file.read_bytes())["attributes"]
-    except (ValueError, KeyError) as error:
+        attributes: Json = dict(json.loads(file.read_bytes())["attributes"])
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged; {again}") from error
     if attributes.get("kind") != KIND:
         raise UserError(f"{path} is a Zarr group, but no cache of this program; name a directory that clt extract made")

@@ -1,4 +1,5 @@
-"""Whether what was stored is what the model computes: a few contexts again, before a cache is called finished.
+"""Whether what was stored is what the model computes: a few contexts again, before a cache is called finished
+(`spot_check`), and later of a finished one (`check_again`).
 
 Each context runs alone, in a batch of another shape than the one that was stored, and its rows are looked up where a
 reader will look for them. So a wrong order, a wrong position, a torn file or a model that is not deterministic shows.
@@ -9,12 +10,16 @@ Compared are, in norm over all rows of a layer:
     kl         KL(original || with the stored outputs in place of the MLPs), nats a token
 """
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.core.normalize import MlpNorm
+from pipeline.data.cache import Cache
 from pipeline.data.layout import STORED, prefix
 from pipeline.data.models import LanguageModel
 from pipeline.data.plan import Plan
@@ -50,13 +55,39 @@ class Check(NamedTuple):
         )
 
 
+class Sample(NamedTuple):
+    """A context and what is stored of it."""
+
+    tokens: Tensor
+    """int64 [1, T]"""
+    stored: dict[str, Tensor]
+    """resid_mid and mlp_out, bfloat16 [n, L, D]: positions 1 to n."""
+
+
 def spot_check(model: LanguageModel, plan: Plan) -> Check:
-    """Raises UserError, with layer and site, when something differs by more than rounding."""
-    norm = plan.norm.to(str(model.device))
+    """Of what has been written, before it is a cache. Raises UserError, with layer and site, when something differs by
+    more than rounding."""
+    chosen = _spread(len(plan.packed[Split.train].contexts), N_CONTEXTS)
+    places = [*((Split.train, context) for context in chosen), (Split.evaluation, 0)]
+    samples = (Sample(_int64(plan.packed[split].contexts[i]), _stored(plan, split, i)) for split, i in places)
+    fix = f"the cache was not finished. Remove {plan.path} and extract again, with model.dtype=float32 if it stays so"
+    return compare(model, plan.norm, samples, fix)
+
+
+def check_again(model: LanguageModel, cache: Cache, n_contexts: int) -> Check:
+    """Of a finished cache: `n_contexts` training contexts, found and read as a trainer does it, and the first context
+    of each held-out split. Raises UserError as `spot_check` does, and for a damaged chunk."""
+    fix = f"this model did not make this cache, or the cache is damaged. Remove {cache.path} and extract again"
+    return compare(model, cache.norm, _read(cache, n_contexts), fix)
+
+
+def compare(model: LanguageModel, norm: MlpNorm, samples: Iterable[Sample], fix: str) -> Check:
+    """Computes the samples again. Raises UserError, with layer, site and fix, when something differs by more than
+    rounding."""
+    norm = norm.to(str(model.device))
     n_rows, worst, kls = 0, {"resid_mid": 0.0, "mlp_out": 0.0, "mlp_in": 0.0}, []
-    for split, context in _chosen(plan):
-        tokens = torch.from_numpy(plan.packed[split].contexts[context : context + 1].astype(np.int64))
-        stored = {name: rows.to(model.device) for name, rows in _stored(plan, split, context).items()}
+    for tokens, on_disk in samples:
+        stored = {name: rows.to(model.device) for name, rows in on_disk.items()}
         n = len(stored["mlp_out"])
         again = {name: sites.bfloat16() for name, sites in zip(STORED, model.collect(tokens, first=1), strict=True)}
         again["mlp_in"] = model.mlp_inputs(tokens)[:, 1:]
@@ -64,20 +95,49 @@ def spot_check(model: LanguageModel, plan: Plan) -> Check:
             errors = _relative(seen, again[name][0, :n])
             worst[name] = max(worst[name], errors.max().item())
             if not errors.max() <= TOLERANCE[model.dtype]:  # not <=: NaN is a difference too
-                raise UserError(_differs(model, plan, name, int(errors.argmax()), errors.max().item()))
+                where = f"{name} of layer {model.layers[int(errors.argmax())]}"
+                how = f"differs by {errors.max().item():.2g} of its norm from what is stored"
+                raise UserError(f"{where}, computed again, {how}; {fix}")
         kls.append(_kl(model, tokens, stored["mlp_out"]))
         n_rows += n
     check = Check(n_rows, **worst, kl=float(np.mean(kls)))
     if not check.kl <= MOST_KL:
-        raise UserError(_differs(model, plan, "mlp_out", None, check.kl))
+        cost = f"costs {check.kl:.2g} nats"
+        raise UserError(f"putting the stored MLP outputs back, computed again, {cost}; {fix}")
     return check
 
 
-def _chosen(plan: Plan) -> list[tuple[Split, int]]:
-    """Contexts spread over the training split, the last one (which may be padded) among them, and one held out."""
-    n = len(plan.packed[Split.train].contexts)
-    spread = sorted({round(i * (n - 1) / (N_CONTEXTS - 1)) for i in range(N_CONTEXTS)})
-    return [*((Split.train, context) for context in spread), (Split.evaluation, 0)]
+def _spread(n: int, n_chosen: int) -> list[int]:
+    """Contexts of n, the last one (which may be padded) among them."""
+    return sorted({round(i * (n - 1) / max(1, n_chosen - 1)) for i in range(n_chosen)})
+
+
+def _int64(context: NDArray[np.int32]) -> Tensor:
+    """[T] -> [1, T]"""
+    return torch.from_numpy(context[None].astype(np.int64))
+
+
+def _read(cache: Cache, n_contexts: int) -> Iterator[Sample]:
+    width, order = cache.context - 1, Permutation(cache.n_rows, cache.attributes["seed"])
+    for context in _spread(len(cache.tokens), n_contexts):
+        t = np.arange(context * width, min((context + 1) * width, cache.n_rows))
+        yield Sample(_int64(cache.tokens[context]), _rows(cache, order.forward(t)))
+    for split in (Split.calibration, Split.evaluation):
+        contexts, resid_mid, mlp_out = cache.held_out(split)
+        yield Sample(_int64(contexts[0]), {"resid_mid": resid_mid[:width], "mlp_out": mlp_out[:width]})
+
+
+def _rows(cache: Cache, rows: NDArray[np.int64]) -> dict[str, Tensor]:
+    """Training rows by their numbers, bfloat16 [n, L, D]."""
+    found = {}
+    for name in STORED:
+        spec = cache.specs[name]
+        values = np.empty((len(rows), *spec.shape[1:]), np.uint16)
+        for chunk in np.unique(rows // spec.chunk_rows):
+            inside = rows // spec.chunk_rows == chunk
+            values[inside] = cache.map_chunk(name, int(chunk))[rows[inside] - chunk * spec.chunk_rows]
+        found[name] = torch.from_numpy(values).view(torch.bfloat16)
+    return found
 
 
 def _stored(plan: Plan, split: Split, context: int) -> dict[str, Tensor]:
@@ -119,10 +179,3 @@ def _kl(model: LanguageModel, tokens: Tensor, mlp_out: Tensor) -> float:
         for logits in (model.logits(tokens), model.logits(tokens, put_back))
     )
     return (p.exp() * (p - q)).sum(-1).mean().item()
-
-
-def _differs(model: LanguageModel, plan: Plan, name: str, layer: int | None, size: float) -> str:
-    where = f"{name} of layer {model.layers[layer]}" if layer is not None else "putting the stored MLP outputs back"
-    how = f"differs by {size:.2g} of its norm from what is stored" if layer is not None else f"costs {size:.2g} nats"
-    fix = f"the cache was not finished. Remove {plan.path} and extract again, with model.dtype=float32 if it stays so"
-    return f"{where}, computed again, {how}; {fix}"

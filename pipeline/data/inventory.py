@@ -1,0 +1,292 @@
+"""Which caches are there, in which state, and how much of the disk they take.
+
+    <cache.dir>/<model>-<dataset>-<key>/    a cache, finished or not (`cache.py`, `journal.py`)
+    <cache.dir>/.packing/<name>/            tokens that were packed for it before the model began
+    <cache.dir>/.removed/<name>-<random>/   one that is being removed: moved here first, so that no reader sees half
+
+What none of these is, is left alone and out of every list.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from enum import StrEnum
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.data.cache import damage, read_attributes
+from pipeline.data.journal import read_state
+from pipeline.data.layout import CRC_BYTES, JOURNAL, KIND, SCHEMA, SITES, STORED, Json, key_of, prefix
+from pipeline.data.tokens import Split
+from pipeline.errors import UserError
+from pipeline.files import holder, remove_empty, take_lock
+
+PACKING = ".packing"
+REMOVED = ".removed"
+
+
+class State(StrEnum):
+    complete = "complete"
+    unfinished = "unfinished"
+    at_work = "at work"
+    damaged = "damaged"
+    other = "other schema"
+
+
+class Found(NamedTuple):
+    """A cache on disk, or what there is of one."""
+
+    path: Path
+    state: State
+    detail: str
+    """How much of it is done, by whom it is being made, or what is wrong; "" for a complete one."""
+    about: Json
+    """Attributes; of an unfinished cache those that are known so far; {} where they cannot be read."""
+
+    @property
+    def request(self) -> Json | None:
+        request: Json | None = self.about.get("request")
+        return request
+
+    @property
+    def key(self) -> str:
+        """By the content where that can be read, else by the name."""
+        return self.path.name[-12:] if self.request is None else key_of(self.request)
+
+    @property
+    def created(self) -> str | None:
+        """ISO date and time, UTC; None before it is finished."""
+        return self.about.get("created")
+
+    @property
+    def n_bytes(self) -> int:
+        return size_on_disk(self.path)
+
+
+class Leftover(NamedTuple):
+    """Something beside the caches: packed tokens, or the rest of a cache that was being removed."""
+
+    path: Path
+    kind: str
+    """`packing` or `removed`"""
+    owner: str | None
+    """Process that is at work on it."""
+
+    @property
+    def n_bytes(self) -> int:
+        return size_on_disk(self.path)
+
+
+def caches(cache_dir: Path) -> list[Found]:
+    """Every cache under `cache_dir`, by name."""
+    places = sorted(path for path in cache_dir.glob("*") if not path.name.startswith("."))
+    return [found for path in places if (found := look(path)) is not None]
+
+
+def leftovers(cache_dir: Path) -> list[Leftover]:
+    packing = [Leftover(path, "packing", holder(path)) for path in sorted((cache_dir / PACKING).glob("*"))]
+    removed = [Leftover(path, "removed", holder(path / JOURNAL)) for path in sorted((cache_dir / REMOVED).glob("*"))]
+    return [found for found in packing + removed if found.path.is_dir()]
+
+
+def look(path: Path) -> Found | None:
+    """What stands at `path`; None when it is no cache of this program. Sizes of files only: what is inside them is for
+    `verify.py`."""
+    if (path / "zarr.json").is_file():
+        return _with_attributes(path)
+    return _with_journal(path) if (path / JOURNAL).is_dir() else None
+
+
+def find(cache_dir: Path, name: str) -> Found:
+    """The cache that a person means: the name of a directory, a path, or the beginning of one name or key. Raises
+    UserError for none and for several."""
+    if not name:
+        raise UserError(f"an empty name names no cache; clt cache ls --cache-dir {cache_dir} lists them")
+    for path in (cache_dir / name, Path(name)):
+        if path.name not in ("", ".", "..") and (found := look(path)) is not None:
+            return found
+    there = caches(cache_dir)
+    matches = [found for found in there if found.path.name.startswith(name) or found.key.startswith(name)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        names = ", ".join(found.path.name for found in matches)
+        raise UserError(f"{name} is the beginning of several caches; give more of one of: {names}")
+    if Path(name).exists():
+        raise UserError(f"{name} is no cache of this program; name a directory that clt extract made")
+    names = ", ".join(found.path.name for found in there)
+    hint = "; another directory is named with --cache-dir" if "=" in name else ""
+    raise UserError(f"no cache {name} under {cache_dir}/{hint}; there are: {names or 'none (clt extract makes one)'}")
+
+
+def newest(cache_dir: Path) -> Found:
+    """The finished cache that was made last, whole or damaged. Raises UserError when there is none."""
+    finished = [found for found in caches(cache_dir) if found.created is not None]
+    if not finished:
+        raise UserError(f"no finished cache under {cache_dir}/; make one with clt extract model=world")
+    return max(finished, key=lambda found: str(found.created))
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes that a directory and all in it take, as the file system counts them."""
+    total = 0
+    for place, _, names in os.walk(path):
+        for name in [".", *names]:
+            with contextlib.suppress(FileNotFoundError):  # it is at work: files come and go
+                total += os.lstat(Path(place, name)).st_blocks * 512
+    return total
+
+
+def remove(found: Found) -> int:
+    """Remove a cache and the tokens that were packed for it. -> bytes freed
+
+    To a reader it is there as a whole or not at all. Raises UserError when an extraction of it is at work, and for a
+    link.
+    """
+    path = found.path
+    assert look(path) is not None, path
+    if path.is_symlink():
+        raise UserError(f"{path} is a link; remove {path.resolve()}, then the link")
+    packing = path.parent / PACKING / path.name
+    freed = remove_packing(packing, path) if packing.is_dir() else 0
+    lock = take_lock(path / JOURNAL, path)
+    try:
+        freed += size_on_disk(path)
+        (path.parent / REMOVED).mkdir(exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f"{path.name}-", dir=path.parent / REMOVED))
+        path.rename(aside)  # onto the empty directory
+        _delete(aside)
+    finally:
+        os.close(lock)
+    return freed
+
+
+def remove_packing(folder: Path, what: Path) -> int:
+    """Remove packed tokens. -> bytes freed. Raises UserError when somebody is at work on them."""
+    lock = take_lock(folder, what)
+    try:
+        freed = size_on_disk(folder)
+        shutil.rmtree(folder)
+    finally:
+        os.close(lock)
+    remove_empty([folder.parent])
+    return freed
+
+
+def remove_removed(folder: Path) -> int:
+    """Finish a removal that was interrupted. -> bytes freed"""
+    freed = size_on_disk(folder)
+    lock = take_lock(folder / JOURNAL, folder)
+    try:
+        _delete(folder)
+    finally:
+        os.close(lock)
+    return freed
+
+
+def _delete(aside: Path) -> None:
+    """The lock goes last: as long as there is anything else, it says that somebody is at work."""
+    for child in aside.iterdir():
+        if child.is_dir() and not child.is_symlink() and child.name != JOURNAL:
+            shutil.rmtree(child)
+        elif child.name != JOURNAL:
+            child.unlink()
+    shutil.rmtree(aside)
+    remove_empty([aside.parent])
+
+
+def _with_attributes(path: Path) -> Found | None:
+    if not _is_ours(path):
+        return None
+    owner = _owner(path)
+    try:
+        attributes = read_attributes(path)
+    except UserError as error:
+        raw = _raw_attributes(path)
+        if raw is not None and raw.get("schema") != SCHEMA:
+            return Found(path, State.other, f"has schema {raw.get('schema')}, this version reads {SCHEMA}", {})
+        return Found(path, State.damaged, str(error), {})
+    if owner is not None:
+        return Found(path, State.at_work, f"being made by process {owner}", attributes)
+    broken = list(damage(path, attributes))
+    if not broken:
+        return Found(path, State.complete, "", attributes)
+    array, chunk, what = broken[0]
+    first = f"chunk {chunk} of {array} {what}" if array else what
+    more = f", and {len(broken) - 1} more" if len(broken) > 1 else ""
+    return Found(path, State.damaged, first + more, attributes)
+
+
+def _with_journal(path: Path) -> Found | None:
+    owner, about = _owner(path), {}
+    state, by = (
+        State.unfinished if owner is None else State.at_work,
+        f"being made by process {owner}, " if owner else "",
+    )
+    try:
+        about = read_state(path) or {}
+    except UserError as error:
+        return Found(path, state, f"{by}{error}", {}) if _is_ours(path) else None
+    if not about:
+        return Found(path, state, f"{by}0 %", {}) if _is_barely_begun(path) else None
+    if about.get("kind") != KIND:
+        return None
+    if about["schema"] != SCHEMA:
+        return Found(path, State.other, f"has schema {about['schema']}, this version reads {SCHEMA}", {})
+    return Found(path, state, by + _progress(path, about), about)
+
+
+def _owner(path: Path) -> str | None:
+    """The extraction that is at work on a cache: it packs, or it writes."""
+    return holder(path / JOURNAL) or holder(path.parent / PACKING / path.name)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a directory with a zarr.json, or with a journal that cannot be read, was made by this program: it says
+    so, or (where it is damaged) it is named and furnished as a cache is."""
+    raw = _raw_attributes(path)
+    if raw is not None:
+        return raw.get("kind") == KIND
+    return bool(re.search(r"-[0-9a-f]{12}$", path.name)) and all((path / name).is_dir() for name in STORED)
+
+
+def _is_barely_begun(path: Path) -> bool:
+    """Nothing but a journal, and nothing but a lock in that."""
+    inside = [*path.iterdir(), *(path / JOURNAL).iterdir()]
+    return {child.name for child in inside} <= {JOURNAL, "lock", "state.json.aside"}
+
+
+def _raw_attributes(path: Path) -> Json | None:
+    """Of zarr.json, unchecked; None where there is none or it is no JSON."""
+    try:
+        attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return attributes if isinstance(attributes, dict) else None
+
+
+def _progress(path: Path, about: Json) -> str:
+    """Of the blocks that an extraction has to do: 37 %. Of a cache that is being mended: its chunks."""
+    arrays = about["manifest"]["arrays"]
+    shards = [crc for split in Split for name in STORED for crc in arrays[prefix(split) + name]["crc32c"]]
+    lost = shards.count(None)
+    if lost < len(shards):
+        return f"{lost:,} of {len(shards):,} shards to be made again"
+    contexts = [arrays[prefix(split) + "tokens"]["shape"][0] for split in Split]
+    n_blocks = sum(-(-n // about["block_contexts"]) for n in contexts)
+    n_sums = len(SITES) * 2 * int(np.prod(arrays["resid_mid"]["shape"][1:]))
+    entry = 8 * (1 + n_sums)
+    done = sum(_size(file) // entry for file in (path / JOURNAL).glob("blocks-*") if file.suffix != ".aside")
+    return f"{100 * done // n_blocks} %"
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size - CRC_BYTES
+    except FileNotFoundError:
+        return 0
