@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure speed, as ratios within one run.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench")
-cache = typer.Typer(help="List, check and remove caches.", no_args_is_help=True, rich_markup_mode=None)
+cache = typer.Typer(help="List, check, convert and remove caches.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(cache, name="cache")
 
 
@@ -253,6 +253,27 @@ def cache_verify(
         from pipeline.stages import cache_verify
 
         return cache_verify.run(names or [], cache_dir, against_model, device)
+
+    _answer(work)
+
+
+@cache.command("convert")
+def cache_convert(
+    name: Annotated[str, typer.Argument(metavar="NAME", help=_NAME, autocompletion=_complete_name)],
+    codec: Annotated[str, typer.Argument(metavar="codec=CODEC", help="raw, int8, blosc-lz4-bitshuffle or pcodec.")],
+    cache_dir: CacheDir = CACHE_DIR,
+) -> None:
+    """The same cache in another codec, beside it: int8 is half as large, the others lose nothing.
+
+    \b
+    clt cache convert world-world codec=int8
+    clt cache convert cache/gpt2-openwebtext-33e1a5f65cb9 codec=pcodec
+    """
+
+    def work() -> str:
+        from pipeline.stages import cache_convert
+
+        return cache_convert.run(name, codec, cache_dir)
 
     _answer(work)
 

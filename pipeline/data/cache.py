@@ -52,6 +52,7 @@ from pipeline.data.layout import (
     prefix,
     request_of,
     spec_of,
+    stored_bytes,
 )
 from pipeline.data.options import Codec, DatasetOptions, ModelOptions
 from pipeline.data.shuffle import Permutation
@@ -160,8 +161,7 @@ class Cache:
     @property
     def n_bytes(self) -> int:
         """Size of all chunk files."""
-        arrays = self.attributes["manifest"]["arrays"]
-        return sum(file_bytes(arrays[name], i) for name, spec in self.specs.items() for i in range(spec.n_chunks))
+        return stored_bytes(self.attributes["manifest"]["arrays"])
 
     @property
     def codec(self) -> Codec:
@@ -243,6 +243,14 @@ class Cache:
         if (name, chunk) not in self._checked:
             self._compare(name, chunk, google_crc32c.value(out))
         return out[: spec.rows_in(chunk)]
+
+    def rows(self, name: str, chunk: int) -> Tensor:
+        """The rows of a chunk of a stored array, decoded: bfloat16 [n, L, D]."""
+        spec, code = self.specs[name], self.code(name)
+        stored = torch.from_numpy(self.read_chunk(name, chunk, np.empty(spec.chunk_shape, little(spec.dtype))))
+        if code is None:
+            return stored.view(torch.bfloat16)
+        return code.decode(stored, torch.empty(stored.shape, dtype=torch.bfloat16))
 
     def _decompressed(self, name: str, chunk: int, out: NDArray[Any]) -> NDArray[Any]:
         spec, entry = self.specs[name], self.attributes["manifest"]["arrays"][name]

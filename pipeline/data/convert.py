@@ -65,8 +65,11 @@ def convert(source: Cache, codec: Codec) -> Path:
     _check_space(source, codec, path)
     lock = take_lock(path / JOURNAL, path)
     try:
-        write_aside(path / JOURNAL / "state.json", json.dumps({"request": request}).encode())
-        _Conversion(source, codec, path).run(request)
+        conversion = _Conversion(source, codec, path)
+        about = source.attributes | {"request": request, "n_chunks": conversion.n_chunks}
+        del about["created"], about["checksum"]
+        write_aside(path / JOURNAL / "state.json", json.dumps(about).encode())
+        conversion.run(request)
         shutil.rmtree(path / JOURNAL)
     finally:
         os.close(lock)
@@ -80,10 +83,14 @@ class _Conversion:
         self.crcs: dict[str, list[int]] = {name: [] for name in self.specs}
         self.sizes: dict[str, list[int]] = {name: [] for name in STORED}
 
+    @property
+    def n_chunks(self) -> int:
+        """Of all arrays."""
+        return sum(spec.n_chunks for spec in self.specs.values())
+
     def run(self, request: Json) -> None:
         codes = {name: self._code(name) if self.codec is Codec["int8"] else None for name in STORED}
-        n_chunks = sum(spec.n_chunks for spec in self.specs.values())
-        with Progress(n_chunks, unit="chunks", desc=f"to {self.codec}") as progress:
+        with Progress(self.n_chunks, unit="chunks", desc=f"to {self.codec}") as progress:
             for name, spec in self.specs.items():
                 for chunk in range(spec.n_chunks):
                     file = spec.file(self.path, name, chunk)

@@ -272,6 +272,9 @@ def _raw_attributes(path: Path) -> Json | None:
 
 def _progress(path: Path, about: Json) -> str:
     """Of the blocks that an extraction has to do: 37 %. Of a cache that is being mended: its chunks."""
+    if "n_chunks" in about:  # a conversion
+        done = sum(file.is_file() for file in path.rglob("c/**/*") if file.suffix != ".aside")
+        return f"{100 * done // about['n_chunks']} %"
     arrays = about["manifest"]["arrays"]
     shards = [crc for split in Split for name in STORED for crc in arrays[prefix(split) + name]["crc32c"]]
     lost = shards.count(None)

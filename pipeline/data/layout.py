@@ -201,6 +201,11 @@ def file_bytes(entry: Json, chunk: int) -> int:
     return int(entry["bytes"][chunk]) if entry.get("compressor") else spec_of(entry).file_bytes
 
 
+def stored_bytes(arrays: Json) -> int:
+    """Size of all chunk files, by a manifest's entries."""
+    return sum(file_bytes(entry, chunk) for entry in arrays.values() for chunk in range(spec_of(entry).n_chunks))
+
+
 def total_bytes(specs: dict[str, Spec]) -> int:
     return sum(spec.n_chunks * spec.file_bytes for spec in specs.values())
 

@@ -132,11 +132,11 @@ def _rows(cache: Cache, rows: NDArray[np.int64]) -> dict[str, Tensor]:
     found = {}
     for name in STORED:
         spec = cache.specs[name]
-        values = np.empty((len(rows), *spec.shape[1:]), np.uint16)
+        values = torch.empty(len(rows), *spec.shape[1:], dtype=torch.bfloat16)
         for chunk in np.unique(rows // spec.chunk_rows):
             inside = rows // spec.chunk_rows == chunk
-            values[inside] = cache.map_chunk(name, int(chunk))[rows[inside] - chunk * spec.chunk_rows]
-        found[name] = torch.from_numpy(values).view(torch.bfloat16)
+            values[inside] = cache.rows(name, int(chunk))[rows[inside] - chunk * spec.chunk_rows]
+        found[name] = values
     return found
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import google_crc32c
 
-from pipeline.data.layout import CRC_BYTES, PIECE_BYTES, Json, Spec, command_of, spec_of
+from pipeline.data.layout import CRC_BYTES, PIECE_BYTES, Json, command_of, file_bytes, spec_of
 
 Report = Callable[[int], object]
 """Told the bytes that have been dealt with since the last time."""
@@ -40,7 +40,7 @@ def problems(path: Path, attributes: Json, report: Report) -> Iterator[Problem]:
         spec = spec_of(entry)
         for chunk in range(spec.n_chunks):
             file = spec.file(path, name, chunk)
-            what = _chunk(file, spec, entry["crc32c"][chunk], report)
+            what = _chunk(file, file_bytes(entry, chunk), entry["crc32c"][chunk], report)
             if what is not None:
                 yield Problem(file, name, chunk, what)
     for name, expected in attributes["manifest"]["metadata"].items():
@@ -56,19 +56,19 @@ def mend(found: list[Problem], request: Json, cache_dir: Path) -> str:
     return f"rm {' '.join(there)} && {command}" if there else command
 
 
-def _chunk(file: Path, spec: Spec, expected: int, report: Report) -> str | None:
+def _chunk(file: Path, whole: int, expected: int, report: Report) -> str | None:
     """What is wrong with a chunk file, None for nothing: its size, its content, or the checksum at its end, which Zarr
     reads and we do not."""
     done = 0
     try:
         size = file.stat().st_size
-        if size != spec.file_bytes:
-            kind = "truncated" if size < spec.file_bytes else "too long"
-            return f"is {kind} ({size:,} bytes, not {spec.file_bytes:,})"
+        if size != whole:
+            kind = "truncated" if size < whole else "too long"
+            return f"is {kind} ({size:,} bytes, not {whole:,})"
         crc = 0
         with file.open("rb", buffering=0) as stream:
-            while done < spec.chunk_bytes:
-                piece = stream.read(min(PIECE_BYTES, spec.chunk_bytes - done))
+            while done < whole - CRC_BYTES:
+                piece = stream.read(min(PIECE_BYTES, whole - CRC_BYTES - done))
                 if not piece:
                     return "became shorter while it was read"
                 crc = google_crc32c.extend(crc, piece)
@@ -80,7 +80,7 @@ def _chunk(file: Path, spec: Spec, expected: int, report: Report) -> str | None:
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
     finally:
-        report(spec.file_bytes - done)
+        report(whole - done)
     if crc != expected:
         return "does not hold what was written (wrong checksum)"
     return None if stored == expected else "ends with a checksum that is not its own"

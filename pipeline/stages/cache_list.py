@@ -12,7 +12,7 @@ import numpy as np
 from pipeline.data import inventory
 from pipeline.data.cache import Cache
 from pipeline.data.inventory import Found, Leftover, State
-from pipeline.data.layout import SITES, STORED, Json, command_of, gb, spec_of
+from pipeline.data.layout import SITES, STORED, Json, Spec, command_of, gb, spec_of, stored_bytes
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 from pipeline.stages.cache_use import Runs
@@ -119,16 +119,32 @@ def _everything(found: Found, runs: Runs) -> Json:
     about, request = found.about, found.request
     if request is None:
         return _summary(found, runs)
-    spec = spec_of(about["manifest"]["arrays"][STORED[0]])
+    arrays = about["manifest"]["arrays"]
+    spec, rows = spec_of(arrays[STORED[0]]), {name: arrays[name] for name in STORED}
     chosen = ("model", "dataset", "hooks", "norm", "n_rows", "bos_token_id", "eos_token_id", "seed", "versions")
     return {
         **_summary(found, runs),
         **{name: about[name] for name in chosen},
-        "bytes_per_token": len(STORED) * int(np.prod(spec.shape[1:])) * np.dtype(spec.dtype).itemsize,
-        "shards": {"n": spec.n_chunks, "rows": spec.chunk_rows, "n_bytes": spec.file_bytes},
+        "bytes_per_token": _bytes_per_token(found, spec),
+        "shards": {"n": spec.n_chunks, "rows": spec.chunk_rows, "n_bytes": stored_bytes(rows) // (2 * spec.n_chunks)},
+        "lost": _lost(about),
         "rms": _rms(found),
         "command": command_of(request, found.path.parent),
     }
+
+
+def _bytes_per_token(found: Found, spec: Spec) -> int:
+    """Of the codec, or of the raw numbers where that depends on them and is not known yet."""
+    if spec.compressor and found.state is State.complete:
+        rows = {name: found.about["manifest"]["arrays"][name] for name in STORED}
+        return round(stored_bytes(rows) / spec.shape[0])
+    return len(STORED) * int(np.prod(spec.shape[1:])) * np.dtype(spec.dtype).itemsize
+
+
+def _lost(about: Json) -> Json | None:
+    """What a lossy codec lost of each site; None where nothing was."""
+    codec = about.get("codec", {})
+    return {name: codec[name] for name in STORED} if STORED[0] in codec else None
 
 
 def _rms(found: Found) -> dict[str, list[float]] | None:

@@ -19,7 +19,7 @@ from pipeline.data.options import DatasetKind, DatasetOptions
 from pipeline.errors import UserError
 from pipeline.files import take_lock
 from pipeline.plain import to_plain
-from pipeline.stages import cache_list, cache_remove, cache_verify, extract
+from pipeline.stages import cache_convert, cache_list, cache_remove, cache_verify, extract
 from pipeline.stages.options import ExtractConfig
 from tests.data import fake
 from tests.data.fake import stored_files
@@ -249,8 +249,8 @@ def test_a_sample_is_computed_again_through_the_reader(real: Path) -> None:
 def test_rows_in_a_wrong_order_pass_every_checksum_and_not_the_model(
     real: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    read = Cache.map_chunk
-    monkeypatch.setattr(Cache, "map_chunk", lambda self, name, chunk: read(self, name, chunk)[::-1])
+    read = Cache.rows
+    monkeypatch.setattr(Cache, "rows", lambda self, name, chunk: read(self, name, chunk).flip(0))
     assert "checksums are right" in cache_verify.run([real.name], real.parent)
     with pytest.raises(UserError, match="did not pass"):
         cache_verify.run([real.name], real.parent, against_model=True, device="cpu")
@@ -372,3 +372,29 @@ def test_a_cache_made_by_extract_is_listed_with_the_command_that_names_it(real: 
     asked = compose("extract", shlex.split(about["command"])[2:])
     assert isinstance(asked, ExtractConfig)
     assert request_of(asked.model, asked.dataset, asked.cache.codec) == Cache.open(real).request
+
+
+def test_a_conversion_says_what_it_takes_and_loses_and_its_cache_is_listed_and_verified(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    raw = fake.extract(tmp_path)
+    path = Path(cache_convert.run(raw.name, "codec=int8", tmp_path))
+    assert path.parent == tmp_path
+    assert "times smaller than raw" in caplog.text
+    assert "worst channel" in caplog.text
+    assert "next: clt train" in caplog.text
+    assert "cache.codec=int8" in caplog.text
+    listed = {
+        row["name"]: row for row in json.loads(cache_list.ls(tmp_path, tmp_path / "runs", as_json=True))["caches"]
+    }
+    assert {name: row["codec"] for name, row in listed.items()} == {raw.name: "raw", path.name: "int8"}
+    about = json.loads(cache_list.info(path.name, tmp_path, tmp_path / "runs", as_json=True))
+    assert about["lost"]["mlp_out"]["fvu"] < 1e-3
+    assert about["command"] == f"clt cache convert {raw} codec=int8"
+    assert "checksums are right" in cache_verify.run([path.name], tmp_path)
+    with pytest.raises(UserError, match="did not pass"):
+        cache_verify.run([path.name], tmp_path, against_model=True)
+    assert "stored as int8, which is not what the model computes" in caplog.text
+    with pytest.raises(UserError, match="codec=zip: not a codec; give codec=X, X one of raw, int8"):
+        cache_convert.run(raw.name, "codec=zip", tmp_path)

@@ -1,0 +1,28 @@
+"""`clt cache convert NAME codec=int8`: the same cache in another codec, beside it."""
+
+import logging
+from pathlib import Path
+
+from pipeline.data import inventory
+from pipeline.data.cache import Cache
+from pipeline.data.convert import convert, describe
+from pipeline.data.layout import gb, overrides_of
+from pipeline.data.options import Codec
+from pipeline.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def run(name: str, setting: str, cache_dir: Path) -> str:
+    """-> the path of the new cache. Says what it takes, and what it loses. Raises UserError for a codec that there is
+    not."""
+    key, _, value = setting.partition("=")
+    if key != "codec" or value not in [codec.value for codec in Codec]:
+        raise UserError(f"{setting}: not a codec; give codec=X, X one of {', '.join(Codec)}")
+    source = Cache.open(inventory.find(cache_dir, name).path)
+    cache = Cache.open(convert(source, Codec(value)))
+    for line in describe(cache):
+        logger.info(line)
+    logger.info("%s: %s, %s before", cache.path, gb(cache.n_bytes), gb(source.n_bytes))
+    logger.info("next: clt train +experiment=batchtopk_across %s", overrides_of(cache.request, cache.path.parent))
+    return str(cache.path)
