@@ -24,13 +24,12 @@ from torch import Tensor
 
 from pipeline.data.cache import Cache, Shard
 from pipeline.data.layout import STORED
-from pipeline.data.options import Read
+from pipeline.data.options import CacheOptions, Read
 from pipeline.data.shuffle import Permutation, derive
+from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-SHARDS_AHEAD = 1
-"""Shards that are being read, or wait, while the rows of one are handed out."""
 BATCHES_AHEAD = 2
 """Batches that are being gathered, or wait, while the trainer has one."""
 
@@ -55,7 +54,8 @@ class Loader:
 
     A batch lies in a buffer that is used again: it is valid until the next one is asked for, and a copy to a device
     that does not block has to be waited for before that. pin: buffers in page-locked memory, from which such copies
-    run. Memory: see `buffer_bytes`. A damaged shard raises UserError from `next`.
+    run. shards_ahead: shards that are being read, or wait, while the rows of one are handed out. Memory: see
+    `buffer_bytes`. A damaged shard raises UserError from `next`.
     """
 
     def __init__(
@@ -66,9 +66,12 @@ class Loader:
         read: Read = Read.auto,
         start: int = 0,
         pin: bool = False,
+        shards_ahead: int = CacheOptions.shards_ahead,
     ) -> None:
         assert batch_tokens > 0
         assert start >= 0
+        if shards_ahead < 1:
+            raise UserError(f"cache.shards_ahead={shards_ahead}: shards are read ahead of the trainer; use 1 or more")
         self.cache = cache
         self.position = start
         """Batches handed out so far, those before `start` included: `start` of a loader that goes on from here."""
@@ -86,15 +89,15 @@ class Loader:
             for _ in range(BATCHES_AHEAD + 1)
         ]
         spec = cache.specs[STORED[0]]
-        n_shard_buffers = SHARDS_AHEAD + 1 if self.read is Read.readinto else 0
+        n_shard_buffers = shards_ahead + 1 if self.read is Read.readinto else 0
         self._shard_buffers = [[np.empty(spec.chunk_shape, "<u2") for _ in STORED] for _ in range(n_shard_buffers)]
-        self._reader = _Ahead(self._bring_shards(), SHARDS_AHEAD, "shards")
+        self._reader = _Ahead(self._bring_shards(), shards_ahead, "shards")
         self._gatherer = _Ahead(self._gather(), BATCHES_AHEAD, "batches")
 
     @property
     def buffer_bytes(self) -> int:
-        """Memory of the buffers: BATCHES_AHEAD + 1 batches and, when shards are read into memory, SHARDS_AHEAD + 1
-        shards. Of maps, the system keeps in memory what it has room for."""
+        """Memory of the buffers: BATCHES_AHEAD + 1 batches and, when shards are read into memory,
+        shards_ahead + 1 shards. Of maps, the system keeps in memory what it has room for."""
         batches = sum(t.nbytes for batch in self._buffers for t in batch)
         return batches + sum(array.nbytes for arrays in self._shard_buffers for array in arrays)
 
