@@ -171,6 +171,21 @@ def bench_extract(
     _launch("bench_extract", **locals())
 
 
+@bench.command("cache")
+def bench_cache(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """Bytes a second of reading shuffled batches and of writing them, over what the disk gives.
+
+    \b
+    clt bench cache                                        random rows of GPT-2 small's shape, 1 GB
+    clt bench cache bench.mb=256 bench.n_layers=4 bench.d_model=128
+    clt bench cache cache.dir=/data/cache run=runs/demo
+    """
+    _launch("bench_cache", **locals())
+
+
 def _complete_name(ctx: typer.Context, incomplete: str) -> list[str]:
     """Caches whose names begin so."""
     folder = Path(ctx.params.get("cache_dir") or "cache")

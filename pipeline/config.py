@@ -38,11 +38,18 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from yaml import YAMLError
 
 from pipeline.errors import UserError
-from pipeline.stages.options import BenchExtractConfig, EvalConfig, ExtractConfig, PretrainConfig, TrainConfig
+from pipeline.stages.options import (
+    BenchCacheConfig,
+    BenchExtractConfig,
+    EvalConfig,
+    ExtractConfig,
+    PretrainConfig,
+    TrainConfig,
+)
 
 logger = logging.getLogger(__name__)
 
-Config = PretrainConfig | ExtractConfig | TrainConfig | EvalConfig | BenchExtractConfig
+Config = PretrainConfig | ExtractConfig | TrainConfig | EvalConfig | BenchExtractConfig | BenchCacheConfig
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ STAGES = {
     "train": Stage(TrainConfig, "pipeline.stages.train"),
     "eval": Stage(EvalConfig, "pipeline.stages.evaluate"),
     "bench_extract": Stage(BenchExtractConfig, "pipeline.stages.bench_extract"),
+    "bench_cache": Stage(BenchCacheConfig, "pipeline.stages.bench_cache"),
 }
 
 TEXT_KEYS = {

@@ -19,9 +19,10 @@ not exist, and a file that differs from it is refused. The name of the directory
 
 import json
 import logging
+import os
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -212,6 +213,12 @@ class Cache:
     def shards(self) -> list[Shard]:
         spec = self.specs["resid_mid"]
         return [Shard(i, i * spec.chunk_rows, spec.rows_in(i)) for i in range(spec.n_chunks)]
+
+    def announce(self, name: str, chunk: int) -> None:
+        """Tell the system that a chunk will be read soon."""
+        if hasattr(os, "posix_fadvise"):
+            with suppress(FileNotFoundError), self.specs[name].file(self.path, name, chunk).open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def map_chunk(self, name: str, chunk: int) -> NDArray[Any]:
         """A chunk as a read-only memory map, padding left out. Not for compressed arrays."""

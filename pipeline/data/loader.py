@@ -25,14 +25,12 @@ from torch import Tensor
 from pipeline.data.cache import Cache, Shard
 from pipeline.data.codecs import COMPRESSED
 from pipeline.data.layout import STORED, little
-from pipeline.data.options import Read
+from pipeline.data.options import CacheOptions, Read
 from pipeline.data.shuffle import Permutation, derive
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-SHARDS_AHEAD = 1
-"""Shards that are being read, or wait, while the rows of one are handed out."""
 BATCHES_AHEAD = 2
 """Batches that are being gathered, or wait, while the trainer has one."""
 
@@ -57,7 +55,8 @@ class Loader:
 
     A batch lies in a buffer that is used again: it is valid until the next one is asked for, and a copy to a device
     that does not block has to be waited for before that. pin: buffers in page-locked memory, from which such copies
-    run. Memory: see `buffer_bytes`. A damaged shard raises UserError from `next`.
+    run. shards_ahead: shards that are being read, or wait, while the rows of one are handed out. Memory: see
+    `buffer_bytes`. A damaged shard raises UserError from `next`.
     """
 
     def __init__(
@@ -68,9 +67,12 @@ class Loader:
         read: Read = Read.auto,
         start: int = 0,
         pin: bool = False,
+        shards_ahead: int = CacheOptions.shards_ahead,
     ) -> None:
         assert batch_tokens > 0
         assert start >= 0
+        if shards_ahead < 1:
+            raise UserError(f"cache.shards_ahead={shards_ahead}: shards are read ahead of the trainer; use 1 or more")
         self.cache = cache
         self.position = start
         """Batches handed out so far, those before `start` included: `start` of a loader that goes on from here."""
@@ -80,29 +82,25 @@ class Loader:
         self._shards = cache.shards()
         shape = (batch_tokens, cache.n_layers, cache.d_model)
         self._buffers = [
-            Batch(
-                torch.empty(shape, dtype=torch.bfloat16, pin_memory=pin),
-                torch.empty(shape, dtype=torch.bfloat16, pin_memory=pin),
-                torch.empty(batch_tokens, dtype=torch.int64, pin_memory=pin),
-            )
+            Batch(_room(shape, pin), _room(shape, pin), torch.empty(batch_tokens, dtype=torch.int64, pin_memory=pin))
             for _ in range(BATCHES_AHEAD + 1)
         ]
         spec = cache.specs[STORED[0]]
-        n_shard_buffers = SHARDS_AHEAD + 1 if self.read is Read.readinto else 0
+        n_shard_buffers = shards_ahead + 1 if self.read is Read.readinto else 0
         self._shard_buffers = [
             [np.empty(spec.chunk_shape, little(spec.dtype)) for _ in STORED] for _ in range(n_shard_buffers)
         ]
         self._codes = [cache.code(name) for name in STORED]
         self._gathered = np.empty(shape if self._codes[0] else 0, np.int8)
         """Rows of a batch that are yet to be decoded."""
-        self._reader = _Ahead(self._bring_shards(), SHARDS_AHEAD, "shards")
+        self._reader = _Ahead(self._bring_shards(), shards_ahead, "shards")
         self._gatherer = _Ahead(self._gather(), BATCHES_AHEAD, "batches")
 
     @property
     def buffer_bytes(self) -> int:
-        """Memory of the buffers: BATCHES_AHEAD + 1 batches and, when shards are read into memory, SHARDS_AHEAD + 1
-        shards. Of maps, the system keeps in memory what it has room for."""
-        batches = sum(t.nbytes for batch in self._buffers for t in batch)
+        """Memory of the buffers: BATCHES_AHEAD + 1 batches and, when shards are read into memory,
+        shards_ahead + 1 shards. Of maps, the system keeps in memory what it has room for."""
+        batches = sum(t.nbytes for batch in self._buffers for t in batch) + self._gathered.nbytes
         return batches + sum(array.nbytes for arrays in self._shard_buffers for array in arrays)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -138,8 +136,19 @@ class Loader:
                 skip = max(0, skip - shard.n_rows)
             epoch += 1
 
+    def _announced(self) -> Iterator[tuple[Shard, Permutation, int]]:
+        """The visits; the system is told of each before the one in front of it is read, so that the disk goes on while
+        checksums are computed."""
+        visits = self._visits()
+        visit = next(visits)
+        for following in visits:
+            for name in STORED:
+                self.cache.announce(name, following[0].chunk)
+            yield visit
+            visit = following
+
     def _bring_shards(self) -> Iterator[tuple[Shard, Permutation, int, Stored]]:
-        for turn, (shard, order, skip) in enumerate(self._visits()):
+        for turn, (shard, order, skip) in enumerate(self._announced()):
             if self.read is Read.mmap:
                 arrays = [self.cache.map_chunk(name, shard.chunk) for name in STORED]
             else:
@@ -167,6 +176,13 @@ class Loader:
                 if filled == self._batch_tokens:
                     yield batch
                     turn, filled = turn + 1, 0
+
+
+def _room(shape: tuple[int, ...], pin: bool) -> Tensor:
+    """bfloat16 buffer. numpy asks the system for large pages, which torch does not, and they are filled faster."""
+    if pin:
+        return torch.empty(shape, dtype=torch.bfloat16, pin_memory=True)
+    return torch.from_numpy(np.empty(shape, np.uint16)).view(torch.bfloat16)
 
 
 def _take(source: NDArray[Any], index: NDArray[np.int64], out: NDArray[Any]) -> None:

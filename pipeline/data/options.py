@@ -210,6 +210,9 @@ class CacheOptions:
     """How the trainer reads shards: mmap gathers from a memory map, readinto reads a whole shard into a reused
     buffer first; auto takes mmap when the cache fits the free memory."""
 
+    shards_ahead: int = 1
+    """Shards that are being read, or wait, while the trainer takes the rows of one. No effect on the result."""
+
 
 @dataclass
 class ExtractOptions:

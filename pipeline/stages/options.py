@@ -75,6 +75,38 @@ class BenchExtractConfig:
 
 
 @dataclass
+class BenchCacheOptions:
+    mb: int = 1024
+    """Size of the scratch caches' training rows in MB (2^20 bytes). Two of them lie on the disk at a time."""
+
+    n_layers: int = 12
+    """Layers of a row; a row takes n_layers x d_model x 4 bytes."""
+
+    d_model: int = 768
+    """Width of a row."""
+
+    batch_tokens: int = 4096
+    """Rows of a batch that is read."""
+
+    write_tokens: int = 1024
+    """Rows that are scattered at a time."""
+
+    rounds: int = 5
+    """Rounds; each times every variant, one after the other."""
+
+
+@dataclass
+class BenchCacheConfig:
+    cache: CacheOptions
+    bench: BenchCacheOptions
+    run: str | None = None
+    """Run directory, or the name of a run, whose speed the loader's is compared with; null compares with none."""
+
+    to: str | None = None
+    """The JSON file; null is bench/cache.json."""
+
+
+@dataclass
 class TrainConfig:
     model: ModelOptions
     dataset: DatasetOptions

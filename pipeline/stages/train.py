@@ -70,7 +70,8 @@ def run(cfg: TrainConfig) -> Path:
         trainer.resume(last)
     else:
         _initialise(cfg, model, cache, prepare)
-    with Loader(cache, plan.batch_tokens, cfg.train.seed, read=cfg.cache.read, start=trainer.state.step) as batches:
+    start, ahead = trainer.state.step, cfg.cache.shards_ahead
+    with Loader(cache, plan.batch_tokens, cfg.train.seed, cfg.cache.read, start, shards_ahead=ahead) as batches:
         metrics = trainer.fit(iter(batches))
     _finish(cfg, cache, trainer, metrics or _last_metrics(directory))
     logger.info("%s\nnext: clt eval run=%s", directory, directory)
@@ -180,7 +181,7 @@ def _initialise(cfg: TrainConfig, model: Transcoder, cache: Cache, prepare: Inpu
         init.uniform(model, generator)
         return
     n = min(cache.n_rows, max(8192, 4 * model.d_features))
-    with Loader(cache, n, cfg.train.seed, read=cfg.cache.read) as batches:
+    with Loader(cache, n, cfg.train.seed, cfg.cache.read, shards_ahead=cfg.cache.shards_ahead) as batches:
         batch = next(iter(batches))
         x, y = prepare(batch.resid_mid, batch.mlp_out)
     init.from_data(model, x, y, generator)

@@ -95,12 +95,26 @@ def test_both_ways_of_reading_give_the_same_batches(cache: Cache) -> None:
 
 
 @pytest.mark.parametrize("read", MODES)
-def test_buffers_are_few_and_used_again(cache: Cache, read: Read) -> None:
+@pytest.mark.parametrize("ahead", [2, 4, 9])  # 9: more than there are shards
+def test_reading_further_ahead_gives_the_same_batches(cache: Cache, read: Read, ahead: int) -> None:
+    with Loader(cache, 33, 0, read=read) as one, Loader(cache, 33, 0, read=read, shards_ahead=ahead) as more:
+        for a, b in islice(zip(one, more, strict=True), 40):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_no_shards_ahead_are_refused(cache: Cache) -> None:
+    with pytest.raises(UserError, match=r"cache\.shards_ahead=0.*; use 1 or more"):
+        Loader(cache, 33, 0, shards_ahead=0)
+
+
+@pytest.mark.parametrize("read", MODES)
+@pytest.mark.parametrize("ahead", [1, 4])
+def test_buffers_are_few_and_used_again(cache: Cache, read: Read, ahead: int) -> None:
     row, shard = 2 * fake.L * fake.D * 2, 49 * 2 * fake.L * fake.D * 2
-    with Loader(cache, 20, 0, read=read) as loader:
+    with Loader(cache, 20, 0, read=read, shards_ahead=ahead) as loader:
         addresses = {batch.resid_mid.data_ptr() for batch in islice(loader, 100)}
         assert len(addresses) == module.BATCHES_AHEAD + 1 == 3
-        shards = module.SHARDS_AHEAD + 1 if read is Read.readinto else 0
+        shards = ahead + 1 if read is Read.readinto else 0
         assert loader.buffer_bytes == 3 * 20 * (row + 8) + shards * shard
 
 
