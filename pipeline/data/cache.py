@@ -19,10 +19,9 @@ not exist, and a file that differs from it is refused. The name of the directory
 
 import json
 import logging
-import os
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,7 +166,10 @@ class Cache:
     @property
     def codec(self) -> Codec:
         """How the training rows are stored; held-out ones are always raw."""
-        return Codec(self.request["codec"])
+        spec = self.specs[STORED[0]]
+        if spec.compressor is not None:
+            return Codec(spec.compressor)
+        return Codec["int8"] if spec.dtype == "int8" else Codec.raw
 
     def code(self, name: str) -> Int8 | None:
         """What the numbers of an int8 array stand for; None where they are the bits of bfloat16."""
@@ -213,12 +215,6 @@ class Cache:
     def shards(self) -> list[Shard]:
         spec = self.specs["resid_mid"]
         return [Shard(i, i * spec.chunk_rows, spec.rows_in(i)) for i in range(spec.n_chunks)]
-
-    def announce(self, name: str, chunk: int) -> None:
-        """Tell the system that a chunk will be read soon."""
-        if hasattr(os, "posix_fadvise"):
-            with suppress(FileNotFoundError), self.specs[name].file(self.path, name, chunk).open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def map_chunk(self, name: str, chunk: int) -> NDArray[Any]:
         """A chunk as a read-only memory map, padding left out. Not for compressed arrays."""

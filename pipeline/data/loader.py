@@ -82,7 +82,11 @@ class Loader:
         self._shards = cache.shards()
         shape = (batch_tokens, cache.n_layers, cache.d_model)
         self._buffers = [
-            Batch(_room(shape, pin), _room(shape, pin), torch.empty(batch_tokens, dtype=torch.int64, pin_memory=pin))
+            Batch(
+                torch.empty(shape, dtype=torch.bfloat16, pin_memory=pin),
+                torch.empty(shape, dtype=torch.bfloat16, pin_memory=pin),
+                torch.empty(batch_tokens, dtype=torch.int64, pin_memory=pin),
+            )
             for _ in range(BATCHES_AHEAD + 1)
         ]
         spec = cache.specs[STORED[0]]
@@ -136,19 +140,8 @@ class Loader:
                 skip = max(0, skip - shard.n_rows)
             epoch += 1
 
-    def _announced(self) -> Iterator[tuple[Shard, Permutation, int]]:
-        """The visits; the system is told of each before the one in front of it is read, so that the disk goes on while
-        checksums are computed."""
-        visits = self._visits()
-        visit = next(visits)
-        for following in visits:
-            for name in STORED:
-                self.cache.announce(name, following[0].chunk)
-            yield visit
-            visit = following
-
     def _bring_shards(self) -> Iterator[tuple[Shard, Permutation, int, Stored]]:
-        for turn, (shard, order, skip) in enumerate(self._announced()):
+        for turn, (shard, order, skip) in enumerate(self._visits()):
             if self.read is Read.mmap:
                 arrays = [self.cache.map_chunk(name, shard.chunk) for name in STORED]
             else:
@@ -176,13 +169,6 @@ class Loader:
                 if filled == self._batch_tokens:
                     yield batch
                     turn, filled = turn + 1, 0
-
-
-def _room(shape: tuple[int, ...], pin: bool) -> Tensor:
-    """bfloat16 buffer. numpy asks the system for large pages, which torch does not, and they are filled faster."""
-    if pin:
-        return torch.empty(shape, dtype=torch.bfloat16, pin_memory=True)
-    return torch.from_numpy(np.empty(shape, np.uint16)).view(torch.bfloat16)
 
 
 def _take(source: NDArray[Any], index: NDArray[np.int64], out: NDArray[Any]) -> None:

@@ -91,7 +91,7 @@ def test_killed_at_an_instant_it_goes_on_to_the_same_bytes(tmp_path: Path, unint
     assert model.n_calls < 25
 
 
-@pytest.mark.parametrize("step", [0, 7, 13, 14, 15, 16, 17, 18])
+@pytest.mark.parametrize("step", range(19))
 def test_stopped_between_any_two_steps_of_publishing_it_goes_on_to_the_same_bytes(
     tmp_path: Path, uninterrupted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
