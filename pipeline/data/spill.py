@@ -80,6 +80,8 @@ class Spill:
         if finished:
             needed = ~np.isin(chunk, list(finished))
             index, order, chunk = index[needed], order[needed], chunk[needed]
+        if not len(index):
+            return
         bucket = chunk // _shards_of_a_bucket(spec)
         starts = np.flatnonzero(np.diff(bucket, prepend=-1))
         for start, stop in zip(starts, [*starts[1:], len(index)], strict=True):

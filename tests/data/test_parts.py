@@ -175,7 +175,7 @@ def test_of_parts_that_end_at_the_same_moment_one_publishes(tmp_path: Path, alon
         writer._commit()
         writer._journal.locks.step_back()
     assert [writer.finish() for writer in writers] == [True, False, False]
-    late = subprocess.Popen([sys.executable, "-m", "tests.data.fake", str(tmp_path), "0", "0/1"])
+    late = start(tmp_path, "0/1")
     writers[0].publish()
     writers[0].__exit__(None, None, None)
     assert not writers[1].finish()  # asked again, it finds the cache finished
