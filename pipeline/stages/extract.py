@@ -8,6 +8,7 @@
 2. Documents are split and packed into contexts.
 3. The base model runs over the contexts, block by block; the residual stream before each MLP and the MLP's output are
    scattered over the shards in their final, random order. A stopped extraction goes on with the same command.
+   Several processes can make parts of it (`extract.part`, torchrun); the last one to end does step 4.
 4. A few contexts are computed again and compared with what is on disk; then the cache is called finished.
 """
 
@@ -142,8 +143,10 @@ def _discard(folder: Path, path: Path) -> None:
     """Remove the workspace, unless another process packs there: it is that one's to remove then."""
     with suppress(UserError):
         lock = take_lock(folder, path)
-        shutil.rmtree(folder)
-        os.close(lock)
+        try:
+            shutil.rmtree(folder)
+        finally:
+            os.close(lock)
 
 
 def _is_there(path: Path) -> bool:
