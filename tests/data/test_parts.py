@@ -3,6 +3,7 @@
 import fcntl
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +20,11 @@ from pipeline.data.journal import Journal
 from pipeline.data.layout import directory_of
 from pipeline.data.loader import Loader
 from pipeline.data.options import Write
-from pipeline.data.parts import Part, local_rank, part_of
+from pipeline.data.parts import Locks, Part, local_rank, part_of
 from pipeline.data.tokens import Split
 from pipeline.data.writer import Writer
 from pipeline.errors import UserError
+from pipeline.files import take_lock
 from tests.data import fake
 from tests.data.fake import FakeModel
 
@@ -211,6 +213,40 @@ def test_a_part_that_starts_while_the_cache_is_finished_waits_and_finds_it(
     assert waited
     journal.tidy(plan.path)
     assert fake.stored_files(plan.path) == alone
+
+
+def test_a_part_that_waited_for_a_directory_that_has_gone_keeps_others_out_of_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The part that finished the cache has removed `.journal`, with the locks in it."""
+    directory, flock = tmp_path / ".journal", fcntl.flock
+
+    def removed_meanwhile(fd: int, operation: int) -> None:
+        if operation & fcntl.LOCK_SH:
+            monkeypatch.setattr(fcntl, "flock", flock)
+            shutil.rmtree(directory)
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
+    locks = Locks(directory, tmp_path, Part(0, 2))
+    with pytest.raises(UserError, match="another process"):
+        take_lock(directory, tmp_path, "setup")
+    locks.set_up()
+    Locks(directory, tmp_path, Part(1, 2)).set_up()
+    with pytest.raises(UserError, match=r"another process .* is making part 0/2"):
+        Locks(directory, tmp_path, Part(0, 2))
+
+
+def test_what_another_part_is_just_noting_is_left_alone(tmp_path: Path) -> None:
+    def half_written(number: int) -> None:
+        aside = tmp_path / NAME / ".journal/blocks-99.aside"
+        aside.write_bytes(b"half")
+        fake.extract(tmp_path, part="1/2")
+        assert aside.exists()
+        raise Crash
+
+    with pytest.raises(Crash):
+        fake.extract(tmp_path, part="0/2", after_block=half_written)
 
 
 def test_parts_make_a_damaged_cache_whole(tmp_path: Path, alone: dict[str, bytes]) -> None:
