@@ -1,6 +1,7 @@
 """Files and directories that are on disk as a whole, or not at all: after a crash, and after a loss of power."""
 
 import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterable
@@ -10,6 +11,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from pipeline.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def write_aside(file: Path, data: bytes) -> None:
@@ -67,12 +70,14 @@ def remove_empty(directories: list[Path]) -> None:
             directory.rmdir()
 
 
-def take_lock(directory: Path, what: Path) -> int:
-    """Makes the directory and locks it. -> an open file that holds the lock: closing it (or dying) releases it.
+def take_lock(directory: Path, what: object, name: str = "lock", shared: bool = False, wait: str = "") -> int:
+    """Makes the directory and locks a file in it. -> an open file that holds the lock: closing it (or dying) releases
+    it. shared: with others who share it.
 
-    Raises UserError when another process is at work on `what`.
+    Raises UserError when another process is at work on `what`; with `wait`, says that and waits for its end.
     """
-    file = directory / "lock"
+    file = directory / name
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     while True:
         directory.mkdir(parents=True, exist_ok=True)
         try:
@@ -80,19 +85,24 @@ def take_lock(directory: Path, what: Path) -> int:
         except FileNotFoundError:  # the one at work has just finished and removed the directory
             continue
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            owner = os.pread(fd, 32, 0).decode() or "?"
-            os.close(fd)
-            raise UserError(f"another process ({owner}) is making {what}; wait for it to end") from error
-        if _is_file(fd, file):
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, str(os.getpid()).encode(), 0)
+            owner = os.pread(fd, 64, 0).decode() or "?"
+            if not wait:
+                os.close(fd)
+                raise UserError(f"another process ({owner}) is making {what}; wait for it to end") from error
+            logger.info("waiting for process %s: %s", owner, wait)
+            fcntl.flock(fd, kind)
+        if holds(fd, file):
+            if not shared:
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, str(os.getpid()).encode(), 0)
             return fd
         os.close(fd)  # a lock on a file that has been removed meanwhile protects nothing
 
 
-def _is_file(fd: int, file: Path) -> bool:
+def holds(fd: int, file: Path) -> bool:
+    """Whether an open file is still the one of that name."""
     try:
         return os.path.samestat(os.fstat(fd), file.stat())
     except FileNotFoundError:

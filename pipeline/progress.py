@@ -48,7 +48,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         self._start = self._last_line = self._clock()
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and logger.isEnabledFor(logging.INFO):
             from tqdm import tqdm
             from tqdm.contrib.logging import logging_redirect_tqdm
 

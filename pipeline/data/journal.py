@@ -1,10 +1,13 @@
 """What an unfinished extraction has done: `<cache>/.journal/`.
 
-    lock             held (flock) by the extraction that is at work, with its process id
+    lock, lock-I-of-N, setup
+                     held (flock) by those at work, with their process ids (`data/parts.py`)
     state.json       what is being made: request, identity of weights and tokens, shapes of the arrays. Written before
                      anything else.
     blocks-N         blocks of contexts whose rows are on disk, the smallest of them N: their numbers (int64), then
-                     their sums (float64), then a crc32c. Written aside and renamed, so it is whole or not there.
+                     their sums (float64), then a crc32c. Written aside and renamed, so it is whole or not there. Parts
+                     note blocks of their own, so their files have names of their own.
+    spill/           rows that wait for the end of the extraction, where that is how they are written (`data/spill.py`)
 
 Rows are scattered over all shards, so no shard is complete before nearly the last context; what is complete is a block
 of contexts. Blocks are numbered by what is extracted, not by who extracts it, and their sums are added up in the order
@@ -14,7 +17,6 @@ of the numbers: stopping, resuming and the number of processes change no bit of 
 import contextlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,10 +27,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.layout import CRC_BYTES, JOURNAL, Json
+from pipeline.data.parts import Locks, Part
 from pipeline.errors import UserError
-from pipeline.files import take_lock, write_aside
+from pipeline.files import write_aside
 
 logger = logging.getLogger(__name__)
+
+SPILL = "spill"
 
 
 class _Place(NamedTuple):
@@ -38,14 +43,15 @@ class _Place(NamedTuple):
 
 
 class Journal:
-    """Opens the journal of the cache at `path`, making the directories, and holds its lock until `close`.
+    """Opens the journal of the cache at `path`, making the directories, and holds its locks until `close`: those of a
+    part, or of everything (None).
 
-    Raises UserError when another extraction of the same cache is at work.
+    Raises UserError when another extraction of the same cache, or of the same part, is at work.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, part: Part | None = None) -> None:
         self.directory = path / JOURNAL
-        self._lock = take_lock(self.directory, path)
+        self.locks = Locks(self.directory, path, part)
         self._places: dict[int, _Place] = {}
         self._shape: tuple[int, ...] = ()
 
@@ -57,6 +63,7 @@ class Journal:
         """Forget what was done before, and note what is to be made now."""
         for file in self.directory.glob("blocks-*"):
             file.unlink()
+        shutil.rmtree(self.directory / SPILL, ignore_errors=True)
         write_aside(self.directory / "state.json", json.dumps(state, indent=1).encode())
 
     def load(self, sums_shape: tuple[int, ...]) -> set[int]:
@@ -65,10 +72,10 @@ class Journal:
         self._places = {}
         for file in sorted(self.directory.glob("blocks-*")):
             if file.suffix == ".aside":
-                file.unlink()
-            elif (numbers := self._read_numbers(file)) is None:
+                continue  # torn, or just being written by another part
+            if (numbers := self._read_numbers(file)) is None:
                 logger.warning("%s is damaged: its blocks are extracted again", file)
-                file.unlink()
+                file.unlink(missing_ok=True)  # another part may have found it too
             else:
                 self._note(file, numbers)
         return set(self._places)
@@ -97,13 +104,16 @@ class Journal:
         shutil.rmtree(self.directory, ignore_errors=True)  # another process may just be trying for the lock
 
     def close(self) -> None:
-        os.close(self._lock)
+        self.locks.close()
 
     def _note(self, file: Path, numbers: list[int]) -> None:
         self._places |= {number: _Place(file, row, len(numbers)) for row, number in enumerate(numbers)}
 
     def _read_numbers(self, file: Path) -> list[int] | None:
-        data = file.read_bytes()
+        try:
+            data = file.read_bytes()
+        except FileNotFoundError:  # another part has just finished the cache
+            return []
         payload = data[:-CRC_BYTES]
         n, rest = divmod(len(payload), 8 * (1 + int(np.prod(self._shape))))
         if rest or not n or data[-CRC_BYTES:] != _crc(payload):

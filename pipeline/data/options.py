@@ -58,6 +58,12 @@ Codec = StrEnum(
 """How rows are stored (`data/codecs.py`). Hydra names the members of an enum, so they are called what they are."""
 
 
+class Write(StrEnum):
+    auto = "auto"
+    scatter = "scatter"
+    spill = "spill"
+
+
 class Read(StrEnum):
     auto = "auto"
     mmap = "mmap"
@@ -206,6 +212,10 @@ class CacheOptions:
     shard_mb: str = "auto"
     """Size of a shard file in MB (2^20 bytes). auto is 32, doubled while there would be more than 16,384 shards."""
 
+    write: Write = Write.auto
+    """How rows get into random order: scatter writes them to their places through memory maps; spill appends them to
+    files, which are sorted at the end; auto takes spill where maps do not work well (network file systems)."""
+
     read: Read = Read.auto
     """How the trainer reads shards: mmap gathers from a memory map, readinto reads a whole shard into a reused
     buffer first; auto takes mmap when the cache fits the free memory."""
@@ -218,3 +228,7 @@ class CacheOptions:
 class ExtractOptions:
     batch_tokens: int = 8192
     """Tokens in a forward pass of the base model. No effect on the result."""
+
+    part: str | None = None
+    """I/N, from 0/N to N-1/N: make only this part, while other processes make the others; the one that ends last
+    finishes the cache. Null: everything, or under torchrun the part of the rank."""

@@ -184,11 +184,16 @@ def make_plan(path: Path, about: Json, norm: MlpNorm, packed: dict[Split, Packed
     return plan
 
 
-def check_space(plan: Plan) -> None:
-    """Raises UserError when what is missing does not fit on the disk."""
-    free = free_bytes(plan.path)
-    if plan.missing_bytes > free:
-        sizes = f"{gb(plan.missing_bytes)} to write, {gb(free)} free on {disk_of(plan.path)}"
+def planned_again(plan: Plan) -> Plan:
+    """The same plan for what is there now: another part has begun meanwhile. Raises UserError as `make_plan` does."""
+    return make_plan(plan.path, plan.about, plan.norm, plan.packed, "auto")  # it goes on with the shards that it has
+
+
+def check_space(plan: Plan, more: int = 0) -> None:
+    """Raises UserError when what is missing, and `more` bytes, do not fit on the disk."""
+    free, needed = free_bytes(plan.path), plan.missing_bytes + more
+    if needed > free:
+        sizes = f"{gb(needed)} to write, {gb(free)} free on {disk_of(plan.path)}"
         fix = "use a smaller dataset.n_tokens, or cache.dir= on another disk"
         raise UserError(f"the cache does not fit: {sizes} ({plan.bytes_per_token:,} bytes a token); {fix}")
 

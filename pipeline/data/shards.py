@@ -7,6 +7,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
@@ -55,6 +56,23 @@ class Maps:
 
     def close(self) -> None:
         self._open.clear()
+
+
+def write_shard(spec: Spec, file: Path, rows: NDArray[Any]) -> int:
+    """A whole shard, sealed, from its rows (of the shape of a chunk). -> its checksum. It is there as a whole or not at
+    all."""
+    values = np.ascontiguousarray(rows, little(spec.dtype)).reshape(-1).view(np.uint8)
+    crc, data = int(google_crc32c.value(values)), values.data
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(file.name + ".aside")
+    with aside.open("wb", buffering=0) as stream:
+        written = 0
+        while written < len(data):
+            written += stream.write(data[written:])
+        stream.write(crc.to_bytes(CRC_BYTES, "little"))
+        os.fsync(stream.fileno())
+    aside.replace(file)
+    return crc
 
 
 def seal(spec: Spec, file: Path) -> int:

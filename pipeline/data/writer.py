@@ -1,19 +1,21 @@
 """Writes a cache, goes on with one, or makes again what is damaged in one.
 
     plan = make_plan(path, about, norm, packed, shard_mb)
-    check_space(plan)
-    with Writer(plan) as writer:
+    with Writer(plan, part=part, write=write) as writer:
         for block in writer.todo:
             ...  writer.write(block.split, rows) for all rows of block.contexts
             writer.finish_block(block, sums)
-        writer.publish()
+        if writer.finish():
+            writer.publish()
 
 1. The shard files are made at full size, so that a full disk is found before any work is done.
-2. Rows are scattered over the shards through memory maps: row perm(t) for token t.
+2. Rows are scattered over the shards through memory maps: row perm(t) for token t. Where that does not work well, they
+   are spilled to files that are sorted into shards before step 4 (`data/spill.py`).
 3. Every half minute the maps are synced to disk, then the blocks done since are noted (`data/journal.py`).
 4. At the end each shard gets its checksum, then the small arrays and Zarr's metadata are written, the group's own
    `zarr.json` last: until then no reader takes the directory for a cache.
 
+Processes that make parts share one journal (`data/parts.py`); the last one to end does step 4.
 What was done before a crash is skipped, or done again with the same result. A finished chunk is never written again.
 """
 
@@ -48,9 +50,12 @@ from pipeline.data.layout import (
     little,
     prefix,
 )
-from pipeline.data.plan import Block, Plan, disk_of, free_bytes
+from pipeline.data.options import Write
+from pipeline.data.parts import Part
+from pipeline.data.plan import Block, Plan, check_space, disk_of, free_bytes, planned_again
 from pipeline.data.shards import Maps, allocate, seal
 from pipeline.data.shuffle import Permutation
+from pipeline.data.spill import Spill, choose
 from pipeline.data.tokens import Split
 from pipeline.data.zarr_files import zarr_metadata
 from pipeline.errors import UserError
@@ -67,17 +72,34 @@ Checksums = dict[str, list[int]]
 
 
 class Writer:
-    """At work on a cache: holds its lock from the start of `with` to the end. todo: the blocks yet to be extracted."""
+    """At work on a cache, or on a part of it: holds its lock from the start of `with` to the end.
 
-    def __init__(self, plan: Plan, commit_seconds: float = COMMIT_SECONDS) -> None:
+    share: the blocks that are this process's to extract; todo: those of them that are left; n_done: blocks of the whole
+    cache that are done, as far as is known; is_finished: others have finished the cache since the plan was made, so
+    nothing is left to do. `plan` is made again when other parts have begun since.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        commit_seconds: float = COMMIT_SECONDS,
+        part: Part | None = None,
+        write: Write = Write.auto,
+    ) -> None:
         self.plan = plan
+        self.share: list[Block] = []
         self.todo: list[Block] = []
+        self.n_done = 0
+        self.is_finished = False
+        self._part, self._write = part, write
+        self._spill: Spill | None = None
         self._commit_seconds = commit_seconds
         self._order = Permutation(plan.packed[Split.train].n_rows, plan.about["seed"])
         self._maps = Maps()
         self._pending: list[tuple[int, NDArray[np.float64]]] = []
         self._last_commit = 0.0
         self._crcs = Checksums()
+        self._sealed: dict[str, dict[int, int]] = {}
 
     def __enter__(self) -> Self:
         """Raises UserError when another extraction is at work there, or when the disk does not take the files; where
@@ -86,10 +108,12 @@ class Writer:
         new = [place for place in (path, *path.parents) if not place.exists()]
         with _disk_errors(path):
             try:
-                self._journal = Journal(path)
+                self._journal = Journal(path, self._part)
                 try:
                     self._check_unchanged()
-                    self._prepare()
+                    if not self.is_finished:
+                        self._prepare()
+                    self._journal.locks.set_up()
                 except BaseException:
                     self._journal.close()
                     raise
@@ -107,6 +131,8 @@ class Writer:
                     self._commit()
         finally:
             self._maps.close()
+            if self._spill is not None:
+                self._spill.close()
             self._journal.close()
 
     def write(self, split: Split, rows: Rows) -> None:
@@ -118,7 +144,8 @@ class Writer:
         with _disk_errors(self.plan.path):
             for name, values in zip(STORED, (rows.resid_mid, rows.mlp_out), strict=True):
                 bits = values.cpu().view(torch.uint16).numpy()
-                self._scatter(prefix(split) + name, index[by_place], bits, by_place)
+                put = self._scatter if self._spill is None else self._spill.put
+                put(prefix(split) + name, index[by_place], bits, by_place)
 
     def finish_block(self, block: Block, sums: NDArray[np.float64]) -> None:
         """All rows of a block have been written, and these are their sums."""
@@ -127,12 +154,30 @@ class Writer:
             with _disk_errors(self.plan.path):
                 self._commit()
 
-    def publish(self) -> None:
-        """Checksums, small arrays, metadata: then it is a cache. Every block of `todo` must be done."""
-        plan = self.plan
-        with _disk_errors(plan.path):
+    def finish(self) -> bool:
+        """Every block of `todo` is done. -> whether this process is to publish the cache: every other block is done
+        too, and nobody else is at work. The rows are in their shards then."""
+        with _disk_errors(self.plan.path):
             self._commit()
             self._maps.close()
+            if self._part is not None:
+                self._journal.locks.step_back()
+            done = self._journal.load(self.plan.sums_shape)
+            needed = self.plan.needed()
+            left = {block.number for block in needed} - done
+            self.n_done = len(self.plan.blocks) - len(left)
+            if left or not self._journal.locks.claim():
+                assert self._part is not None, "blocks are left"
+                self.is_finished = (self.plan.path / "zarr.json").exists()
+                return False
+            if self._spill is not None:
+                self._sealed = self._spill.sort()
+        return True
+
+    def publish(self) -> None:
+        """Checksums, small arrays, metadata: then it is a cache. `finish` must have said so."""
+        plan = self.plan
+        with _disk_errors(plan.path):
             crcs = self._crcs | self._seal() | self._write_small_arrays()
             children = zarr_metadata(plan.specs, {})
             del children["zarr.json"]
@@ -149,9 +194,15 @@ class Writer:
     def _check_unchanged(self) -> None:
         """The plan was made before the lock was held."""
         path = self.plan.path
-        now = read_attributes(path) if (path / "zarr.json").exists() else self._journal.state()
-        if now != self.plan.before:
+        published = (path / "zarr.json").exists()
+        now = read_attributes(path) if published else self._journal.state()
+        if now == self.plan.before:
+            return
+        if self._part is None or now is None:
             raise UserError(f"another extraction has worked on {path} meanwhile; run the same command again")
+        self.is_finished = published
+        if not published:
+            self.plan = planned_again(self.plan)
 
     def _prepare(self) -> None:
         """Make the files at full size, and find what is left to do. Where nothing was before, nothing is left by an
@@ -163,23 +214,51 @@ class Writer:
                 shutil.rmtree(self.plan.path)
             raise
         done = self._journal.load(self.plan.sums_shape)
-        self.todo = [block for block in self.plan.needed() if block.number not in done]
+        needed = self.plan.needed()
+        self.share = self.plan.blocks
+        if self._part is not None:
+            needed = self.share = needed[self._part.number :: self._part.of]
+        self.todo = [block for block in needed if block.number not in done]
+        if self._spill is not None:
+            self._spill.start()
         self._last_commit = time.monotonic()
 
     def _make_files(self) -> None:
         plan, published = self.plan, (self.plan.path / "zarr.json").exists()
         if plan.before is None:
             _clear(plan.path)
-        lost = [] if plan.before is None else [file for file, _ in self._missing()]
+        write = self._choose_write(None if published else plan.before)
+        if write is Write.spill:
+            self._spill = Spill(plan, "whole" if self._part is None else self._part.label)
+        lost = self._lost()
         if lost and not published and self._journal.load(plan.sums_shape):
+            if others := self._journal.locks.others():
+                fix = f"stop the other parts ({', '.join(others)}) and start them all again"
+                raise UserError(f"{lost[0]} has gone while others are at work; {fix}")
             logger.warning("%s has gone: extracting from the start", lost[0])
+        check_space(plan, 0 if self._spill is None else self._spill.more_bytes())
         if plan.before is None or published or lost:
             # Before the files are made: a file of zeros must never look like one that holds rows.
-            self._journal.start(plan.about | {"manifest": {"arrays": _manifest(plan, plan.finished)}})
+            manifest = {"arrays": _manifest(plan, plan.finished)}
+            self._journal.start(plan.about | {"write": str(write), "manifest": manifest})
             (plan.path / "zarr.json").unlink(missing_ok=True)
-        for file, n_bytes in self._missing():
-            allocate(file, n_bytes)
+        if self._spill is None:
+            for file, n_bytes in self._missing():
+                allocate(file, n_bytes)
         self._crcs = self._write_tokens()
+
+    def _choose_write(self, state: Json | None) -> Write:
+        """What is begun goes on as it began."""
+        begun = None if state is None else Write(state.get("write", Write.scatter))
+        if begun is not None and self._write not in (Write.auto, begun):
+            logger.warning("%s was begun with cache.write=%s and goes on so", self.plan.path, begun)
+        return begun or choose(self._write, self.plan.path)
+
+    def _lost(self) -> list[Path]:
+        """Files that are gone although an earlier start made or filled them."""
+        if self.plan.before is None:
+            return []
+        return [file for file, _ in self._missing()] if self._spill is None else self._spill.lost()
 
     def _missing(self) -> list[tuple[Path, int]]:
         """Shard files that have yet to be made, and their sizes."""
@@ -204,7 +283,10 @@ class Writer:
     def _commit(self) -> None:
         """Note the pending blocks, once their rows are on disk."""
         if self._pending:
-            self._maps.sync()
+            if self._spill is None:
+                self._maps.sync()
+            else:
+                self._spill.sync()
             numbers, sums = zip(*self._pending, strict=True)
             self._journal.append(list(numbers), np.stack(sums))
             self._pending = []
@@ -216,7 +298,7 @@ class Writer:
         shards = [(name, spec, chunk) for name, spec, chunk in plan.chunks() if name.endswith(STORED)]
         with Progress(len(shards), unit="shards", desc="checksums") as progress:
             for name, spec, chunk in shards:
-                crc = plan.finished.get(name, {}).get(chunk)
+                crc = (plan.finished.get(name, {}) | self._sealed.get(name, {})).get(chunk)
                 crcs.setdefault(name, []).append(seal(spec, spec.file(plan.path, name, chunk)) if crc is None else crc)
                 progress.update(1)
         return crcs

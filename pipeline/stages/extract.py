@@ -8,6 +8,7 @@
 2. Documents are split and packed into contexts.
 3. The base model runs over the contexts, block by block; the residual stream before each MLP and the MLP's output are
    scattered over the shards in their final, random order. A stopped extraction goes on with the same command.
+   Several processes can make parts of it (`extract.part`, torchrun); the last one to end does step 4.
 4. A few contexts are computed again and compared with what is on disk; then the cache is called finished.
 """
 
@@ -17,8 +18,11 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from pipeline.data import models, tokens
 from pipeline.data.cache import Cache, damage, newest, read_attributes
@@ -28,7 +32,8 @@ from pipeline.data.journal import tidy
 from pipeline.data.layout import JOURNAL, STORED, Json, directory_of, gb, overrides_of, request_of
 from pipeline.data.models import LanguageModel
 from pipeline.data.options import Codec
-from pipeline.data.plan import Block, Plan, check_space, describe, free_bytes, make_plan
+from pipeline.data.parts import Part, local_rank, one_voice, part_of, speak
+from pipeline.data.plan import Block, Plan, describe, free_bytes, make_plan
 from pipeline.data.spot_check import spot_check
 from pipeline.data.tokens import Packed, Split
 from pipeline.data.writer import Writer
@@ -42,59 +47,110 @@ logger = logging.getLogger(__name__)
 
 
 def run(cfg: ExtractConfig) -> Path:
-    """Make the cache, or go on with it, or say that it is there. -> its directory, which a dry run does not make."""
+    """Make the cache, or go on with it, or say that it is there. -> its directory, which a dry run does not make. A
+    part (`extract.part`, or a rank of torchrun) makes its blocks, and the cache when it is the last to end."""
     if cfg.extract.batch_tokens < 1:
         raise UserError(f"extract.batch_tokens={cfg.extract.batch_tokens} must be at least 1")
     if cfg.cache.codec is not Codec.raw:
         fix = f"extract without it, then run: clt cache convert codec={cfg.cache.codec}"
         raise UserError(f"cache.codec={cfg.cache.codec}: caches are extracted raw; {fix}")
+    part = part_of(cfg.extract.part, os.environ)
+    with one_voice(os.environ):
+        return _run(cfg, part)
+
+
+def _run(cfg: ExtractConfig, part: Part | None) -> Path:
     request = request_of(cfg.model, cfg.dataset)
     path = directory_of(Path(cfg.cache.dir), request)
     if _is_there(path):
         logger.info("already there, nothing to do: %s\n%s", _summary(Cache.open(path)), _next(path, request))
         return path
-    model = models.load(cfg.model)
+    model = models.load(replace(cfg.model, device=_device(cfg)))
     model.check_context(cfg.dataset.context)
     bos = tokens.bos_of(cfg.dataset, model.tokenizer)
     if cfg.dry_run:
         estimate.say(cfg, model, bos, path)
         return path
-    with _workspace(path) as workspace:
-        packed = tokens.pack(cfg.dataset, model.tokenizer, bos, workspace)
+    with _workspace(path) as folder:
+        packed = _pack(cfg, model, bos, folder, path, part)
         _check_vocabulary(model, packed)
         about = describe(model, cfg.dataset, packed, request, bos)
         plan = make_plan(path, about, model.mlp_norm(), packed, cfg.cache.shard_mb)
         _say(cfg, model, plan)
-        check_space(plan)
-        start = time.monotonic()
-        with Writer(plan) as writer:
-            n_tokens = _extract(model, writer, cfg.extract.batch_tokens)
-            rate = n_tokens / (time.monotonic() - start)
-            logger.info("spot check: %s", spot_check(model, plan))
-            writer.publish()
-        shutil.rmtree(workspace)
-    logger.info("%s, %s tokens/s\n%s", _summary(Cache.open(path)), f"{rate:,.0f}", _next(path, request))
+        is_finished = _make(cfg, model, plan, part)
+        if is_finished:
+            _discard(folder, path)
+            tidy(path)
+            logger.info("%s\n%s", _summary(Cache.open(path)), _next(path, request))
     return path
+
+
+def _make(cfg: ExtractConfig, model: LanguageModel, plan: Plan, part: Part | None) -> bool:
+    """Extract what is this process's to extract, and finish the cache if it is the last. -> whether it is finished"""
+    with Writer(plan, part=part, write=cfg.cache.write) as writer:
+        if writer.is_finished:
+            return True
+        start = time.monotonic()
+        n_tokens = _extract(model, writer, cfg.extract.batch_tokens)
+        rate = f"{n_tokens / (time.monotonic() - start):,.0f} tokens/s"
+        publishes = writer.finish()
+        if publishes:
+            speak()
+            logger.info("spot check: %s", spot_check(model, writer.plan))
+            writer.publish()
+        logger.info("%s, %s", "all blocks" if part is None else f"part {part}", rate)
+    if not publishes and not writer.is_finished:
+        n_done = f"{writer.n_done} of {len(writer.plan.blocks)} blocks of the cache are"
+        logger.info("part %s is done; %s; the last part to end finishes it", part, n_done)
+    return publishes or writer.is_finished
+
+
+def _device(cfg: ExtractConfig) -> str:
+    """Under torchrun each process of a machine has a GPU of its own, as far as there are some."""
+    rank = local_rank(os.environ)
+    if rank is None or cfg.model.device not in ("auto", "cuda") or cfg.model.device_map is not None:
+        return cfg.model.device
+    n_gpus = torch.cuda.device_count()
+    return f"cuda:{rank % n_gpus}" if n_gpus else cfg.model.device
+
+
+def _pack(
+    cfg: ExtractConfig, model: LanguageModel, bos: int | None, folder: Path, path: Path, part: Part | None
+) -> dict[Split, Packed]:
+    """The tokens. One part packs; the others wait for it and find what it has kept."""
+    lock = take_lock(folder, path, wait="it packs the text" if part is not None else "")
+    try:
+        return tokens.pack(cfg.dataset, model.tokenizer, bos, folder / "tokens")
+    finally:
+        os.close(lock)
 
 
 @contextmanager
 def _workspace(path: Path) -> Iterator[Path]:
-    """Where packing notes how far it has come, beside the cache: locked, and kept for the next start unless the request
-    itself was refused."""
+    """Where packing notes how far it has come, beside the cache: kept for the next start unless the request itself was
+    refused, and for the other parts until the cache is finished."""
     folder = path.parent / ".packing" / path.name
     new = [place for place in (folder, *folder.parents) if not place.exists()]
-    lock = take_lock(folder, path)
     try:
-        yield folder / "tokens"
+        yield folder
     except UserError:
         if not (path / JOURNAL).exists():
-            shutil.rmtree(folder)
+            _discard(folder, path)
         raise
     finally:
-        os.close(lock)
         if folder.is_dir() and not (folder / "tokens").exists():
-            shutil.rmtree(folder)
+            _discard(folder, path)
         remove_empty([folder, folder.parent, *new])
+
+
+def _discard(folder: Path, path: Path) -> None:
+    """Remove the workspace, unless another process packs there: it is that one's to remove then."""
+    with suppress(UserError):
+        lock = take_lock(folder, path)
+        try:
+            shutil.rmtree(folder)
+        finally:
+            os.close(lock)
 
 
 def _is_there(path: Path) -> bool:
@@ -113,8 +169,7 @@ def _is_there(path: Path) -> bool:
 def _extract(model: LanguageModel, writer: Writer, batch_tokens: int) -> int:
     """Run the base model over the blocks that are left. -> their tokens"""
     packed, norm = writer.plan.packed, writer.plan.norm.to(str(model.device))
-    n_left = sum(_n_rows(block, packed) for block in writer.todo)
-    n_rows = writer.plan.n_rows
+    n_left, n_rows = (sum(_n_rows(block, packed) for block in blocks) for blocks in (writer.todo, writer.share))
     if n_left < n_rows:
         logger.info("going on: %s of %s tokens are done", f"{n_rows - n_left:,}", f"{n_rows:,}")
     context = packed[Split.train].contexts.shape[1]

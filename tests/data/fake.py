@@ -1,6 +1,6 @@
 """A language model that is a formula, and caches made with it, for the tests of the rooms around the cache.
 
-python -m tests.data.fake DIRECTORY SECONDS      makes the cache that `extract(DIRECTORY)` makes, slowly
+python -m tests.data.fake DIRECTORY SECONDS [PART [WRITE]]     makes the cache that `extract(DIRECTORY)` makes, slowly
 """
 
 import json
@@ -18,8 +18,9 @@ from pipeline.core.normalize import MlpNorm
 from pipeline.data.harvest import Buffers, harvest, sums
 from pipeline.data.layout import directory_of
 from pipeline.data.models import LanguageModel
-from pipeline.data.options import DatasetKind, DatasetOptions
-from pipeline.data.plan import Plan, describe, make_plan
+from pipeline.data.options import DatasetKind, DatasetOptions, Write
+from pipeline.data.parts import part_of
+from pipeline.data.plan import Block, Plan, describe, make_plan
 from pipeline.data.tokens import Packed, Split
 from pipeline.data.writer import Writer
 
@@ -110,6 +111,8 @@ def extract(
     seed: int = 7,
     after_block: Callable[[int], None] | None = None,
     batch_tokens: int = 2 * T,
+    part: str | None = None,
+    write: Write = Write.auto,
 ) -> Path:
     """What the extract stage does, without its model, text and words. Where a test steps in after a block, the block
     is in the journal."""
@@ -117,18 +120,25 @@ def extract(
     plan = plan_of(cache_dir, model, packed, shard_mb, block_contexts, seed)
     if commit_seconds is None:
         commit_seconds = 1e9 if after_block is None else 0
-    buffers = Buffers(as_model(model), packed[Split.train].contexts.shape[1], batch_tokens, n=1)
-    with Writer(plan, commit_seconds=commit_seconds) as writer:
+    with Writer(plan, commit_seconds, part_of(part, {}), write) as writer:
         for block in writer.todo:
-            total = np.zeros(plan.sums_shape)
-            for rows in harvest(as_model(model), packed[block.split], block.contexts, buffers):
-                writer.write(block.split, rows)
-                total += sums(rows, plan.norm).numpy()
-            writer.finish_block(block, total)
+            fill(writer, model, block, batch_tokens)
             if after_block is not None:
                 after_block(block.number)
-        writer.publish()
+        if not writer.is_finished and writer.finish():
+            writer.publish()
     return plan.path
+
+
+def fill(writer: Writer, model: FakeModel, block: Block, batch_tokens: int = 2 * T) -> None:
+    """Extract a block."""
+    packed = writer.plan.packed[block.split]
+    buffers = Buffers(as_model(model), packed.contexts.shape[1], batch_tokens, n=1)
+    total = np.zeros(writer.plan.sums_shape)
+    for rows in harvest(as_model(model), packed, block.contexts, buffers):
+        writer.write(block.split, rows)
+        total += sums(rows, writer.plan.norm).numpy()
+    writer.finish_block(block, total)
 
 
 def stored_files(path: Path) -> dict[str, bytes]:
@@ -143,4 +153,5 @@ def stored_files(path: Path) -> dict[str, bytes]:
 if __name__ == "__main__":
     slow = FakeModel()
     slow.before_call = lambda n: time.sleep(float(sys.argv[2]))
-    extract(Path(sys.argv[1]), slow, commit_seconds=0)
+    directory, _, *more = sys.argv[1:]
+    extract(Path(directory), slow, commit_seconds=0, part=more[0] if more else None, write=Write(*more[1:] or ["auto"]))
