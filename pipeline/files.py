@@ -110,13 +110,14 @@ def holds(fd: int, file: Path) -> bool:
 
 
 def holder(directory: Path) -> str | None:
-    """The process that holds the lock of `take_lock` there, "?" where it has not said so yet; None when nobody does."""
+    """The process that holds the lock of `take_lock` there, alone or with others, "?" where it has not said so yet; None
+    when nobody does."""
     try:
         fd = os.open(directory / "lock", os.O_RDONLY)
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a shared one could be had beside the parts of an extraction
     except BlockingIOError:
         return os.pread(fd, 32, 0).decode() or "?"
     else:

@@ -95,6 +95,11 @@ def test_asking_who_is_at_work_takes_no_lock_and_makes_nothing(tmp_path: Path) -
     os.close(lock)
     assert holder(tmp_path) is None
     os.close(take_lock(tmp_path, tmp_path))
+    parts = [take_lock(tmp_path, tmp_path, shared=True) for _ in range(2)]  # of one extraction, at work together
+    assert holder(tmp_path) is not None
+    for part in parts:
+        os.close(part)
+    assert holder(tmp_path) is None
 
 
 def test_one_that_was_only_just_begun_is_unfinished(tmp_path: Path) -> None:
