@@ -110,8 +110,8 @@ def holds(fd: int, file: Path) -> bool:
 
 
 def holder(directory: Path) -> str | None:
-    """The process that holds the lock of `take_lock` there, alone or with others, "?" where it has not said so yet; None
-    when nobody does."""
+    """The process that holds the lock of `take_lock` there, alone or with others, "?" where it has not said so yet;
+    None when nobody does."""
     try:
         fd = os.open(directory / "lock", os.O_RDONLY)
     except (FileNotFoundError, NotADirectoryError):
