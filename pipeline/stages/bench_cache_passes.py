@@ -68,6 +68,8 @@ def write(plan: Plan, rows: Rows) -> None:
                 n = min(len(rows.resid_mid), n_rows - first)
                 writer.write(block.split, Rows(first, rows.resid_mid[:n], rows.mlp_out[:n]))
             writer.finish_block(block, np.zeros((len(SITES), 2, *rows.resid_mid.shape[1:])))
+        is_last = writer.finish()
+        assert is_last
         writer.publish()
 
 
