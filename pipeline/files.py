@@ -63,6 +63,12 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
+def existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that is there."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
 def remove_empty(directories: list[Path]) -> None:
     """Remove those of the directories (innermost first) that are empty."""
     for directory in directories:
@@ -109,11 +115,12 @@ def holds(fd: int, file: Path) -> bool:
         return False
 
 
-def holder(directory: Path) -> str | None:
+def holder(directory: Path, name: str = "lock") -> str | None:
     """The process that holds the lock of `take_lock` there, alone or with others, "?" where it has not said so yet;
     None when nobody does."""
-    try:
-        fd = os.open(directory / "lock", os.O_RDONLY)
+    file = directory / name
+    try:  # NFS locks alone only what may be written
+        fd = os.open(file, os.O_RDWR if os.access(file, os.W_OK) else os.O_RDONLY)
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:

@@ -21,12 +21,11 @@ import numpy as np
 
 from pipeline.data.cache import damage, read_attributes
 from pipeline.data.journal import read_state
-from pipeline.data.layout import CRC_BYTES, JOURNAL, KIND, SCHEMA, SITES, STORED, Json, key_of, prefix
+from pipeline.data.layout import CRC_BYTES, JOURNAL, KIND, PACKING, SCHEMA, SITES, STORED, Json, key_of, prefix
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 from pipeline.files import holder, remove_empty, take_lock
 
-PACKING = ".packing"
 REMOVED = ".removed"
 
 

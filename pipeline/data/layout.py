@@ -28,6 +28,8 @@ STORED = ("resid_mid", "mlp_out")
 HOOKS = {"resid_mid": "blocks.{l}.ln2.hook_in", "mlp_out": "blocks.{l}.hook_mlp_out"}
 JOURNAL = ".journal"
 """Where an extraction notes what it has done; gone when the cache is finished (`data/journal.py`)."""
+PACKING = ".packing"
+"""Under cache.dir: tokens that were packed for caches that are not finished yet, by their names."""
 CRC_BYTES = 4
 PIECE_BYTES = 1 << 22
 SHARD_MB = 32

@@ -77,6 +77,12 @@ class LanguageModel:
         self._norms = [self._module(layer, self._sites.norm) for layer in self.layers]
         self._outs = [self._module(layer, self._sites.mlp_out) for layer in self.layers]
 
+    def __str__(self) -> str:
+        """gpt2, layers 0 to 11 of width 768, float32 on cpu, sdpa attention"""
+        dtype = str(self.dtype).removeprefix("torch.")
+        layers = f"layers {self.layers.start} to {self.layers.stop - 1} of width {self.d_model}"
+        return f"{self.name}, {layers}, {dtype} on {self.device}, {self.attention} attention"
+
     def check_context(self, context: int) -> None:
         """Raises UserError for contexts that are longer than the model's positions."""
         if context > self.n_context:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.errors import UserError
-from pipeline.files import holds, take_lock
+from pipeline.files import holder, holds, take_lock
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class Locks:
         found = []
         for file in sorted(self._directory.glob("lock-*-of-*")):
             number, count = file.name.removeprefix("lock-").split("-of-")
-            if Part(int(number), int(count)) != self._part and _is_held(file):
+            if Part(int(number), int(count)) != self._part and holder(self._directory, file.name) is not None:
                 found.append(f"{number}/{count}")
         return found
 
@@ -184,17 +184,3 @@ class Locks:
                 if not finished and FINISHING not in (self._directory / "lock").read_text():
                     raise
             return take_lock(self._directory, path, shared=True, wait="another part finishes the cache")
-
-
-def _is_held(file: Path) -> bool:
-    try:
-        fd = os.open(file, os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False

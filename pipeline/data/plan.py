@@ -40,6 +40,7 @@ from pipeline.data.options import DatasetOptions
 from pipeline.data.shuffle import Permutation
 from pipeline.data.tokens import Packed, Split
 from pipeline.errors import UserError
+from pipeline.files import existing
 
 BLOCK_FLOP = 1e12
 """Work of a block in the MLPs and attention projections: about 10 s of one CPU core."""
@@ -199,20 +200,15 @@ def check_space(plan: Plan, more: int = 0) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    return shutil.disk_usage(_existing(path)).free
+    return shutil.disk_usage(existing(path)).free
 
 
 def disk_of(path: Path) -> Path:
     """Where the disk that holds (or will hold) `path` is mounted."""
-    place = _existing(path).resolve()
+    place = existing(path).resolve()
     while not place.is_mount():
         place = place.parent
     return place
-
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def _check_same(path: Path, before: Json, about: Json) -> None:

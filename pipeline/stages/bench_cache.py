@@ -30,7 +30,7 @@ from typing import Any
 from pipeline.data.layout import STORED, gb
 from pipeline.data.plan import disk_of, free_bytes
 from pipeline.errors import UserError
-from pipeline.files import write_aside
+from pipeline.files import existing, write_aside
 from pipeline.progress import Progress
 from pipeline.stages import bench_cache_passes as passes
 from pipeline.stages.options import BenchCacheConfig
@@ -54,9 +54,7 @@ def run(cfg: BenchCacheConfig) -> Path:
         fix = f"use more bench.mb, or a smaller bench.batch_tokens (now {bench.batch_tokens})"
         raise UserError(f"bench.mb={bench.mb} holds {n_rows} rows of {row_bytes:,} bytes, no batch; {fix}")
     speed = _trainer_speed(cfg.run)
-    place = Path(cfg.cache.dir).absolute()
-    place = next(parent for parent in (place, *place.parents) if parent.exists())
-    with tempfile.TemporaryDirectory(prefix=".bench-", dir=place) as folder:
+    with tempfile.TemporaryDirectory(prefix=".bench-", dir=existing(Path(cfg.cache.dir))) as folder:
         report = _measure(cfg, Path(folder), n_rows // (passes.CONTEXT - 1))
     report["trainer_tokens_per_s"] = speed
     for line in _table(report):

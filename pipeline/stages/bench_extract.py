@@ -36,7 +36,7 @@ from pipeline.data.plan import Block, check_space, make_plan
 from pipeline.data.tokens import Packed, Split
 from pipeline.data.writer import Writer
 from pipeline.errors import UserError
-from pipeline.files import write_aside
+from pipeline.files import existing, write_aside
 from pipeline.progress import Progress
 from pipeline.stages.options import BenchExtractConfig
 
@@ -54,7 +54,7 @@ def run(cfg: BenchExtractConfig) -> Path:
     model = models.load(cfg.model) if cfg.model is not None else _random_gpt2(bench.device)
     model.check_context(bench.context)
     with (
-        tempfile.TemporaryDirectory(prefix=".bench-", dir=_existing(Path(cfg.cache.dir))) as folder,
+        tempfile.TemporaryDirectory(prefix=".bench-", dir=existing(Path(cfg.cache.dir))) as folder,
         _scratch_cache(cfg, model, Path(folder)) as (writer, blocks),
     ):
         seconds = _time(model, writer, blocks, cfg)
@@ -234,8 +234,3 @@ def _table(report: dict) -> list[str]:  # type: ignore[type-arg]
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    return next(place for place in (path, *path.parents) if place.exists())

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from pipeline.data import inventory
 from pipeline.data.inventory import Found, Leftover, State
-from pipeline.data.layout import gb
+from pipeline.data.layout import PACKING, gb
 from pipeline.errors import UserError
 from pipeline.stages.cache_use import Runs
 
@@ -71,7 +71,7 @@ def _items(cache_dir: Path, runs: Runs) -> list[_Item]:
 
 def _cache(found: Found, cache_dir: Path) -> _Item:
     """With the tokens that were packed for it."""
-    packing = cache_dir / inventory.PACKING / found.path.name
+    packing = cache_dir / PACKING / found.path.name
     n_bytes = found.n_bytes + (inventory.size_on_disk(packing) if packing.is_dir() else 0)
     return _Item(found.path, f"unfinished, {found.detail}", n_bytes, lambda: inventory.remove(found))
 

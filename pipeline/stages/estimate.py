@@ -33,11 +33,8 @@ def say(cfg: ExtractConfig, model: LanguageModel, bos_token_id: int | None, path
     per_token = 2 * 2 * model.n_layers * model.d_model
     free, needed = free_bytes(path), total_bytes(specs)
     rate = _tokens_per_second(model, cfg.dataset.context, cfg.extract.batch_tokens)
-    dtype = str(model.dtype).removeprefix("torch.")
-    first, last = model.layers.start, model.layers.stop - 1
     lines = {
-        "model": f"{model.name}, layers {first} to {last} of width {model.d_model}, {dtype} on {model.device}, "
-        f"{model.attention} attention",
+        "model": str(model),
         "tokens": ", ".join(f"{size.n_rows:,} {split}" for split, size in sizes.items()),
         "contexts": f"{sum(size.n_contexts for size in sizes.values()):,} of {cfg.dataset.context} tokens",
         "bytes": f"{per_token:,} a token",

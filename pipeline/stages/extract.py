@@ -29,7 +29,7 @@ from pipeline.data.cache import Cache, damage, newest, read_attributes
 from pipeline.data.conveyor import Conveyor, n_buffers
 from pipeline.data.harvest import Buffers, harvest, sums
 from pipeline.data.journal import tidy
-from pipeline.data.layout import JOURNAL, STORED, Json, directory_of, gb, overrides_of, request_of
+from pipeline.data.layout import JOURNAL, PACKING, STORED, Json, directory_of, gb, overrides_of, request_of
 from pipeline.data.models import LanguageModel
 from pipeline.data.options import Codec
 from pipeline.data.parts import Part, local_rank, one_voice, part_of, speak
@@ -129,7 +129,7 @@ def _pack(
 def _workspace(path: Path) -> Iterator[Path]:
     """Where packing notes how far it has come, beside the cache: kept for the next start unless the request itself was
     refused, and for the other parts until the cache is finished."""
-    folder = path.parent / ".packing" / path.name
+    folder = path.parent / PACKING / path.name
     new = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         yield folder
@@ -201,12 +201,10 @@ def _check_vocabulary(model: LanguageModel, packed: dict[Split, Packed]) -> None
 
 def _say(cfg: ExtractConfig, model: LanguageModel, plan: Plan) -> None:
     """What will be done, before it is done."""
-    dtype = str(model.dtype).removeprefix("torch.")
     train, *held_out = (plan.packed[split] for split in Split)
     spec = plan.specs[STORED[0]]
     lines = {
-        "model": f"{model.name}, layers {model.layers.start} to {model.layers.stop - 1} of width {model.d_model}, "
-        f"{dtype} on {model.device}, {model.attention} attention",
+        "model": str(model),
         "dataset": f"{cfg.dataset.name}, {train.n_rows:,} tokens in {len(train.contexts):,} contexts of "
         f"{cfg.dataset.context}; {' + '.join(f'{len(p.contexts):,}' for p in held_out)} contexts held out",
         "cache": f"{plan.bytes_per_token:,} bytes a token, {gb(plan.total_bytes)} in all, "

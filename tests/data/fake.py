@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from pipeline.core.normalize import MlpNorm
+from pipeline.data.cache import Cache
 from pipeline.data.harvest import Buffers, harvest, sums
-from pipeline.data.layout import directory_of
+from pipeline.data.layout import SITES, STORED, directory_of
 from pipeline.data.models import LanguageModel
 from pipeline.data.options import DatasetKind, DatasetOptions, Write
 from pipeline.data.parts import part_of
@@ -148,6 +149,20 @@ def stored_files(path: Path) -> dict[str, bytes]:
     del root["attributes"]["created"], root["attributes"]["checksum"]
     files["zarr.json"] = json.dumps(root).encode()
     return files
+
+
+def read_everything(path: Path) -> None:
+    """Every array of a finished cache, as its readers do."""
+    cache = Cache.open(path)
+    assert cache.tokens.size
+    assert cache.norm.gain.numel()
+    for site in SITES:
+        cache.stats(site)
+    for split in (Split.calibration, Split.evaluation):
+        cache.held_out(split)
+    for shard in cache.shards():
+        for name in STORED:
+            cache.map_chunk(name, shard.chunk)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pipeline.data.options import DatasetKind, DatasetOptions, Dtype, ModelOptio
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 from tests.data import fake
-from tests.data.fake import D, FakeModel, L, T
+from tests.data.fake import D, FakeModel, L, T, read_everything
 
 
 @pytest.fixture(scope="module")
@@ -136,19 +136,6 @@ def flip(file: Path) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-
-
-def read_everything(path: Path) -> None:
-    cache = Cache.open(path)
-    assert cache.tokens.size
-    assert cache.norm.gain.numel()
-    for site in SITES:
-        cache.stats(site)
-    for split in (Split.calibration, Split.evaluation):
-        cache.held_out(split)
-    for shard in cache.shards():
-        for name in ("resid_mid", "mlp_out"):
-            cache.map_chunk(name, shard.chunk)
 
 
 @pytest.mark.parametrize("harm", [truncate, flip, Path.unlink, lambda file: file.write_bytes(file.read_bytes() + b"x")])

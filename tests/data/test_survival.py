@@ -17,10 +17,9 @@ import pytest
 from pipeline.data import journal
 from pipeline.data.cache import Cache
 from pipeline.data.layout import SITES, STORED, command_of, directory_of
-from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 from tests.data import fake
-from tests.data.fake import FakeModel
+from tests.data.fake import FakeModel, read_everything
 
 ROOT = Path(__file__).parents[2]
 NAME = directory_of(Path(), fake.request(seed=7)).name
@@ -40,19 +39,6 @@ def same_command(cache_dir: Path, model: FakeModel | None = None) -> Path:
         fake.extract(cache_dir, model)
     journal.tidy(path)
     return path
-
-
-def read_everything(path: Path) -> None:
-    cache = Cache.open(path)
-    assert cache.tokens.size
-    assert cache.norm.gain.numel()
-    for site in SITES:
-        cache.stats(site)
-    for split in (Split.calibration, Split.evaluation):
-        cache.held_out(split)
-    for shard in cache.shards():
-        for name in STORED:
-            cache.map_chunk(name, shard.chunk)
 
 
 def at_work(cache_dir: Path) -> subprocess.Popen[bytes]:
