@@ -1,6 +1,6 @@
 """`python -m pipeline train ...`: the command line of a checkout that is not installed."""
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline import config
-from pipeline.cli import app
+from pipeline.cli.main import app
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,10 +52,10 @@ def test_help_imports_nothing_heavy() -> None:
     heavy = {"torch", "hydra", "omegaconf", "zarr", "transformers", "transformer_lens", "datasets", "numpy", "tqdm"}
     code = f"""
 import sys
-import pipeline.cli
+import pipeline.cli.main
 sys.argv = ["clt", "--help"]
 try:
-    pipeline.cli.main()
+    pipeline.cli.main.main()
 finally:
     assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)
 """

@@ -31,7 +31,7 @@ ONLY_IN = {
     "hydra": "config.py",
     "omegaconf": "config.py",
     "transformer_lens": "data/model_sites.py",
-    "typer": "cli.py",
+    "typer": "cli/",
     "zarr": "data/zarr_files.py",
 }
 
@@ -107,8 +107,8 @@ def test_the_numerics_need_torch_alone(name: str) -> None:
 
 @pytest.mark.parametrize("library", sorted(ONLY_IN))
 def test_a_library_with_one_door_is_imported_there_only(library: str) -> None:
-    users = {str(path.relative_to(PACKAGE)) for path in MODULES if library in outside(path)}
-    assert users <= {ONLY_IN[library]}
+    users = [str(path.relative_to(PACKAGE)) for path in MODULES if library in outside(path)]
+    assert [user for user in users if not user.startswith(ONLY_IN[library])] == []
 
 
 def test_training_on_a_cache_loads_no_language_model() -> None:

@@ -1,0 +1,37 @@
+"""`clt bench`: speed, as ratios within one run."""
+
+import typer
+
+from pipeline.cli.common import ConfigDir, ConfigName, Multirun, Overrides, Resolve, ShowCfg, ShowInfo, launch
+
+app = typer.Typer(help="Measure speed, as ratios within one run.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.command("extract")
+def bench_extract(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """Tokens a second of a model's body alone, of reading it, and of reading and writing.
+
+    \b
+    clt bench extract                                      a random model of GPT-2 small's shape
+    clt bench extract model=world bench.batch_tokens=8192
+    clt bench extract model=gpt2 bench.context=1024
+    """
+    launch("bench_extract", **locals())
+
+
+@app.command("cache")
+def bench_cache(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """Bytes a second of reading shuffled batches and of writing them, over what the disk gives.
+
+    \b
+    clt bench cache                                        random rows of GPT-2 small's shape, 1 GB
+    clt bench cache bench.mb=256 bench.n_layers=4 bench.d_model=128
+    clt bench cache cache.dir=/data/cache run=runs/demo
+    """
+    launch("bench_cache", **locals())

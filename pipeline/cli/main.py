@@ -1,0 +1,92 @@
+"""`clt` and its stages: the commands that Hydra configures."""
+
+import typer
+
+from pipeline.cli import bench, cache
+from pipeline.cli.common import ConfigDir, ConfigName, DryRun, Multirun, Overrides, Resolve, ShowCfg, ShowInfo, launch
+
+app = typer.Typer(
+    name="clt",
+    help="Train cross-layer transcoders from cached activations, and measure them.",
+    epilog="Start with: clt extract model=world, clt train +experiment=batchtopk_across, clt eval. Each has a --help.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(bench.app, name="bench")
+app.add_typer(cache.app, name="cache")
+
+
+@app.command()
+def pretrain(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """Train a small language model on any text, in Hugging Face format. The same command continues a stopped run.
+
+    \b
+    clt pretrain dataset=text dataset.path=book.txt to=models/book  four layers of 128, under ten minutes
+    clt pretrain lm=tinystories dataset=tinystories                 two layers, for a GPU
+    clt pretrain lm.n_layers=2 lm.n_tokens=5M dataset=jsonl dataset.path='dumps/*.jsonl.gz'
+    clt pretrain lm.tokenizer=models/book dataset=text dataset.path=other.txt to=models/other
+    clt pretrain lm=world dataset=world dataset.n_tokens=24M        the built-in world's model again
+    """
+    launch("pretrain", **locals())
+
+
+@app.command()
+def extract(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None, dry_run: DryRun = False,
+) -> None:  # fmt: skip
+    """Cache what a model's MLPs read and wrote on a text. The same request again costs nothing.
+
+    \b
+    clt extract model=world
+    clt extract model=gpt2 dataset.n_tokens=2M --dry-run
+    clt extract model=gpt2 dataset=text dataset.path=book.txt
+    clt extract model=local model.path=models/mine dataset=jsonl dataset.path='dumps/*.jsonl.gz'
+    clt extract model=qwen2.5-3b model.layers=[8,16] dataset=wikitext dataset.bos=eos
+    clt extract model=world dataset.n_tokens=2M cache.dir=/data/cache
+    """
+    overrides = [*(overrides or []), *(["dry_run=true"] if dry_run else [])]
+    del dry_run
+    launch("extract", **locals())
+
+
+@app.command()
+def train(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """Train a cross-layer transcoder on a cache; the newest one, when no model or dataset is named.
+
+    \b
+    clt train +experiment=batchtopk_across              into runs/batchtopk_across-0
+    clt train +experiment=topk name=mine optim.lr=1e-3  into runs/mine; again: continues it
+    clt train -m name=sweep activation.k=8,16 optim.lr=1e-3,2e-3
+                                                        four runs, runs/sweep/0 to runs/sweep/3, one cache
+    clt train +experiment=sparse --cfg job              print the configuration, run nothing
+    """
+    launch("train", **locals())
+
+
+@app.command("eval")
+def evaluate(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """Measure a finished transcoder on held-out text; the newest run, when none is named.
+
+    \b
+    clt eval
+    clt eval run=runs/demo
+    clt eval run=runs/demo dataset=text dataset.path=book.txt
+    """
+    launch("eval", **locals())
+
+
+def main() -> None:
+    """The console script `clt`."""
+    app(prog_name="clt")
