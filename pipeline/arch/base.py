@@ -14,12 +14,14 @@ layer and each (layer, target): a fresh gradient of the stacked tensor page-faul
 times slower.
 """
 
+import copy
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.arch.options import ArchOptions
 from pipeline.core.activations import Activation
 from pipeline.core.normalize import Scaling
 from pipeline.core.sparse import Features, Pattern, Sparse, bag, chosen_features, from_mask
@@ -47,12 +49,16 @@ class Transcoder(nn.Module):
     causal = True
     """Whether layer l's features depend on inputs of layers <= l alone, so that it can replace MLPs in a live model."""
 
+    uses: ClassVar[frozenset[str]] = frozenset()
+    """The options that this architecture reads, beyond those that all read."""
+
     config: dict[str, Any] | None = None
     """What `final/config.json` says, when the transcoder was read from a run."""
 
-    def __init__(self, dims: Dims, d_features: int, activation: Activation) -> None:
+    def __init__(self, options: ArchOptions, dims: Dims, activation: Activation) -> None:
         super().__init__()
-        self.dims, self.d_features, self.activation = dims, d_features, activation
+        self.options, self.dims, self.activation = options, dims, activation
+        self.d_features = d_features = options.d_features
         n_layers, d_model = dims
         self.encoders = nn.ParameterList(torch.zeros(d_features, d_model) for _ in range(n_layers))
         self.decoders = nn.ModuleList(
@@ -60,6 +66,22 @@ class Transcoder(nn.Module):
         )
         self.b_enc = nn.Parameter(torch.zeros(n_layers, d_features))
         self.b_dec = nn.Parameter(torch.zeros(n_layers, d_model))
+
+    @staticmethod
+    def sources(dims: Dims) -> int:
+        """Number of feature spaces: one for each layer, unless the architecture has another number."""
+        return dims.n_layers
+
+    @property
+    def n_sources(self) -> int:
+        """Length of the layer axis of features, pre-activations, thresholds and counters."""
+        return self.sources(self.dims)
+
+    def under(self, rule: Activation) -> Self:
+        """The same weights, shared, under another activation rule."""
+        other = copy.copy(self)
+        other._modules = self._modules | {"activation": rule}
+        return other.train(self.training)
 
     def targets(self, layer: int) -> range:
         """The layers that features of `layer` write, a range that begins at `layer`."""
@@ -73,7 +95,7 @@ class Transcoder(nn.Module):
     @property
     def W_dec(self) -> list[Tensor]:
         """For each layer l [F, M_l, D], a copy: slot j writes layer l + j."""
-        return [torch.stack(list(self.tables(layer)), dim=1) for layer in range(self.dims.n_layers)]
+        return [torch.stack(list(self.tables(layer)), dim=1) for layer in range(self.n_sources)]
 
     def tables(self, layer: int) -> Iterator[Tensor]:
         """The decoder tables [F, D] of a layer, one for each target."""
@@ -103,8 +125,8 @@ class Transcoder(nn.Module):
 
     def decode(self, features: Features, x: Tensor) -> Tensor:
         """features [B, L, F] or sparse, x [B, L, D] -> y_hat [B, L, D]. A plain CLT ignores x; a skip path reads it."""
-        sources = range(self.dims.n_layers)
-        rows: list[Tensor | None] = [None for _ in sources]
+        sources = range(self.n_sources)
+        rows: list[Tensor | None] = [None for _ in range(self.dims.n_layers)]
         for layer in sources:
             for target, table in zip(self.targets(layer), self.tables(layer), strict=True):
                 part = self._write(features, layer, table)
@@ -138,7 +160,7 @@ class Transcoder(nn.Module):
 
     def decoder_norms(self) -> Tensor:
         """L2 norm of each feature's decoder rows, concatenated over its targets; gradient 0 at 0. -> [L, F]"""
-        squares = [sum(table.square().sum(dim=1) for table in self.tables(i)) for i in range(self.dims.n_layers)]
+        squares = [sum(table.square().sum(dim=1) for table in self.tables(i)) for i in range(self.n_sources)]
         square = torch.stack([s for s in squares if isinstance(s, Tensor)])
         # The derivative of the root at 0 is infinite, and infinity times the inner 0 would be NaN.
         nonzero = square > 0

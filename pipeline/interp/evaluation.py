@@ -40,7 +40,7 @@ class HeldOut(NamedTuple):
 @torch.no_grad()
 def features_and_reconstruction(model: Transcoder, held_out: HeldOut, batches: Iterator[Tensor]) -> dict[str, Any]:
     """L0, firing density, dead features, FVU and explained variance. `batches` are row numbers."""
-    firing = Firing(model.dims.n_layers, model.d_features)
+    firing = Firing(model.n_sources, model.d_features)
     reconstruction = Reconstruction(*model.dims)
     device = model.b_enc.device
     for rows in batches:

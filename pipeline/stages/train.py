@@ -43,9 +43,9 @@ def run(cfg: TrainConfig) -> Path:
     device = resolve_device(cfg.train.device)
     dims = Dims(cache.n_layers, cache.d_model)
     torch.manual_seed(cfg.train.seed)
-    model = table.build(cfg.arch, dims, activations.build(cfg.activation, dims.n_layers, cfg.arch.d_features)).to(
-        device
-    )
+    model = table.build(
+        cfg.arch, dims, activations.build(cfg.activation, table.n_sources(cfg.arch, dims), cfg.arch.d_features)
+    ).to(device)
     maps = inputs.scaling(cfg.train.norm, _statistics(cache, cfg.arch.site), _statistics(cache, "mlp_out"))
     prepare = inputs.build(cache.norm, cfg.arch.site, maps, device)
     objective = Objective(cfg.loss, model, inputs.variance(_statistics(cache, "mlp_out"), maps), plan.n_steps)

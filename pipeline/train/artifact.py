@@ -55,11 +55,7 @@ class Trained:
         if not activations.ACTIVATIONS[options.name].chooses:
             return None
         model = self.transcoder
-        rule = activations.build(options, model.dims.n_layers, model.d_features)
-        exact = build(from_plain(ArchOptions, self.config["arch"]), model.dims, rule)
-        exact.encoders, exact.decoders = model.encoders, model.decoders
-        exact.b_enc, exact.b_dec = model.b_enc, model.b_dec
-        return exact.eval()
+        return model.under(activations.build(options, model.n_sources, model.d_features)).eval()
 
 
 def save(run: Path, transcoder: Transcoder, threshold: Tensor, y_mean: Tensor, config: dict[str, Any]) -> Path:

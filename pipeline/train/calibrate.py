@@ -33,7 +33,7 @@ def shuffled_batches(n: int, batch: int, seed: int) -> Iterator[Tensor]:
 @torch.no_grad()
 def firing_counts(model: Transcoder, x: Tensor, batch: int, seed: int) -> Tensor:
     """How often the model's own rule fires each feature. x [n, L, D] -> int64 [L, F]"""
-    firing = Firing(model.dims.n_layers, model.d_features)
+    firing = Firing(model.n_sources, model.d_features)
     for rows in shuffled_batches(x.shape[0], batch, seed):
         firing.update(dense_features(model, x[rows]))
     return firing.fires
@@ -45,10 +45,10 @@ def thresholds(model: Transcoder, x: Tensor, batch: int, seed: int) -> Tensor:
     if isinstance(model.activation, JumpReLU | FixedThreshold):
         return model.activation.threshold.detach().clone()
     if not model.activation.chooses:
-        return torch.zeros(model.dims.n_layers, model.d_features, device=x.device)
+        return torch.zeros(model.n_sources, model.d_features, device=x.device)
     counts = firing_counts(model, x, batch, seed)
     theta = torch.empty(counts.shape, device=x.device, dtype=x.dtype)
-    for layer in range(model.dims.n_layers):
+    for layer in range(model.n_sources):
         for start in range(0, model.d_features, FEATURES_AT_ONCE):
             block = slice(start, start + FEATURES_AT_ONCE)
             weight, bias = model.encoders[layer][block], model.b_enc[layer][block]
@@ -74,7 +74,7 @@ def at_count(pre_acts: Tensor, counts: Tensor) -> Tensor:
 @torch.no_grad()
 def measure(model: Transcoder, x: Tensor, y: Tensor, y_scale: Tensor, batch: int, seed: int) -> dict[str, float | None]:
     """Total L0 and pooled FVU (model's units) of the model as it stands, on shuffled batches of training size."""
-    firing = Firing(model.dims.n_layers, model.d_features)
+    firing = Firing(model.n_sources, model.d_features)
     reconstruction = Reconstruction(*model.dims)
     for rows in shuffled_batches(x.shape[0], batch, seed):
         out = model(x[rows])

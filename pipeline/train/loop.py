@@ -58,7 +58,7 @@ class Trainer:
     ) -> None:
         self.directory, self.model, self.optimizer = directory, model, optimizer
         self.objective, self.inputs, self.plan, self.optim = objective, inputs, plan, optim
-        never = torch.zeros(model.dims.n_layers, model.d_features, dtype=torch.int64, device=inputs.device)
+        never = torch.zeros(model.n_sources, model.d_features, dtype=torch.int64, device=inputs.device)
         self.state = State(0, never)
         self.about: dict[str, object] = {}
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.arch.base import Dims, Transcoder
 from pipeline.arch.clt import CLT
-from pipeline.arch.options import Site
+from pipeline.arch.options import ArchOptions, Site
 from pipeline.core import activations
 from pipeline.core.activations import Activation, FixedThreshold
 from pipeline.core.options import ActivationOptions
@@ -29,7 +29,7 @@ def lm(tiny_gpt2: Path) -> LanguageModel:
 def random_clt(rule: Activation | None = None) -> Transcoder:
     generator = torch.Generator().manual_seed(3)
     threshold = torch.rand(L, F, generator=generator)
-    clt = CLT(Dims(L, D), F, rule or FixedThreshold(threshold))
+    clt = CLT(ArchOptions("clt", d_features=F), Dims(L, D), rule or FixedThreshold(threshold))
     with torch.no_grad():
         for parameter in clt.parameters():
             parameter.normal_(0, 0.4, generator=generator)
@@ -103,7 +103,7 @@ def test_the_first_position_keeps_its_own_output(lm: LanguageModel) -> None:
 
 
 def test_another_models_transcoder_is_refused(lm: LanguageModel) -> None:
-    other = CLT(Dims(L, D + 1), F, FixedThreshold(torch.zeros(L, F)))
+    other = CLT(ArchOptions("clt", d_features=F), Dims(L, D + 1), FixedThreshold(torch.zeros(L, F)))
     with pytest.raises(UserError, match=r"\(3, 21\).*\(3, 20\)"):
         ReplacementModel(lm, other, Site.mlp_in)
 
