@@ -102,7 +102,7 @@ class _Conversion:
                         stream.seek(-CRC_BYTES, os.SEEK_END)
                         self.crcs[name][chunk] = int.from_bytes(stream.read(), "little")
                     progress.update(1)
-        about = {k: v for k, v in self.source.attributes.items() if k not in ("codec", "checksum")}
+        about = {k: v for k, v in self.source.attributes.items() if k != "codec"}
         publish(self.path, self.specs, about | {"request": request, "codec": self._about()}, self.crcs)
 
     def _write(self, name: str, chunk: int, file: Path, code: Int8 | None) -> None:

@@ -83,7 +83,7 @@ class Plan(NamedTuple):
 
     @property
     def codec(self) -> Codec:
-        return Codec(self.about["request"].get("codec", Codec.raw.value))
+        return _codec_of(self.about)
 
     @property
     def bytes_per_token(self) -> int:
@@ -181,7 +181,7 @@ def make_plan(path: Path, about: Json, norm: MlpNorm, packed: dict[Split, Packed
     none. An extraction that goes on keeps the shard size that it began with."""
     sizes = {split: Size(len(packed[split].contexts), packed[split].n_rows) for split in Split}
     n_layers, d_model = norm.gain.shape
-    codec = Codec(about["request"].get("codec", Codec.raw.value))
+    codec = _codec_of(about)
     specs = with_codec(hierarchy(n_layers, d_model, about["context"], sizes, shard_mb), codec)
     before = read_attributes(path) if (path / "zarr.json").exists() else read_state(path)
     if before is not None and is_conversion(before):
@@ -232,6 +232,10 @@ def disk_of(path: Path) -> Path:
     while not place.is_mount():
         place = place.parent
     return place
+
+
+def _codec_of(about: Json) -> Codec:
+    return Codec(about.get("request", {}).get("codec", Codec.raw.value))
 
 
 def _check_same(path: Path, before: Json, about: Json) -> None:

@@ -31,7 +31,8 @@ def publish(path: Path, specs: dict[str, Spec], about: Json, crcs: Mapping[str, 
         (path / name).write_bytes(data)
     sync(Path(place, name) for place, _, names in os.walk(path) for name in [".", *names])
     metadata = {name: google_crc32c.value(data) for name, data in children.items()}
-    attributes = about | {"manifest": {"arrays": manifest(path, specs, crcs), "metadata": metadata}}
+    attributes = {key: value for key, value in about.items() if key not in ("manifest", "created", "checksum")}
+    attributes |= {"manifest": {"arrays": manifest(path, specs, crcs), "metadata": metadata}}
     attributes = json.loads(json.dumps(attributes | {"created": datetime.now(UTC).isoformat()}))
     attributes["checksum"] = checksum(attributes)
     root.write(path, zarr_metadata({}, attributes)[root.NAME])
