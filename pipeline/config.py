@@ -40,6 +40,7 @@ from yaml import YAMLError
 from pipeline.errors import UserError
 from pipeline.stages.options import (
     BenchCacheConfig,
+    BenchCodecConfig,
     BenchExtractConfig,
     EvalConfig,
     ExtractConfig,
@@ -49,7 +50,9 @@ from pipeline.stages.options import (
 
 logger = logging.getLogger(__name__)
 
-Config = PretrainConfig | ExtractConfig | TrainConfig | EvalConfig | BenchExtractConfig | BenchCacheConfig
+Config = (
+    PretrainConfig | ExtractConfig | TrainConfig | EvalConfig | BenchExtractConfig | BenchCacheConfig | BenchCodecConfig
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ STAGES = {
     "eval": Stage(EvalConfig, "pipeline.stages.evaluate"),
     "bench_extract": Stage(BenchExtractConfig, "pipeline.stages.bench_extract"),
     "bench_cache": Stage(BenchCacheConfig, "pipeline.stages.bench_cache"),
+    "bench_codec": Stage(BenchCodecConfig, "pipeline.stages.bench_codec"),
 }
 
 TEXT_KEYS = {

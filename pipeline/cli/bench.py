@@ -35,3 +35,17 @@ def bench_cache(
     clt bench cache cache.dir=/data/cache run=runs/demo
     """
     launch("bench_cache", **locals())
+
+
+@app.command("codec")
+def bench_codec(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """What int8 loses of channels with heavy tails, by how its scale is chosen.
+
+    \b
+    clt bench codec
+    clt bench codec bench.rows=2000000 bench.sample=130000
+    """
+    launch("bench_codec", **locals())

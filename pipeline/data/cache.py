@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.core.normalize import MlpNorm
+from pipeline.data import root
 from pipeline.data.codecs import Int8, decompress
 from pipeline.data.journal import read_state
 from pipeline.data.layout import (
@@ -42,9 +43,9 @@ from pipeline.data.layout import (
     SITES,
     STORED,
     Json,
-    checksum,
     checksum_of,
     command_of,
+    command_to_go_on,
     directory_of,
     file_bytes,
     key_of,
@@ -81,7 +82,7 @@ def find(cache_dir: Path, model: ModelOptions, dataset: DatasetOptions, codec: C
 def with_key(cache_dir: Path, key: str, request: Json) -> "Cache":
     """The finished cache of a request that was made earlier. Raises UserError, with the command that makes it."""
     path = directory_of(cache_dir, request)
-    if key_of(request) != key or not (path / "zarr.json").exists():
+    if key_of(request) != key or not ((path / root.NAME).exists() or root.lost(path)):
         state = "is not finished" if (path / JOURNAL).exists() else "does not exist"
         raise UserError(f"the cache {path} {state}; run: {command_of(request, cache_dir)}")
     return Cache.open(path)
@@ -90,9 +91,9 @@ def with_key(cache_dir: Path, key: str, request: Json) -> "Cache":
 def newest(cache_dir: Path) -> "Cache | None":
     """The finished cache that was made last. What cannot be used is passed over, with a warning that says why."""
     found: list[Cache] = []
-    for root in sorted(cache_dir.glob("*/zarr.json")):
+    for file in sorted(cache_dir.glob("*/zarr.json")):
         try:
-            found.append(Cache.open(root.parent))
+            found.append(Cache.open(file.parent))
         except UserError as error:
             logger.warning("passed over: %s", error)
     return max(found, key=lambda cache: str(cache.attributes["created"]), default=None)
@@ -293,15 +294,19 @@ class Cache:
 
 def read_attributes(path: Path) -> Json:
     """The attributes of a finished cache. Raises UserError for anything else."""
-    file = path / "zarr.json"
+    file = path / root.NAME
+    if (kept := root.lost(path)) is not None:
+        what = "is damaged" if file.exists() else "is missing"
+        raise UserError(f"{file} {what}; put it back with: {command_of(kept['request'], path.parent)}")
     if not file.exists():
         state = read_state(path)
         if state is None:
             raise UserError(f"{path} is no cache (it has no zarr.json); make one with clt extract")
-        raise UserError(f"the cache {path} is not finished; go on with: {command_of(state['request'], path.parent)}")
+        raise UserError(f"the cache {path} is not finished; go on with: {command_to_go_on(state, path.parent)}")
     again = f"remove {path} and make it again with clt extract"
+    data = file.read_bytes()
     try:
-        attributes: Json = dict(json.loads(file.read_bytes())["attributes"])
+        attributes: Json = dict(json.loads(data)["attributes"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged; {again}") from error
     if attributes.get("kind") != KIND:
@@ -309,7 +314,7 @@ def read_attributes(path: Path) -> Json:
     if attributes.get("schema") != SCHEMA:
         has = f"schema {attributes.get('schema')}, this version reads {SCHEMA}"
         raise UserError(f"{path} has {has}; make a new cache with clt extract (it gets a directory of its own)")
-    if attributes.get("checksum") != checksum(attributes):
+    if root.attributes_in(data) is None:
         raise UserError(f"{file} is damaged (its checksum is wrong); {again}")
     return attributes
 

@@ -27,9 +27,13 @@ LOSSLESS = (Codec["raw"], Codec["blosc-lz4-bitshuffle"], Codec["pcodec"])
 COMPRESSED = (Codec["blosc-lz4-bitshuffle"], Codec["pcodec"])
 CLIPS = np.linspace(1.0, 0.05, 39)
 """Tried clipping points, as shares of the largest deviation in the sample. Equal ones: the first, which clips less."""
+WORST_FVU = 1e-2
+"""Of a channel: above it there is a warning."""
 SAMPLE_NUMBERS = 1 << 26
 """Numbers of the sample at most: 7,281 rows of GPT-2 small."""
 PCODEC_LEVEL = 8
+PIECE = 1 << 20
+"""Numbers encoded at a time."""
 
 
 class Int8(NamedTuple):
@@ -48,9 +52,77 @@ class Int8(NamedTuple):
         """int8 [n, L, D] -> bfloat16 [n, L, D], in `out`."""
         return out.copy_(q.float().mul_(self.scale).add_(self.offset))
 
+    def again(self, rows: Tensor) -> Tensor:
+        """What is read where these rows were stored: bfloat16 [n, L, D]"""
+        return self.decode(self.encode(rows), torch.empty_like(rows, dtype=torch.bfloat16))
+
+    def to(self, device: torch.device) -> "Int8":
+        return Int8(self.scale.to(device), self.offset.to(device))
+
     def clipped(self, rows: Tensor) -> Tensor:
         """How many numbers of each channel lie outside of what can be stored: bfloat16 [n, L, D] -> int64 [L, D]"""
         return ((rows.float() - self.offset).abs() > 127.5 * self.scale).sum(dim=0)
+
+
+class Loss(NamedTuple):
+    """What a codec loses of one site, over all training rows and against the bits of bfloat16."""
+
+    fvu: float
+    """sum of squared errors / sum of squared deviations from the mean, over layers and dimensions together."""
+    worst_fvu: float
+    """The same of the worst channel among those that vary."""
+    worst_channel: tuple[int, int]
+    """(layer, dimension)"""
+    clipped: float
+    """Share of the numbers that lie outside of what can be stored."""
+
+
+def loss_of(lost: NDArray[np.float64], std: NDArray[np.float64], n_rows: int) -> tuple[Loss, NDArray[np.float64]]:
+    """-> the loss, and the FVU of every channel, [L, D]. lost: sums of squared errors and of clipped numbers,
+    [2, L, D]; std [L, D]"""
+    error, clipped = lost
+    spread = std**2 * n_rows
+    per_channel = np.divide(error, spread, out=np.zeros_like(error), where=spread > 0)
+    layer, dim = np.unravel_index(int(per_channel.argmax()), per_channel.shape)
+    loss = Loss(
+        fvu=float(error.sum() / spread.sum()),
+        worst_fvu=float(per_channel.max()),
+        worst_channel=(int(layer), int(dim)),
+        clipped=float(clipped.sum() / (n_rows * error.size)),
+    )
+    return loss, per_channel
+
+
+def told(lost: NDArray[np.float64], std: NDArray[np.float64], n_rows: int) -> dict[str, Any]:
+    """`loss_of` in plain values, as a cache's attribute `codec` has it for each stored array."""
+    loss, per_channel = loss_of(lost, std, n_rows)
+    return loss._asdict() | {"worst_channel": list(loss.worst_channel), "fvu_by_channel": per_channel.tolist()}
+
+
+def warning_of(name: str, loss: Loss) -> str | None:
+    """A line when a channel loses more than WORST_FVU."""
+    if loss.worst_fvu <= WORST_FVU:
+        return None
+    layer, dim = loss.worst_channel
+    channel = f"{name}, layer {layer}, dimension {dim}"
+    why = f"int8 loses {100 * loss.worst_fvu:.2g} % of the variance of {channel}, which has a heavy tail"
+    return f"{why}; cache.codec=raw or a lossless one keeps all of it"
+
+
+def encoded(code: Int8, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """bfloat16 [n, L, D] -> int8 [n, L, D], and what that loses: float64 [2, L, D], sums of squared errors and of
+    clipped numbers (on the CPU for mps, which has no float64)."""
+    _, *shape = rows.shape
+    q = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
+    lost = torch.zeros(2, *shape, dtype=torch.float64, device=rows.device if rows.is_cuda else "cpu")
+    step = max(1, PIECE // (shape[0] * shape[1]))
+    for start in range(0, len(rows), step):
+        x = rows[start : start + step]
+        q[start : start + step] = code.encode(x)
+        seen = code.decode(q[start : start + step], torch.empty_like(x))
+        lost[0] += (seen.to(lost.device).double() - x.to(lost.device).double()).square().sum(dim=0)
+        lost[1] += code.clipped(x).to(lost.device)
+    return q, lost
 
 
 def fit_int8(sample: Tensor) -> Int8:

@@ -13,40 +13,37 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import google_crc32c
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.data import root
 from pipeline.data.cache import Cache, damage, read_attributes
-from pipeline.data.codecs import COMPRESSED, LOSSLESS, Int8, compress, fit_int8, sample_rows
-from pipeline.data.layout import CRC_BYTES, JOURNAL, STORED, Json, Spec, checksum, directory_of, file_bytes, gb, little
+from pipeline.data.codecs import LOSSLESS, Int8, Loss, compress, encoded, fit_int8, sample_rows, told, warning_of
+from pipeline.data.journal import read_state
+from pipeline.data.layout import (
+    CRC_BYTES,
+    JOURNAL,
+    STORED,
+    Json,
+    command_of,
+    directory_of,
+    file_bytes,
+    gb,
+    is_conversion,
+    little,
+    with_codec,
+)
 from pipeline.data.options import Codec
 from pipeline.data.plan import disk_of, free_bytes
-from pipeline.data.zarr_files import zarr_metadata
+from pipeline.data.publish import mend_root, publish
 from pipeline.errors import UserError
-from pipeline.files import sync, take_lock, write_aside
+from pipeline.files import take_lock, write_aside
 from pipeline.progress import Progress
-
-PIECE = 1 << 20
-"""Numbers encoded at a time."""
-
-
-class Loss(NamedTuple):
-    """What a codec loses of one site, over all training rows and against what was stored before."""
-
-    fvu: float
-    """sum of squared errors / sum of squared deviations from the mean, over layers and dimensions together."""
-    worst_fvu: float
-    """The same of the worst channel among those that vary."""
-    worst_channel: tuple[int, int]
-    """(layer, dimension)"""
-    clipped: float
-    """Share of the numbers that lie outside of what can be stored."""
 
 
 def convert(source: Cache, codec: Codec) -> Path:
@@ -58,15 +55,21 @@ def convert(source: Cache, codec: Codec) -> Path:
         raise UserError(f"{source.path} is stored as {source.codec}, which has lost bits; convert the raw cache")
     request = source.request | {"codec": codec.value}
     path = directory_of(source.path.parent, request)
-    if (path / "zarr.json").exists():
+    mend_root(path, request)
+    if (path / root.NAME).exists():
         if next(damage(path, read_attributes(path)), None) is None:
             return path
+        root.forget(path)  # first: what is being removed is no cache
         shutil.rmtree(path)
     _check_space(source, codec, path)
     lock = take_lock(path / JOURNAL, path)
     try:
+        if (begun := read_state(path)) is not None and not is_conversion(begun):
+            fix = f"go on with {command_of(request, path.parent)}, or remove it"
+            raise UserError(f"{path} is being made by clt extract, which is not finished; {fix}")
         conversion = _Conversion(source, codec, path)
-        about = source.attributes | {"request": request, "n_chunks": conversion.n_chunks}
+        made = {"codec": {"name": codec.value, "from": source.path.name}, "n_chunks": conversion.n_chunks}
+        about = source.attributes | {"request": request} | made
         del about["created"], about["checksum"]
         write_aside(path / JOURNAL / "state.json", json.dumps(about).encode())
         conversion.run(request)
@@ -79,9 +82,8 @@ def convert(source: Cache, codec: Codec) -> Path:
 class _Conversion:
     def __init__(self, source: Cache, codec: Codec, path: Path) -> None:
         self.source, self.codec, self.path = source, codec, path
-        self.specs = _specs(source, codec)
-        self.crcs: dict[str, list[int]] = {name: [] for name in self.specs}
-        self.sizes: dict[str, list[int]] = {name: [] for name in STORED}
+        self.specs = with_codec(source.specs, codec)
+        self.crcs: dict[str, dict[int, int]] = {name: {} for name in self.specs}
 
     @property
     def n_chunks(self) -> int:
@@ -97,12 +99,11 @@ class _Conversion:
                     if not file.exists():
                         self._write(name, chunk, file, codes.get(name))
                     with file.open("rb") as stream:
-                        size = stream.seek(-CRC_BYTES, os.SEEK_END) + CRC_BYTES
-                        self.crcs[name].append(int.from_bytes(stream.read(), "little"))
-                    if name in STORED:
-                        self.sizes[name].append(size)
+                        stream.seek(-CRC_BYTES, os.SEEK_END)
+                        self.crcs[name][chunk] = int.from_bytes(stream.read(), "little")
                     progress.update(1)
-        self._publish(request)
+        about = {k: v for k, v in self.source.attributes.items() if k != "codec"}
+        publish(self.path, self.specs, about | {"request": request, "codec": self._about()}, self.crcs)
 
     def _write(self, name: str, chunk: int, file: Path, code: Int8 | None) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -130,19 +131,9 @@ class _Conversion:
             return compress(self.codec, bits)
         rows = torch.from_numpy(bits).view(torch.bfloat16)
         q = torch.zeros(rows.shape, dtype=torch.int8)  # padding stays zero
-        n, n_layers, d_model = self.source.specs[name].rows_in(chunk), *rows.shape[1:]
-        error = torch.zeros(n_layers, d_model, dtype=torch.float64)
-        clipped = torch.zeros(n_layers, d_model, dtype=torch.int64)
-        step = max(1, PIECE // (n_layers * d_model))
-        decoded = torch.empty(step, n_layers, d_model, dtype=torch.bfloat16)
-        for start in range(0, n, step):
-            x = rows[start : min(start + step, n)]
-            q[start : start + len(x)] = code.encode(x)
-            seen = code.decode(q[start : start + len(x)], decoded[: len(x)])
-            error += (seen.double() - x.double()).square().sum(dim=0)
-            clipped += code.clipped(x)
-        noted = np.stack([error.numpy(), clipped.double().numpy()])
-        write_aside(self._loss_file(name, chunk), noted.tobytes())
+        n = self.source.specs[name].rows_in(chunk)
+        q[:n], lost = encoded(code, rows[:n])
+        write_aside(self._loss_file(name, chunk), lost.numpy().tobytes())
         return q.numpy().tobytes()
 
     def _code(self, name: str) -> Int8:
@@ -165,72 +156,27 @@ class _Conversion:
                 break
         return torch.from_numpy(np.concatenate(parts)).view(torch.bfloat16)
 
-    def _publish(self, request: Json) -> None:
-        children = zarr_metadata(self.specs, {})
-        del children["zarr.json"]
-        for name, data in children.items():
-            (self.path / name).write_bytes(data)
-        arrays = {
-            name: json.loads(json.dumps(spec._asdict()))
-            | {"crc32c": self.crcs[name]}
-            | ({"bytes": self.sizes[name]} if spec.compressor else {})
-            for name, spec in self.specs.items()
-        }
-        metadata = {name: google_crc32c.value(data) for name, data in children.items()}
-        attributes = {k: v for k, v in self.source.attributes.items() if k not in ("codec", "checksum")}
-        attributes |= {"request": request, "manifest": {"arrays": arrays, "metadata": metadata}}
-        attributes |= {"codec": self._about(), "created": datetime.now(UTC).isoformat()}
-        attributes["checksum"] = checksum(attributes)
-        sync(Path(place, name) for place, _, names in os.walk(self.path) for name in [".", *names])
-        write_aside(self.path / "zarr.json", zarr_metadata({}, attributes)["zarr.json"])
-
     def _about(self) -> Json:
         """Attributes that say what the codec did."""
         about: Json = {"name": self.codec.value, "from": self.source.path.name}
         if self.codec is Codec["int8"]:
             for name in STORED:
-                loss, per_channel = self._loss(name)
-                about[name] = loss._asdict() | {"fvu_by_channel": per_channel.tolist()}
+                about[name] = self._loss(name)
         plain: Json = json.loads(json.dumps(about))
         return plain
 
-    def _loss(self, name: str) -> tuple[Loss, NDArray[np.float64]]:
+    def _loss(self, name: str) -> Json:
         spec = self.source.specs[name]
         total = np.zeros((2, *spec.shape[1:]))
         for chunk in range(spec.n_chunks):
             total += np.fromfile(self._loss_file(name, chunk)).reshape(total.shape)
-        error, clipped = total
-        spread = self.source.stats(name)[1].numpy() ** 2 * spec.shape[0]
-        per_channel = np.divide(error, spread, out=np.zeros_like(error), where=spread > 0)
-        layer, dim = np.unravel_index(int(per_channel.argmax()), per_channel.shape)
-        loss = Loss(
-            fvu=float(error.sum() / spread.sum()),
-            worst_fvu=float(per_channel.max()),
-            worst_channel=(int(layer), int(dim)),
-            clipped=float(clipped.sum() / (spec.shape[0] * error.size)),
-        )
-        return loss, per_channel
+        return told(total, self.source.stats(name)[1].numpy(), spec.shape[0])
 
     def _code_file(self, name: str) -> Path:
         return self.path / JOURNAL / name.replace("/", "-")
 
     def _loss_file(self, name: str, chunk: int) -> Path:
         return self.path / JOURNAL / f"loss-{name}-{chunk}"
-
-
-def _specs(source: Cache, codec: Codec) -> dict[str, Spec]:
-    specs = {name: spec for name, spec in source.specs.items() if not name.startswith("codec/")}
-    for name in STORED:
-        plain = specs[name]._replace(compressor=None, dtype="uint16")
-        if codec in COMPRESSED:
-            plain = plain._replace(compressor=codec.value)
-        elif codec is Codec["int8"]:
-            plain = plain._replace(dtype="int8")
-            for part in Int8._fields:
-                shape = plain.shape[1:]
-                specs[f"codec/{name}/{part}"] = Spec(shape, shape[0], "float32", plain.dims[1:])
-        specs[name] = plain
-    return specs
 
 
 def _check_space(source: Cache, codec: Codec, path: Path) -> None:
@@ -251,6 +197,8 @@ def describe(cache: Cache) -> Iterator[str]:
     for name in STORED if cache.codec is Codec["int8"] else ():
         loss = cache.attributes["codec"][name]
         layer, dim = loss["worst_channel"]
+        if line := warning_of(name, Loss(*(loss[field] for field in Loss._fields))):
+            yield line
         yield (
             f"{name}: FVU {loss['fvu']:.2g} against bfloat16, worst channel {loss['worst_fvu']:.2g} (layer {layer}, "
             f"dimension {dim}), {100 * loss['clipped']:.2g} % of the numbers clipped"

@@ -3,7 +3,7 @@
     with Writer(plan) as writer, Conveyor(writer, first_layer) as conveyor:
         for block in writer.todo:
             for rows in harvest(...):
-                conveyor.put(block, rows, sums(rows, norm))
+                conveyor.put(block, *stored(block.split, rows, norm, codes))
             conveyor.finish(block)
 
 From a GPU, rows come through pinned memory: the copy runs beside the next forward pass, and the thread waits for its
@@ -55,7 +55,7 @@ class Conveyor:
             self.flush()
 
     def put(self, block: Block, rows: Rows, sums: Tensor) -> None:
-        """Rows of a block, with their sums: float64 [sites, 2, L, D]."""
+        """Rows of a block as they are stored, with their sums: float64 [n, 2, L, D]."""
         self._total = sums if self._total is None else self._total.add_(sums)
         host = Rows(rows.first, _to_host(rows.resid_mid), _to_host(rows.mlp_out))
         copied = torch.cuda.current_stream(rows.mlp_out.device).record_event() if rows.mlp_out.is_cuda else None

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.core.normalize import MlpNorm
-from pipeline.data.layout import SITES
+from pipeline.data.layout import SITES, STORED
 from pipeline.data.models import LanguageModel
 from pipeline.data.tokens import Packed
 from pipeline.errors import UserError
@@ -32,9 +32,9 @@ class Rows(NamedTuple):
 
     first: int
     resid_mid: Tensor
-    """bfloat16 [n, L, D]"""
+    """bfloat16 [n, L, D], or int8 as they are stored (`scales.stored`)."""
     mlp_out: Tensor
-    """bfloat16 [n, L, D]"""
+    """The same."""
 
 
 class Buffers:
@@ -104,7 +104,7 @@ def finite(total: Tensor, first_layer: int) -> NDArray[np.float64]:
     result: NDArray[np.float64] = total.cpu().numpy()
     if not np.isfinite(result).all():
         site, _, layer, _ = np.argwhere(~np.isfinite(result))[0]
-        where = f"{SITES[site]} of layer {first_layer + layer}"
+        where = f"{(*SITES, *STORED)[site]} of layer {first_layer + layer}"
         raise UserError(f"{where} is not finite (NaN or infinity); use model.dtype=float32")
     return result
 

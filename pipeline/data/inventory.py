@@ -19,9 +19,23 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.data import root
 from pipeline.data.cache import damage, read_attributes
 from pipeline.data.journal import read_state
-from pipeline.data.layout import CRC_BYTES, JOURNAL, KIND, PACKING, SCHEMA, SITES, STORED, Json, key_of, prefix
+from pipeline.data.layout import (
+    CRC_BYTES,
+    JOURNAL,
+    KIND,
+    PACKING,
+    SCHEMA,
+    STORED,
+    Json,
+    is_conversion,
+    key_of,
+    prefix,
+    sums_shape,
+)
+from pipeline.data.options import Codec
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 from pipeline.files import holder, remove_empty, take_lock
@@ -96,7 +110,7 @@ def leftovers(cache_dir: Path) -> list[Leftover]:
 def look(path: Path) -> Found | None:
     """What stands at `path`; None when it is no cache of this program. Sizes of files only: what is inside them is for
     `verify.py`."""
-    if (path / "zarr.json").is_file():
+    if (path / "zarr.json").is_file() or root.lost(path) is not None:
         return _with_attributes(path)
     return _with_journal(path) if (path / JOURNAL).is_dir() else None
 
@@ -271,7 +285,7 @@ def _raw_attributes(path: Path) -> Json | None:
 
 def _progress(path: Path, about: Json) -> str:
     """Of the blocks that an extraction has to do: 37 %. Of a cache that is being mended: its chunks."""
-    if "n_chunks" in about:  # a conversion
+    if is_conversion(about):
         done = sum(file.is_file() for file in path.rglob("c/**/*") if file.suffix != ".aside")
         return f"{100 * done // about['n_chunks']} %"
     arrays = about["manifest"]["arrays"]
@@ -281,8 +295,8 @@ def _progress(path: Path, about: Json) -> str:
         return f"{lost:,} of {len(shards):,} shards to be made again"
     contexts = [arrays[prefix(split) + "tokens"]["shape"][0] for split in Split]
     n_blocks = sum(-(-n // about["block_contexts"]) for n in contexts)
-    n_sums = len(SITES) * 2 * int(np.prod(arrays["resid_mid"]["shape"][1:]))
-    entry = 8 * (1 + n_sums)
+    shape = sums_shape(Codec(about["request"]["codec"]), *arrays["resid_mid"]["shape"][1:])
+    entry = 8 * (1 + int(np.prod(shape)))
     done = sum(_size(file) // entry for file in (path / JOURNAL).glob("blocks-*") if file.suffix != ".aside")
     return f"{100 * done // n_blocks} %"
 

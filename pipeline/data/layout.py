@@ -16,6 +16,7 @@ import google_crc32c
 import numpy as np
 
 from pipeline.data import asking, tokens
+from pipeline.data.codecs import COMPRESSED, Int8
 from pipeline.data.model_files import BUILTIN, source_identity
 from pipeline.data.options import Codec, DatasetOptions, ModelOptions
 from pipeline.data.tokens import Split
@@ -88,7 +89,7 @@ class Size(NamedTuple):
 
 
 def hierarchy(n_layers: int, d_model: int, context: int, sizes: dict[Split, Size], shard_mb: str) -> dict[str, Spec]:
-    """Every array of a cache, by its path in the group. Raises UserError for a shard size that is none."""
+    """Every array of a raw cache, by its path in the group. Raises UserError for a shard size that is none."""
     per_layer, per_dim = ("layer",), ("layer", "d_model")
     specs = {}
     for split, size in sizes.items():
@@ -104,6 +105,30 @@ def hierarchy(n_layers: int, d_model: int, context: int, sizes: dict[Split, Size
             specs[f"stats/{site}/{part}"] = Spec((n_layers, d_model), n_layers, "float64", per_dim)
         specs[f"stats/{site}/rms"] = Spec((n_layers,), n_layers, "float64", per_layer)
     return specs
+
+
+def with_codec(specs: dict[str, Spec], codec: Codec) -> dict[str, Spec]:
+    """The arrays of a cache of any codec when its training rows are stored by this one: shards of as many rows."""
+    found = {name: spec for name, spec in specs.items() if not name.startswith("codec/")}
+    for name in STORED:
+        spec = found[name]._replace(compressor=codec.value if codec in COMPRESSED else None, dtype="uint16")
+        if codec is Codec["int8"]:
+            spec = spec._replace(dtype="int8")
+            shape = spec.shape[1:]
+            found |= {code_array(name, part): Spec(shape, shape[0], "float32", spec.dims[1:]) for part in Int8._fields}
+        found[name] = spec
+    return found
+
+
+def code_array(name: str, part: str) -> str:
+    """Where the scale or the offset of an int8 array stands in the group."""
+    return f"codec/{name}/{part}"
+
+
+def sums_shape(codec: Codec, n_layers: int, d_model: int) -> tuple[int, ...]:
+    """What is summed over the rows of a block: sum and sum of squares of each site; for int8 also squared error and
+    clipped numbers of each stored array."""
+    return (len(SITES) + (len(STORED) if codec is Codec["int8"] else 0), 2, n_layers, d_model)
 
 
 def _shard_rows(n_rows: int, row_bytes: int, shard_mb: str) -> int:
@@ -147,11 +172,21 @@ def directory_of(cache_dir: Path, request: Json) -> Path:
 
 
 def command_of(request: Json, cache_dir: Path) -> str:
-    """The command that makes the cache of a request; other codecs are made from the raw one."""
-    if request["codec"] == Codec.raw:
-        return f"clt extract {overrides_of(request, cache_dir)}"
-    source = directory_of(cache_dir, request | {"codec": Codec.raw.value})
-    return f"clt cache convert {shlex.quote(str(source))} codec={request['codec']}"
+    """The command that makes the cache of a request, and mends it, whether it was extracted or converted."""
+    return f"clt extract {overrides_of(request, cache_dir)}"
+
+
+def command_to_go_on(state: Json, cache_dir: Path) -> str:
+    """The command that goes on with what a journal says: an extraction or a conversion."""
+    if is_conversion(state):
+        source = shlex.quote(str(cache_dir / state["codec"]["from"]))
+        return f"clt cache convert {source} codec={state['request']['codec']}"
+    return command_of(state["request"], cache_dir)
+
+
+def is_conversion(state: Json) -> bool:
+    """Whether the state of an unfinished cache is that of `clt cache convert`."""
+    return "n_chunks" in state
 
 
 def overrides_of(request: Json, cache_dir: Path) -> str:
@@ -210,6 +245,11 @@ def stored_bytes(arrays: Json) -> int:
 
 def total_bytes(specs: dict[str, Spec]) -> int:
     return sum(spec.n_chunks * spec.file_bytes for spec in specs.values())
+
+
+def token_bytes(specs: dict[str, Spec]) -> int:
+    """Of a training row, before compression."""
+    return sum(int(np.prod(specs[name].shape[1:])) * np.dtype(specs[name].dtype).itemsize for name in STORED)
 
 
 def gb(n_bytes: int) -> str:

@@ -207,7 +207,8 @@ class CacheOptions:
     """Where caches live: one directory for each (model, dataset, codec) request, named by its content."""
 
     codec: Codec = Codec.raw
-    """How rows are stored: raw is bfloat16 bits, memory-mapped."""
+    """How rows are stored: raw is bfloat16 bits, memory-mapped; int8 is half of that; blosc-lz4-bitshuffle and pcodec
+    lose nothing and need room for raw while they are extracted."""
 
     shard_mb: str = "auto"
     """Size of a shard file in MB (2^20 bytes). auto is 32, doubled while there would be more than 16,384 shards."""

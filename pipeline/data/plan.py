@@ -19,24 +19,30 @@ import pipeline
 from pipeline.core.normalize import MlpNorm
 from pipeline.data import tokens
 from pipeline.data.cache import read_attributes
+from pipeline.data.codecs import COMPRESSED
 from pipeline.data.journal import read_state
 from pipeline.data.layout import (
     HOOKS,
     KIND,
     SCHEMA,
-    SITES,
     STORED,
     Json,
     Size,
     Spec,
+    command_to_go_on,
+    file_bytes,
     gb,
     hierarchy,
+    is_conversion,
     prefix,
     spec_of,
+    sums_shape,
+    token_bytes,
     total_bytes,
+    with_codec,
 )
 from pipeline.data.models import LanguageModel
-from pipeline.data.options import DatasetOptions
+from pipeline.data.options import Codec, DatasetOptions
 from pipeline.data.shuffle import Permutation
 from pipeline.data.tokens import Packed, Split
 from pipeline.errors import UserError
@@ -76,8 +82,13 @@ class Plan(NamedTuple):
         return sum(packed.n_rows for packed in self.packed.values())
 
     @property
+    def codec(self) -> Codec:
+        return _codec_of(self.about)
+
+    @property
     def bytes_per_token(self) -> int:
-        return sum(2 * int(np.prod(self.specs[name].shape[1:])) for name in STORED)
+        """Before compression."""
+        return token_bytes(self.specs)
 
     @property
     def total_bytes(self) -> int:
@@ -85,22 +96,24 @@ class Plan(NamedTuple):
 
     @property
     def missing_bytes(self) -> int:
-        """What is not on disk yet, the journal's sums included."""
+        """What is not on disk yet, the journal's sums included. Compressed chunks count as they are spilled: raw."""
         sums = 8 * len(self.blocks) * int(np.prod(self.sums_shape))
         return sums + sum(spec.file_bytes for name, spec, i in self.chunks() if not self.is_whole(name, i))
 
     @property
     def sums_shape(self) -> tuple[int, ...]:
-        """Of a block: sites, sum and sum of squares, L, D."""
-        return (len(SITES), 2, *self.norm.gain.shape)
+        """Of a block (`layout.sums_shape`)."""
+        return sums_shape(self.codec, *self.norm.gain.shape)
 
     def chunks(self) -> Iterator[tuple[str, Spec, int]]:
         return ((name, spec, i) for name, spec in self.specs.items() for i in range(spec.n_chunks))
 
     def is_whole(self, name: str, chunk: int) -> bool:
-        """Whether a chunk's file is there at its full size."""
-        file = self.specs[name].file(self.path, name, chunk)
-        return file.exists() and file.stat().st_size == self.specs[name].file_bytes
+        """Whether a chunk's file is there at its full size. A compressed one gets its name when it is whole, and a
+        damaged one is removed before anything is made (`data/setting_up.py`)."""
+        spec = self.specs[name]
+        file = spec.file(self.path, name, chunk)
+        return file.exists() and (spec.compressor is not None or file.stat().st_size == spec.file_bytes)
 
     def is_finished(self, name: str) -> bool:
         return len(self.finished.get(name, {})) == self.specs[name].n_chunks
@@ -168,9 +181,17 @@ def make_plan(path: Path, about: Json, norm: MlpNorm, packed: dict[Split, Packed
     none. An extraction that goes on keeps the shard size that it began with."""
     sizes = {split: Size(len(packed[split].contexts), packed[split].n_rows) for split in Split}
     n_layers, d_model = norm.gain.shape
-    specs = hierarchy(n_layers, d_model, about["context"], sizes, shard_mb)
+    codec = _codec_of(about)
+    specs = with_codec(hierarchy(n_layers, d_model, about["context"], sizes, shard_mb), codec)
     before = read_attributes(path) if (path / "zarr.json").exists() else read_state(path)
+    if before is not None and is_conversion(before):
+        fix = f"go on with {command_to_go_on(before, path.parent)}, or remove it"
+        raise UserError(f"{path} is being made by clt cache convert, which is not finished; {fix}")
     about = about | {"block_contexts": (before or about)["block_contexts"]}
+    if codec is not Codec.raw:
+        about |= {"codec": {"name": codec.value, "from": None}}
+    if before is not None and "codec" in before:  # with what it lost, which only its first extraction knows
+        about |= {"codec": before["codec"]}
     blocks = _blocks(sizes, about["block_contexts"])
     plan = Plan(path, about, norm, packed, specs, blocks, {}, before)
     if before is None:
@@ -180,7 +201,8 @@ def make_plan(path: Path, about: Json, norm: MlpNorm, packed: dict[Split, Packed
     plan = plan._replace(specs={name: spec_of(entry) for name, entry in arrays.items()})
     for name, _, chunk in plan.chunks():
         crc = arrays[name]["crc32c"][chunk]
-        if crc is not None and plan.is_whole(name, chunk):
+        file = plan.specs[name].file(path, name, chunk)
+        if crc is not None and file.exists() and file.stat().st_size == file_bytes(arrays[name], chunk):
             plan.finished.setdefault(name, {})[chunk] = crc
     return plan
 
@@ -196,7 +218,8 @@ def check_space(plan: Plan, more: int = 0) -> None:
     if needed > free:
         sizes = f"{gb(needed)} to write, {gb(free)} free on {disk_of(plan.path)}"
         fix = "use a smaller dataset.n_tokens, or cache.dir= on another disk"
-        raise UserError(f"the cache does not fit: {sizes} ({plan.bytes_per_token:,} bytes a token); {fix}")
+        spilled = ", which wait uncompressed until they are sorted" if plan.codec in COMPRESSED else ""
+        raise UserError(f"the cache does not fit: {sizes} ({plan.bytes_per_token:,} bytes a token{spilled}); {fix}")
 
 
 def free_bytes(path: Path) -> int:
@@ -209,6 +232,10 @@ def disk_of(path: Path) -> Path:
     while not place.is_mount():
         place = place.parent
     return place
+
+
+def _codec_of(about: Json) -> Codec:
+    return Codec(about.get("request", {}).get("codec", Codec.raw.value))
 
 
 def _check_same(path: Path, before: Json, about: Json) -> None:

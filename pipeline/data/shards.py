@@ -11,7 +11,9 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.codecs import compress, decompress
 from pipeline.data.layout import CRC_BYTES, PIECE_BYTES, Spec, checksum_of, little
+from pipeline.data.options import Codec
 from pipeline.files import sync
 
 
@@ -59,9 +61,12 @@ class Maps:
 
 
 def write_shard(spec: Spec, file: Path, rows: NDArray[Any]) -> int:
-    """A whole shard, sealed, from its rows (of the shape of a chunk). -> its checksum. It is there as a whole or not at
-    all."""
-    values = np.ascontiguousarray(rows, little(spec.dtype)).reshape(-1).view(np.uint8)
+    """A whole shard, compressed by its codec and sealed, from its rows (of the shape of a chunk). -> its checksum. It
+    is there as a whole or not at all."""
+    values = np.ascontiguousarray(rows, little(spec.dtype))
+    if spec.compressor is not None:
+        values = np.frombuffer(compress(Codec(spec.compressor), values), np.uint8)
+    values = values.reshape(-1).view(np.uint8)
     crc, data = int(google_crc32c.value(values)), values.data
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(file.name + ".aside")
@@ -75,8 +80,19 @@ def write_shard(spec: Spec, file: Path, rows: NDArray[Any]) -> int:
     return crc
 
 
+def read_shard(spec: Spec, file: Path) -> NDArray[Any]:
+    """The rows of a shard that is there as a whole, by map or decompressed; its checksum is not looked at."""
+    if spec.compressor is None:
+        return np.memmap(file, little(spec.dtype), "r", shape=spec.chunk_shape)
+    rows = np.empty(spec.chunk_shape, little(spec.dtype))
+    decompress(Codec(spec.compressor), file.read_bytes()[:-CRC_BYTES], rows)
+    return rows
+
+
 def seal(spec: Spec, file: Path) -> int:
-    """Give a shard file its checksum, if it has not got it yet."""
+    """Give a shard file its checksum, if it has not got it yet; one that was written by `write_shard` has. -> it"""
+    if spec.compressor is not None:
+        return checksum_of(file, file.stat().st_size - CRC_BYTES)
     crc = checksum_of(file, spec.chunk_bytes)
     suffix = crc.to_bytes(CRC_BYTES, "little")
     with file.open("r+b", buffering=0) as stream:

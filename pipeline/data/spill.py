@@ -10,7 +10,8 @@
 3. At the end each bucket is read, sorted, and written as whole shards; then its files are removed. A bucket whose
    shards are all there is done, whoever did it.
 
-A row that was computed twice, after a crash, is there twice with the same bits. The disk holds the rows once, and one
+Compressed shards are always written so, since their sizes are not known before; their rows wait here as they are. A row
+that was computed twice, after a crash, is there twice with the same bits. The disk holds the rows once, and one
 bucket of one array twice while it is sorted.
 """
 
@@ -29,11 +30,13 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.codecs import COMPRESSED
 from pipeline.data.journal import SPILL
-from pipeline.data.layout import JOURNAL, STORED, Spec
-from pipeline.data.options import Write
+from pipeline.data.layout import JOURNAL, STORED, Spec, little
+from pipeline.data.options import Codec, Write
 from pipeline.data.plan import Plan
 from pipeline.data.shards import allocate, write_shard
+from pipeline.errors import UserError
 from pipeline.files import sync, write_aside
 from pipeline.progress import Progress
 
@@ -73,7 +76,7 @@ class Spill:
         for file in self._folder.rglob(f"*.{self._writer}"):
             os.truncate(file, self._lengths.get(self._name(file), 0))
 
-    def put(self, name: str, index: NDArray[np.int64], bits: NDArray[np.uint16], order: NDArray[np.int64]) -> None:
+    def put(self, name: str, index: NDArray[np.int64], bits: NDArray[Any], order: NDArray[np.int64]) -> None:
         """Append bits[order], the rows `index` of an array, which ascend."""
         spec, finished = self._plan.specs[name], self._plan.finished.get(name, {})
         chunk = index // spec.chunk_rows
@@ -145,7 +148,7 @@ class Spill:
         """The shards `left` of a bucket, from its files and their lengths."""
         spec = self._plan.specs[name]
         n, first = spec.chunk_rows, chunks.start * spec.chunk_rows
-        rows = np.zeros((len(chunks) * n, *spec.shape[1:]), "<u2")
+        rows = np.zeros((len(chunks) * n, *spec.shape[1:]), little(spec.dtype))
         seen = np.zeros(len(rows), bool)
         for file, length in files.items():
             for records in _read(file, length, _record(spec)):
@@ -194,8 +197,19 @@ class Spill:
         return self._open[file]
 
 
-def choose(wanted: Write, path: Path) -> Write:
-    """How to write a cache at `path`, a directory that is there. Raises OSError when nothing can be written."""
+def check(wanted: Write, codec: Codec) -> None:
+    """Raises UserError for a way of writing that does not go with the codec."""
+    if wanted is Write.scatter and codec in COMPRESSED:
+        why = f"the size of a {codec} shard is not known before all its rows are there"
+        raise UserError(f"cache.write=scatter: {why}; use cache.write=spill, or auto, which takes it")
+
+
+def choose(wanted: Write, path: Path, codec: Codec = Codec.raw) -> Write:
+    """How to write a cache at `path`, a directory that is there. Raises OSError when nothing can be written, and
+    UserError as `check` does."""
+    check(wanted, codec)
+    if codec in COMPRESSED:
+        return Write.spill
     if wanted is not Write.auto:
         return wanted
     kind = file_system(path)
@@ -239,7 +253,7 @@ def _takes_maps(path: Path) -> bool:
 
 
 def _record(spec: Spec) -> np.dtype[Any]:
-    return np.dtype([("row", "<i8"), ("bits", "<u2", spec.shape[1:])])
+    return np.dtype([("row", "<i8"), ("bits", little(spec.dtype), spec.shape[1:])])
 
 
 def _shards_of_a_bucket(spec: Spec) -> int:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import google_crc32c
 
+from pipeline.data import root
 from pipeline.data.layout import CRC_BYTES, PIECE_BYTES, Json, command_of, file_bytes, spec_of
 
 Report = Callable[[int], object]
@@ -30,12 +31,12 @@ class Problem(NamedTuple):
 
 def n_files(attributes: Json) -> int:
     manifest = attributes["manifest"]
-    return len(manifest["metadata"]) + sum(len(entry["crc32c"]) for entry in manifest["arrays"].values())
+    return 1 + len(manifest["metadata"]) + sum(len(entry["crc32c"]) for entry in manifest["arrays"].values())
 
 
 def problems(path: Path, attributes: Json, report: Report) -> Iterator[Problem]:
-    """Every chunk of every array, and Zarr's metadata, read and compared. The size of each chunk is reported when it is
-    dealt with, whether it is there or not."""
+    """Every chunk of every array, Zarr's metadata and the copy of the root's, read and compared. The size of each chunk
+    is reported when it is dealt with, whether it is there or not."""
     for name, entry in attributes["manifest"]["arrays"].items():
         spec = spec_of(entry)
         for chunk in range(spec.n_chunks):
@@ -47,6 +48,8 @@ def problems(path: Path, attributes: Json, report: Report) -> Iterator[Problem]:
         what = _metadata(path / name, expected)
         if what is not None:
             yield Problem(path / name, "", 0, what)
+    if (what := _copy(path)) is not None:
+        yield Problem(path / root.COPY, "", 0, what)
 
 
 def mend(found: list[Problem], request: Json, cache_dir: Path) -> str:
@@ -84,6 +87,14 @@ def _chunk(file: Path, whole: int, expected: int, report: Report) -> str | None:
     if crc != expected:
         return "does not hold what was written (wrong checksum)"
     return None if stored == expected else "ends with a checksum that is not its own"
+
+
+def _copy(path: Path) -> str | None:
+    """Of the copy of zarr.json."""
+    if not (path / root.COPY).exists():
+        return "is missing"
+    same = root.copied(path) == (path / root.NAME).read_bytes()
+    return None if same else f"does not hold what {root.NAME} holds"
 
 
 def _metadata(file: Path, expected: int) -> str | None:

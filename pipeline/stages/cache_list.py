@@ -12,7 +12,7 @@ import numpy as np
 from pipeline.data import inventory
 from pipeline.data.cache import Cache
 from pipeline.data.inventory import Found, Leftover, State
-from pipeline.data.layout import SITES, STORED, Json, Spec, command_of, gb, spec_of, stored_bytes
+from pipeline.data.layout import SITES, STORED, Json, Spec, command_to_go_on, gb, spec_of, stored_bytes
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 from pipeline.stages.cache_use import Runs
@@ -129,7 +129,7 @@ def _everything(found: Found, runs: Runs) -> Json:
         "shards": {"n": spec.n_chunks, "rows": spec.chunk_rows, "n_bytes": stored_bytes(rows) // (2 * spec.n_chunks)},
         "lost": _lost(about),
         "rms": _rms(found),
-        "command": command_of(request, found.path.parent),
+        "command": command_to_go_on(about, found.path.parent),
     }
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data import tokens
+from pipeline.data.codecs import COMPRESSED
 from pipeline.data.harvest import Buffers, harvest, sums
-from pipeline.data.layout import STORED, Size, Spec, gb, hierarchy, total_bytes
+from pipeline.data.layout import STORED, Size, Spec, gb, hierarchy, token_bytes, total_bytes, with_codec
 from pipeline.data.models import LanguageModel
 from pipeline.data.options import Codec
 from pipeline.data.plan import disk_of, free_bytes
@@ -28,17 +29,18 @@ def say(cfg: ExtractConfig, model: LanguageModel, bos_token_id: int | None, path
     """Logs tokens, contexts, bytes by codec, free space and time. Text of unknown length (dataset.n_tokens=all) is
     tokenised to its end for that; a count needs no text."""
     sizes = _sizes(cfg, model, bos_token_id)
-    specs = hierarchy(model.n_layers, model.d_model, cfg.dataset.context, sizes, cfg.cache.shard_mb)
+    raw = hierarchy(model.n_layers, model.d_model, cfg.dataset.context, sizes, cfg.cache.shard_mb)
+    codec, specs = cfg.cache.codec, with_codec(raw, cfg.cache.codec)
     n_rows = sum(size.n_rows for size in sizes.values())
-    per_token = 2 * 2 * model.n_layers * model.d_model
+    per_token, spilled = token_bytes(specs), " before compression" if codec in COMPRESSED else ""
     free, needed = free_bytes(path), total_bytes(specs)
     rate = _tokens_per_second(model, cfg.dataset.context, cfg.extract.batch_tokens)
     lines = {
         "model": str(model),
         "tokens": ", ".join(f"{size.n_rows:,} {split}" for split, size in sizes.items()),
         "contexts": f"{sum(size.n_contexts for size in sizes.values()):,} of {cfg.dataset.context} tokens",
-        "bytes": f"{per_token:,} a token",
-        **{f"as {codec}": _size_as(codec, specs) for codec in Codec},
+        "bytes": f"{per_token:,} a token as {codec}{spilled}",
+        **{f"as {other}": _size_as(other, raw) for other in Codec},
         "free": f"{gb(free)} on {disk_of(path)}" + ("" if free >= needed else ": NOT ENOUGH"),
         "time": f"{clock_time(n_rows / rate)} at {rate:,.0f} tokens/s (timed for {TIMED_SECONDS:.0f} s), "
         f"if the disk takes {gb(int(rate * per_token))} a second",
@@ -50,15 +52,12 @@ def say(cfg: ExtractConfig, model: LanguageModel, bos_token_id: int | None, path
     logger.info("nothing was written; without --dry-run the same command extracts")
 
 
-def _size_as(codec: Codec, specs: dict[str, Spec]) -> str:
-    """Of the whole cache; caches are extracted raw, and converted."""
-    rows = sum(specs[name].n_chunks * specs[name].chunk_bytes for name in STORED)
-    others = total_bytes(specs) - rows
-    if codec is Codec.raw:
-        return gb(others + rows)
-    if codec is Codec["int8"]:
-        return f"{gb(others + rows // 2)} (clt cache convert)"
-    return f"about {gb(int(others + rows / USUAL_RATIO[codec]))} (clt cache convert)"
+def _size_as(codec: Codec, raw: dict[str, Spec]) -> str:
+    """Of the whole cache, by the arrays of a raw one."""
+    if codec not in COMPRESSED:
+        return gb(total_bytes(with_codec(raw, codec)))
+    rows = sum(raw[name].n_chunks * raw[name].chunk_bytes for name in STORED)
+    return f"about {gb(int(total_bytes(raw) - rows + rows / USUAL_RATIO[codec]))}"
 
 
 def _sizes(cfg: ExtractConfig, model: LanguageModel, bos_token_id: int | None) -> dict[Split, Size]:

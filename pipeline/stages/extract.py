@@ -6,10 +6,11 @@
 
 1. What is asked for names the cache: when it is there, nothing is loaded and nothing is done.
 2. Documents are split and packed into contexts.
-3. The base model runs over the contexts, block by block; the residual stream before each MLP and the MLP's output are
+3. For cache.codec=int8, the model runs over a sample first, which the scales are fitted to.
+4. The base model runs over the contexts, block by block; the residual stream before each MLP and the MLP's output are
    scattered over the shards in their final, random order. A stopped extraction goes on with the same command.
-   Several processes can make parts of it (`extract.part`, torchrun); the last one to end does step 4.
-4. A few contexts are computed again and compared with what is on disk; then the cache is called finished.
+   Several processes can make parts of it (`extract.part`, torchrun); the last one to end does step 5.
+5. A few contexts are computed again and compared with what is on disk; then the cache is called finished.
 """
 
 import logging
@@ -20,20 +21,25 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from pipeline.data import models, tokens
 from pipeline.data.cache import Cache, damage, newest, read_attributes
+from pipeline.data.convert import describe as describe_codec
 from pipeline.data.conveyor import Conveyor, n_buffers
-from pipeline.data.harvest import Buffers, harvest, sums
+from pipeline.data.harvest import Buffers, harvest
 from pipeline.data.journal import tidy
 from pipeline.data.layout import JOURNAL, PACKING, STORED, Json, directory_of, gb, overrides_of, request_of
 from pipeline.data.models import LanguageModel
 from pipeline.data.options import Codec
 from pipeline.data.parts import Part, local_rank, one_voice, part_of, speak
 from pipeline.data.plan import Block, Plan, describe, free_bytes, make_plan
+from pipeline.data.publish import mend_root
+from pipeline.data.scales import sample_of, stored
+from pipeline.data.spill import check as check_write
 from pipeline.data.spot_check import spot_check
 from pipeline.data.tokens import Packed, Split
 from pipeline.data.writer import Writer
@@ -51,17 +57,16 @@ def run(cfg: ExtractConfig) -> Path:
     part (`extract.part`, or a rank of torchrun) makes its blocks, and the cache when it is the last to end."""
     if cfg.extract.batch_tokens < 1:
         raise UserError(f"extract.batch_tokens={cfg.extract.batch_tokens} must be at least 1")
-    if cfg.cache.codec is not Codec.raw:
-        fix = f"extract without it, then run: clt cache convert codec={cfg.cache.codec}"
-        raise UserError(f"cache.codec={cfg.cache.codec}: caches are extracted raw; {fix}")
+    check_write(cfg.cache.write, cfg.cache.codec)
     part = part_of(cfg.extract.part, os.environ)
     with one_voice(os.environ):
         return _run(cfg, part)
 
 
 def _run(cfg: ExtractConfig, part: Part | None) -> Path:
-    request = request_of(cfg.model, cfg.dataset)
+    request = request_of(cfg.model, cfg.dataset, cfg.cache.codec)
     path = directory_of(Path(cfg.cache.dir), request)
+    mend_root(path, request)
     if _is_there(path):
         logger.info("already there, nothing to do: %s\n%s", _summary(Cache.open(path)), _next(path, request))
         return path
@@ -81,13 +86,17 @@ def _run(cfg: ExtractConfig, part: Part | None) -> Path:
         if is_finished:
             _discard(folder, path)
             tidy(path)
-            logger.info("%s\n%s", _summary(Cache.open(path)), _next(path, request))
+            cache = Cache.open(path)
+            for line in describe_codec(cache) if cache.codec is not Codec.raw else ():
+                logger.info(line)
+            logger.info("%s\n%s", _summary(cache), _next(path, request))
     return path
 
 
 def _make(cfg: ExtractConfig, model: LanguageModel, plan: Plan, part: Part | None) -> bool:
     """Extract what is this process's to extract, and finish the cache if it is the last. -> whether it is finished"""
-    with Writer(plan, part=part, write=cfg.cache.write) as writer:
+    sample = partial(sample_of, model, plan)
+    with Writer(plan, part=part, write=cfg.cache.write, sample=sample) as writer:
         if writer.is_finished:
             return True
         start = time.monotonic()
@@ -169,6 +178,7 @@ def _is_there(path: Path) -> bool:
 def _extract(model: LanguageModel, writer: Writer, batch_tokens: int) -> int:
     """Run the base model over the blocks that are left. -> their tokens"""
     packed, norm = writer.plan.packed, writer.plan.norm.to(str(model.device))
+    codes = {name: code.to(model.device) for name, code in writer.codes.items()}
     n_left, n_rows = (sum(_n_rows(block, packed) for block in blocks) for blocks in (writer.todo, writer.share))
     if n_left < n_rows:
         logger.info("going on: %s of %s tokens are done", f"{n_rows - n_left:,}", f"{n_rows:,}")
@@ -180,7 +190,7 @@ def _extract(model: LanguageModel, writer: Writer, batch_tokens: int) -> int:
     ):
         for block in writer.todo:
             for rows in harvest(model, packed[block.split], block.contexts, buffers):
-                conveyor.put(block, rows, sums(rows, norm))
+                conveyor.put(block, *stored(block.split, rows, norm, codes))
                 progress.update(len(rows.resid_mid))
             conveyor.finish(block)
     return n_left
@@ -203,11 +213,12 @@ def _say(cfg: ExtractConfig, model: LanguageModel, plan: Plan) -> None:
     """What will be done, before it is done."""
     train, *held_out = (plan.packed[split] for split in Split)
     spec = plan.specs[STORED[0]]
+    most = "at most " if spec.compressor else ""
     lines = {
         "model": str(model),
         "dataset": f"{cfg.dataset.name}, {train.n_rows:,} tokens in {len(train.contexts):,} contexts of "
         f"{cfg.dataset.context}; {' + '.join(f'{len(p.contexts):,}' for p in held_out)} contexts held out",
-        "cache": f"{plan.bytes_per_token:,} bytes a token, {gb(plan.total_bytes)} in all, "
+        "cache": f"{plan.codec}, {most}{plan.bytes_per_token:,} bytes a token, {gb(plan.total_bytes)} in all, "
         f"{len(STORED)} x {spec.n_chunks:,} shards of {spec.file_bytes / 2**20:.3g} MB; "
         f"{gb(free_bytes(plan.path))} free",
         "path": str(plan.path),

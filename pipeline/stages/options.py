@@ -107,6 +107,24 @@ class BenchCacheConfig:
 
 
 @dataclass
+class BenchCodecOptions:
+    rows: int = 400_000
+    """Rows of the synthetic channels."""
+
+    sample: int = 7281
+    """Those of them that the code is fitted to; 7,281 is what GPT-2 small's shape gives."""
+
+    seed: int = 0
+
+
+@dataclass
+class BenchCodecConfig:
+    bench: BenchCodecOptions
+    to: str | None = None
+    """The JSON file; null is bench/codec.json."""
+
+
+@dataclass
 class TrainConfig:
     model: ModelOptions
     dataset: DatasetOptions

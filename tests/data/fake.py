@@ -1,12 +1,13 @@
 """A language model that is a formula, and caches made with it, for the tests of the rooms around the cache.
 
-python -m tests.data.fake DIRECTORY SECONDS [PART [WRITE]]     makes the cache that `extract(DIRECTORY)` makes, slowly
+python -m tests.data.fake DIRECTORY SECONDS [PART [WRITE [CODEC]]]     what `extract(DIRECTORY)` makes, slowly
 """
 
 import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,12 +17,15 @@ from torch import Tensor
 
 from pipeline.core.normalize import MlpNorm
 from pipeline.data.cache import Cache
-from pipeline.data.harvest import Buffers, harvest, sums
+from pipeline.data.harvest import Buffers, harvest
 from pipeline.data.layout import SITES, STORED, directory_of
 from pipeline.data.models import LanguageModel
-from pipeline.data.options import DatasetKind, DatasetOptions, Write
+from pipeline.data.options import Codec, DatasetKind, DatasetOptions, Write
 from pipeline.data.parts import part_of
 from pipeline.data.plan import Block, Plan, describe, make_plan
+from pipeline.data.publish import mend_root
+from pipeline.data.root import COPY, sealed
+from pipeline.data.scales import sample_of, stored
 from pipeline.data.tokens import Packed, Split
 from pipeline.data.writer import Writer
 
@@ -93,11 +97,17 @@ def request(**changes: Any) -> dict[str, Any]:
 
 
 def plan_of(
-    cache_dir: Path, model: FakeModel, packed: dict[Split, Packed], shard_mb: str, block_contexts: int, seed: int
+    cache_dir: Path,
+    model: FakeModel,
+    packed: dict[Split, Packed],
+    shard_mb: str,
+    block_contexts: int,
+    seed: int,
+    codec: Codec = Codec.raw,
 ) -> Plan:
     options = DatasetOptions("text", DatasetKind.text, "244", path="x.txt", context=T, held_out=3, seed=seed)
     options.context = packed[Split.train].contexts.shape[1]
-    asked = request(seed=seed, context=options.context)
+    asked = request(seed=seed, context=options.context) | {"codec": codec.value}
     about = describe(as_model(model), options, packed, asked, bos_token_id=0) | {"block_contexts": block_contexts}
     return make_plan(directory_of(cache_dir, asked), about, model.mlp_norm(), packed, shard_mb)
 
@@ -114,14 +124,17 @@ def extract(
     batch_tokens: int = 2 * T,
     part: str | None = None,
     write: Write = Write.auto,
+    codec: Codec = Codec.raw,
 ) -> Path:
     """What the extract stage does, without its model, text and words. Where a test steps in after a block, the block
     is in the journal."""
     model, packed = model or FakeModel(), packed or pack()
-    plan = plan_of(cache_dir, model, packed, shard_mb, block_contexts, seed)
+    asked = request(seed=seed, context=packed[Split.train].contexts.shape[1]) | {"codec": codec.value}
+    mend_root(directory_of(cache_dir, asked), asked)
+    plan = plan_of(cache_dir, model, packed, shard_mb, block_contexts, seed, codec)
     if commit_seconds is None:
         commit_seconds = 1e9 if after_block is None else 0
-    with Writer(plan, commit_seconds, part_of(part, {}), write) as writer:
+    with Writer(plan, commit_seconds, part_of(part, {}), write, partial(sample_of, as_model(model), plan)) as writer:
         for block in writer.todo:
             fill(writer, model, block, batch_tokens)
             if after_block is not None:
@@ -137,14 +150,16 @@ def fill(writer: Writer, model: FakeModel, block: Block, batch_tokens: int = 2 *
     buffers = Buffers(as_model(model), packed.contexts.shape[1], batch_tokens, n=1)
     total = np.zeros(writer.plan.sums_shape)
     for rows in harvest(as_model(model), packed, block.contexts, buffers):
+        rows, own = stored(block.split, rows, writer.plan.norm, writer.codes)
         writer.write(block.split, rows)
-        total += sums(rows, writer.plan.norm).numpy()
+        total[: len(own)] += own.numpy()
     writer.finish_block(block, total)
 
 
 def stored_files(path: Path) -> dict[str, bytes]:
-    """Content of every file of a cache but for its date."""
+    """Content of every file of a cache but for its date and the copy of zarr.json, which has to be one."""
     files = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    assert files.pop(COPY) == sealed(files["zarr.json"])
     root = json.loads(files["zarr.json"])
     del root["attributes"]["created"], root["attributes"]["checksum"]
     files["zarr.json"] = json.dumps(root).encode()
@@ -169,4 +184,5 @@ if __name__ == "__main__":
     slow = FakeModel()
     slow.before_call = lambda n: time.sleep(float(sys.argv[2]))
     directory, _, *more = sys.argv[1:]
-    extract(Path(directory), slow, commit_seconds=0, part=more[0] if more else None, write=Write(*more[1:] or ["auto"]))
+    one, way, codec = [*more, *[None, "auto", "raw"][len(more) :]]
+    extract(Path(directory), slow, commit_seconds=0, part=one, write=Write(way), codec=Codec(codec))

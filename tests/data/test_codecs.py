@@ -81,3 +81,55 @@ def test_a_compressed_chunk_comes_back_bit_by_bit(codec: Codec) -> None:
 def test_a_sample_is_bounded_by_its_numbers() -> None:
     assert codecs.sample_rows(12, 768) == 7281
     assert codecs.sample_rows(1, 1 << 40) == 1
+
+
+def tails(n: int, seed: int) -> Tensor:
+    """[n, L, D]: normal, Student t with 3 and with 2 degrees of freedom, one number of 1000 standard deviations in a
+    thousand, and one in ten thousand of 300."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(n, L, D + 3, generator=generator)
+    x = normal[..., :D].clone()
+    for channel, freedom in ((1, 3), (2, 2)):
+        x[..., channel] /= (normal[..., D : D + freedom].square().sum(-1) / freedom).sqrt()
+    for channel, size, share in ((3, 1000, 1e-3), (4, 300, 1e-4)):
+        x[..., channel] *= torch.where(torch.rand(n, L, generator=generator) < share, size, 1)
+    return x.bfloat16()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_loss_of_a_heavy_tail_is_reported_and_bounded_by_half_a_step_and_what_is_clipped(seed: int) -> None:
+    x = tails(20_000, seed)
+    code = fit_int8(x[:2000])
+    q, lost = codecs.encoded(code, x)
+    assert torch.equal(q, code.encode(x))
+    std = x.double().std(0, correction=0)
+    loss, per_channel = codecs.loss_of(lost.numpy(), std.numpy(), len(x))
+    seen = code.decode(q, torch.empty_like(x))
+    np.testing.assert_allclose(per_channel, fvu(seen, x).numpy(), rtol=1e-9)
+    assert loss.worst_fvu == per_channel.max() == per_channel[loss.worst_channel]
+    outside = (x.float() - code.offset).abs() > 127.5 * code.scale
+    clipped = ((seen.double() - x.double()).square() * outside).sum(0) / (std**2 * len(x))
+    bound = (code.scale.double() / 2 / std) ** 2 + clipped
+    assert (torch.from_numpy(per_channel) <= bound).all()
+    assert (per_channel[:, 0] < 2e-4).all()
+    line = codecs.warning_of("mlp_out", loss)
+    layer, dim = loss.worst_channel
+    assert line is not None
+    assert f"mlp_out, layer {layer}, dimension {dim}," in line
+    assert "cache.codec=raw" in line
+
+
+def test_a_mild_channel_gives_no_warning() -> None:
+    x = torch.randn(5000, L, D, generator=torch.Generator().manual_seed(0)).bfloat16()
+    _, lost = codecs.encoded(fit_int8(x[:500]), x)
+    loss, _ = codecs.loss_of(lost.numpy(), x.double().std(0, correction=0).numpy(), len(x))
+    assert codecs.warning_of("mlp_out", loss) is None
+    assert loss.worst_fvu < 2e-3  # fitted to 500 numbers, measured on 5,000
+
+
+def test_of_what_it_was_fitted_to_no_channel_loses_more_than_its_largest_deviation_allows() -> None:
+    """(largest deviation / standard deviation / 254)^2: absmax has that, and is among what is tried."""
+    x = tails(3000, 5)
+    lost = fvu(fit_int8(x).again(x), x)
+    deviation = x.double() - x.double().mean(0)
+    assert (lost <= (deviation.abs().amax(0) / deviation.square().mean(0).sqrt() / 254) ** 2).all()

@@ -173,11 +173,11 @@ def test_a_compressed_cache_cannot_be_mapped_and_a_damaged_file_is_named(raw: Ca
     data[20] ^= 4
     file.write_bytes(data)
     with pytest.raises(
-        UserError, match=rf"{file} does not hold what was written .* clt cache convert .* codec={codec}"
+        UserError, match=rf"{file} does not hold what was written .* clt extract .* cache.codec={codec}"
     ):
         batches(Cache.open(path))
     file.write_bytes(data[:-9])
-    with pytest.raises(UserError, match=r"chunk 0 of mlp_out is truncated .*make it again: clt cache convert"):
+    with pytest.raises(UserError, match=r"chunk 0 of mlp_out is truncated .*make it again: clt extract"):
         Cache.open(path)
     assert convert(raw, codec) == path  # made anew
     for one, other in zip(batches(Cache.open(path)), batches(raw), strict=True):

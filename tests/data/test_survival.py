@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,9 +15,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.data import journal
-from pipeline.data.cache import Cache
+from pipeline.data import inventory, journal, root, verify
+from pipeline.data.cache import Cache, with_key
+from pipeline.data.convert import convert
 from pipeline.data.layout import SITES, STORED, command_of, directory_of
+from pipeline.data.options import Codec
+from pipeline.data.publish import mend_root
 from pipeline.errors import UserError
 from tests.data import fake
 from tests.data.fake import FakeModel, read_everything
@@ -171,10 +175,88 @@ def test_damage_to_any_file_is_named_and_mended_by_making_that_file_again(
     assert (model.n_calls > 0) == (expected > 0)
 
 
+def cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+HARMS = [flip, truncate, cut_short, empty, Path.unlink]
+
+
+def chunk_times(path: Path) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in path.rglob("c/**/*") if file.is_file()}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_zarr_json_is_put_back_by_the_command_in_the_refusal_and_nothing_is_extracted(
+    tmp_path: Path, uninterrupted: dict[str, bytes], harm: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = fake.extract(tmp_path)
+    before, times = (path / "zarr.json").read_bytes(), chunk_times(path)
+    harm(path / "zarr.json")
+    what = "missing" if harm is Path.unlink else "damaged"
+    command = re.escape(command_of(fake.request(seed=7), tmp_path))
+    with pytest.raises(UserError, match=rf"{path}/zarr\.json is {what}; put it back with: {command}$"):
+        read_everything(path)
+    with pytest.raises(UserError, match="put it back with"):
+        with_key(tmp_path, NAME[-12:], fake.request(seed=7))
+    found = inventory.look(path)
+    assert found is not None
+    assert found.state is inventory.State.damaged
+    assert "put it back with" in found.detail
+    mend_root(path, fake.request(seed=7))
+    assert "put back from its copy" in caplog.text
+    assert (path / "zarr.json").read_bytes() == before
+    assert not (path / ".journal").exists()
+    assert fake.stored_files(path) == uninterrupted
+    assert chunk_times(path) == times
+
+
+def test_every_flipped_bit_of_zarr_json_is_noticed_or_harmless(tmp_path: Path) -> None:
+    """Seven bits of some bytes, all parts of the file among them: what still opens says the same."""
+    path = fake.extract(tmp_path)
+    whole = (path / "zarr.json").read_bytes()
+    attributes = root.attributes_in(whole)
+    assert attributes is not None
+    n_noticed = 0
+    places = [*range(0, len(whole), 37), *range(len(whole) - 60, len(whole))]
+    for place in places:
+        data = bytearray(whole)
+        data[place] ^= 1 << (place % 7)
+        seen = root.attributes_in(bytes(data))
+        assert seen is None or seen == attributes
+        n_noticed += seen is None
+    assert n_noticed > 0.6 * len(places)  # the rest are spaces that became other white space, or part of no word
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_copy_is_named_by_verify_and_made_again_from_zarr_json(
+    tmp_path: Path, uninterrupted: dict[str, bytes], harm: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = fake.extract(tmp_path)
+    times = chunk_times(path)
+    harm(path / root.COPY)
+    read_everything(path)  # readers need it not
+    problems = list(verify.problems(path, Cache.open(path).attributes, lambda n: None))
+    assert [problem.file for problem in problems] == [path / root.COPY]
+    model = FakeModel()
+    fake.extract(tmp_path, model)
+    assert f"{root.COPY} was missing or damaged: made again from zarr.json" in caplog.text
+    assert model.n_calls == 0
+    assert fake.stored_files(path) == uninterrupted
+    assert chunk_times(path) == times
+
+
 @pytest.mark.parametrize("harm", [flip, truncate])
-def test_a_damaged_manifest_is_refused_and_nothing_is_touched(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+def test_a_damaged_manifest_without_its_copy_is_refused_and_nothing_is_touched(
+    tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
     path = fake.extract(tmp_path)
     harm(path / "zarr.json")
+    harm(path / root.COPY)
     before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
     for attempt in (read_everything, lambda path: fake.extract(path.parent)):
         with pytest.raises(UserError, match=rf"{path}/zarr\.json is damaged.*; remove {path} and make it again"):
@@ -183,14 +265,88 @@ def test_a_damaged_manifest_is_refused_and_nothing_is_touched(tmp_path: Path, ha
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
 
 
-def test_without_a_manifest_a_cache_is_made_again_from_the_start(
+def test_without_a_manifest_and_its_copy_a_cache_is_made_again_from_the_start(
     tmp_path: Path, uninterrupted: dict[str, bytes]
 ) -> None:
     """What is in its files is not known to belong to this model and text."""
     path = fake.extract(tmp_path)
     (path / "zarr.json").unlink()
+    flip(path / root.COPY)
     with pytest.raises(UserError, match=r"it has no zarr\.json"):
         Cache.open(path)
     model = FakeModel()
     assert fake.stored_files(fake.extract(tmp_path, model)) == uninterrupted
     assert model.n_calls == 25
+
+
+def test_a_copy_of_another_request_is_not_put_back(tmp_path: Path) -> None:
+    path = fake.extract(tmp_path)
+    (path / "zarr.json").unlink()
+    mend_root(path, fake.request(seed=8))
+    assert not (path / "zarr.json").exists()
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.mark.parametrize("step", range(8))
+def test_a_copy_never_makes_a_half_mended_cache_look_finished(
+    tmp_path: Path, uninterrupted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Stopped before the step-th file that a repair removes or renames: a shard is gone, so is its checksum."""
+    path = fake.extract(tmp_path)
+    (path / "resid_mid/c/1/0/0").unlink()
+    left = step
+    names = {"unlink": Path.unlink, "replace": Path.replace}
+
+    def counted(name: str) -> Callable[..., Any]:
+        def call(self: Path, *arguments: Any, **more: Any) -> Any:
+            nonlocal left
+            if not left:
+                raise Crash
+            left -= 1
+            return names[name](self, *arguments, **more)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in names:
+            patch.setattr(Path, name, counted(name))
+        with pytest.raises(Crash):
+            fake.extract(tmp_path, after_block=lambda n: None)
+    with pytest.raises(UserError, match=r"is missing|is not finished"):
+        read_everything(path)
+    mend_root(path, fake.request(seed=7))
+    with pytest.raises(UserError, match=r"is missing|is not finished"):
+        read_everything(path)
+    assert fake.stored_files(fake.extract(tmp_path)) == uninterrupted
+
+
+def test_an_unfinished_cache_with_a_stale_copy_is_unfinished(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
+    """As a loss of power may leave it."""
+    path = fake.extract(tmp_path)
+    stale = (path / root.COPY).read_bytes()
+    (path / "resid_mid/c/1/0/0").unlink()
+
+    def stop(number: int) -> None:
+        (path / root.COPY).write_bytes(stale)
+        raise Crash
+
+    with pytest.raises(Crash):
+        fake.extract(tmp_path, after_block=stop)
+    mend_root(path, fake.request(seed=7))
+    with pytest.raises(UserError, match="is not finished"):
+        read_everything(path)
+    assert fake.stored_files(fake.extract(tmp_path)) == uninterrupted
+
+
+def test_a_converted_cache_has_its_zarr_json_put_back_too(tmp_path: Path) -> None:
+    raw = Cache.open(fake.extract(tmp_path))
+    path = convert(raw, Codec["int8"])
+    before, times = fake.stored_files(path), chunk_times(path)
+    for harm in (flip, Path.unlink):
+        harm(path / "zarr.json")
+        assert convert(raw, Codec["int8"]) == path
+        assert fake.stored_files(path) == before
+        assert chunk_times(path) == times

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import zarr
 
-from pipeline.data import journal, plan, shards, writer
+from pipeline.data import journal, plan, publish, root, shards, writer
 from pipeline.data.cache import Cache
 from pipeline.data.journal import Journal
 from pipeline.data.layout import command_of, directory_of
@@ -91,7 +91,7 @@ def test_killed_at_an_instant_it_goes_on_to_the_same_bytes(tmp_path: Path, unint
     assert model.n_calls < 25
 
 
-@pytest.mark.parametrize("step", range(19))
+@pytest.mark.parametrize("step", range(20))
 def test_stopped_between_any_two_steps_of_publishing_it_goes_on_to_the_same_bytes(
     tmp_path: Path, uninterrupted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
@@ -108,20 +108,21 @@ def test_stopped_between_any_two_steps_of_publishing_it_goes_on_to_the_same_byte
 
         return call
 
-    for module, name in ((writer, "seal"), (writer, "sync"), (writer, "write_aside"), (writer, "zarr_metadata")):
+    steps = [(writer, "seal"), (publish, "sync"), (publish, "zarr_metadata"), (root, "write_aside")]
+    for module, name in steps:
         monkeypatch.setattr(module, name, counted(getattr(module, name)))
     monkeypatch.setattr(Journal, "remove", counted(Journal.remove))
 
     def arm(number: int) -> None:
         nonlocal left
         if number == N_BLOCKS - 1:
-            left = step  # 14 shards to seal, metadata, sync, root metadata, root, end of the journal
+            left = step  # 14 shards to seal, metadata, sync, root metadata, copy, root, end of the journal
 
     with pytest.raises(Crash):
         fake.extract(tmp_path, after_block=arm)
     left = None
     path = tmp_path / NAME
-    if step < 18:
+    if step < 19:
         with pytest.raises(UserError, match="is not finished"):
             Cache.open(path)
         model = FakeModel()

@@ -17,12 +17,22 @@ from pipeline.arch.options import Site
 from pipeline.config import compose
 from pipeline.core.normalize import Scaling
 from pipeline.data import cache as caches
-from pipeline.data import models
+from pipeline.data import models, shards, spill
 from pipeline.data.cache import Cache
 from pipeline.data.layout import command_of, request_of
 from pipeline.data.loader import Loader
-from pipeline.data.options import CacheOptions, DatasetKind, DatasetOptions, ExtractOptions, ModelOptions, SplitBy
+from pipeline.data.options import (
+    CacheOptions,
+    Codec,
+    DatasetKind,
+    DatasetOptions,
+    ExtractOptions,
+    ModelOptions,
+    SplitBy,
+    Write,
+)
 from pipeline.data.tokens import Split
+from pipeline.data.writer import Writer
 from pipeline.errors import UserError
 from pipeline.stages import extract
 from pipeline.stages.options import ExtractConfig
@@ -353,7 +363,12 @@ def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(
     some = promised()
     assert some["tokens"] == "2,000 train, 80 calibration, 80 evaluation"
     assert some["contexts"] == f"135 of {T} tokens"
-    assert some["bytes"] == "240 a token"
+    assert some["bytes"] == "240 a token as raw"
+    cfg.cache.codec = Codec["int8"]
+    assert promised()["bytes"] == "120 a token as int8"
+    cfg.cache.codec = Codec["pcodec"]
+    assert promised()["bytes"] == "240 a token as pcodec before compression"
+    cfg.cache.codec = Codec.raw
     cfg.dataset.n_tokens = "all"  # then the text is tokenised to be counted
     whole = promised()
     cache = Cache.open(extract.run(cfg))
@@ -383,3 +398,54 @@ def test_a_second_extraction_of_the_same_request_waits_for_no_one(
     path = extract.run(cfg)
     assert seen == ["first"]
     assert [file.name for file in path.parent.iterdir()] == [path.name]  # no workspace stays behind
+
+
+@pytest.mark.parametrize("codec", [codec for codec in Codec if codec is not Codec.raw])
+def test_it_extracts_in_every_codec_and_says_so(
+    cfg: ExtractConfig, codec: Codec, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    cfg.cache.codec = codec
+    path = extract.run(cfg)
+    cache = Cache.open(path)
+    assert cache.codec is codec
+    assert caches.find(Path(cfg.cache.dir), cfg.model, cfg.dataset, codec).path == path
+    most = "at most " if codec is not Codec["int8"] else ""
+    n = 120 if codec is Codec["int8"] else 240
+    for what in (f"{codec}, {most}{n} bytes a token", "spot check: ", "times smaller than raw (240)", f"{path}: "):
+        assert what in caplog.text
+    if codec is Codec["int8"]:
+        assert "int8: fitting the scales to 2,000 rows of 125 contexts" in caplog.text
+        assert "mlp_out: FVU" in caplog.text
+        (path / "zarr.json").unlink()
+        assert extract.run(cfg) == path
+        assert "put back from its copy" in caplog.text
+        assert "already there, nothing to do" in caplog.messages[-1]
+    else:
+        cfg.cache.codec, cfg.cache.write, cfg.cache.dir = codec, Write.scatter, "nowhere"
+        with pytest.raises(UserError, match=r"cache\.write=scatter: the size of a"):
+            extract.run(cfg)
+        assert not Path("nowhere").exists()
+
+
+@pytest.mark.parametrize("codec", [Codec["int8"], Codec["pcodec"]])
+@pytest.mark.parametrize("harm", ["swap", "zero"])
+def test_rows_that_are_swapped_or_zeroed_fail_the_spot_check_of_every_codec(
+    cfg: ExtractConfig, monkeypatch: pytest.MonkeyPatch, codec: Codec, harm: str
+) -> None:
+    cfg.cache.codec = codec
+    encode, write = shards.write_shard, Writer.write
+
+    def spoilt(rows: Any) -> Any:
+        return rows[::-1] if harm == "swap" else rows * 0
+
+    monkeypatch.setattr(spill, "write_shard", lambda spec, file, rows: encode(spec, file, spoilt(rows)))
+
+    def put(self: Writer, split: Split, rows: Any) -> None:
+        flip = (lambda x: x.flip(0)) if harm == "swap" else torch.zeros_like
+        write(self, split, rows._replace(mlp_out=flip(rows.mlp_out)) if codec is Codec["int8"] else rows)
+
+    monkeypatch.setattr(Writer, "write", put)
+    with pytest.raises(UserError, match=r"of layer 0, computed again, differs by .* the cache was not finished"):
+        extract.run(cfg)
+    assert not list(Path(cfg.cache.dir).glob("*/zarr.json"))
