@@ -24,7 +24,19 @@ from numpy.typing import NDArray
 
 from pipeline.data.cache import Cache, damage, read_attributes
 from pipeline.data.codecs import COMPRESSED, LOSSLESS, Int8, compress, fit_int8, sample_rows
-from pipeline.data.layout import CRC_BYTES, JOURNAL, STORED, Json, Spec, checksum, directory_of, file_bytes, gb, little
+from pipeline.data.layout import (
+    CRC_BYTES,
+    JOURNAL,
+    STORED,
+    Json,
+    Spec,
+    check_codec,
+    checksum,
+    directory_of,
+    file_bytes,
+    gb,
+    little,
+)
 from pipeline.data.options import Codec
 from pipeline.data.plan import disk_of, free_bytes
 from pipeline.data.zarr_files import zarr_metadata
@@ -51,11 +63,13 @@ class Loss(NamedTuple):
 
 def convert(source: Cache, codec: Codec) -> Path:
     """-> the directory of the new cache, finished; one that is damaged is made anew. Raises UserError for a source that
-    has lost bits, for a full disk, and when another process is at work there."""
+    has lost bits, for a codec that would lose bits of what targets are recomputed from, for a full disk, and when
+    another process is at work there."""
     if source.codec is codec:
         return source.path
     if source.codec not in LOSSLESS:
         raise UserError(f"{source.path} is stored as {source.codec}, which has lost bits; convert the raw cache")
+    check_codec(codec, source.targets)
     request = source.request | {"codec": codec.value}
     path = directory_of(source.path.parent, request)
     if (path / "zarr.json").exists():
@@ -81,7 +95,7 @@ class _Conversion:
         self.source, self.codec, self.path = source, codec, path
         self.specs = _specs(source, codec)
         self.crcs: dict[str, list[int]] = {name: [] for name in self.specs}
-        self.sizes: dict[str, list[int]] = {name: [] for name in STORED}
+        self.sizes: dict[str, list[int]] = {name: [] for name in source.stored}
 
     @property
     def n_chunks(self) -> int:
@@ -89,7 +103,7 @@ class _Conversion:
         return sum(spec.n_chunks for spec in self.specs.values())
 
     def run(self, request: Json) -> None:
-        codes = {name: self._code(name) if self.codec is Codec["int8"] else None for name in STORED}
+        codes = {name: self._code(name) if self.codec is Codec["int8"] else None for name in self.source.stored}
         with Progress(self.n_chunks, unit="chunks", desc=f"to {self.codec}") as progress:
             for name, spec in self.specs.items():
                 for chunk in range(spec.n_chunks):
@@ -99,14 +113,14 @@ class _Conversion:
                     with file.open("rb") as stream:
                         size = stream.seek(-CRC_BYTES, os.SEEK_END) + CRC_BYTES
                         self.crcs[name].append(int.from_bytes(stream.read(), "little"))
-                    if name in STORED:
+                    if name in self.source.stored:
                         self.sizes[name].append(size)
                     progress.update(1)
         self._publish(request)
 
     def _write(self, name: str, chunk: int, file: Path, code: Int8 | None) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        if name not in STORED or self.codec is Codec.raw:
+        if name not in self.source.stored or self.codec is Codec.raw:
             data = self._plain(name, chunk)
         else:
             data = self._encoded(name, chunk, code)
@@ -188,7 +202,7 @@ class _Conversion:
         """Attributes that say what the codec did."""
         about: Json = {"name": self.codec.value, "from": self.source.path.name}
         if self.codec is Codec["int8"]:
-            for name in STORED:
+            for name in self.source.stored:
                 loss, per_channel = self._loss(name)
                 about[name] = loss._asdict() | {"fvu_by_channel": per_channel.tolist()}
         plain: Json = json.loads(json.dumps(about))
@@ -220,7 +234,7 @@ class _Conversion:
 
 def _specs(source: Cache, codec: Codec) -> dict[str, Spec]:
     specs = {name: spec for name, spec in source.specs.items() if not name.startswith("codec/")}
-    for name in STORED:
+    for name in source.stored:
         plain = specs[name]._replace(compressor=None, dtype="uint16")
         if codec in COMPRESSED:
             plain = plain._replace(compressor=codec.value)
@@ -235,7 +249,7 @@ def _specs(source: Cache, codec: Codec) -> dict[str, Spec]:
 
 def _check_space(source: Cache, codec: Codec, path: Path) -> None:
     """Compressed sizes are not known before: as large as raw, then."""
-    rows = sum(spec.n_chunks * spec.file_bytes for name, spec in source.specs.items() if name in STORED)
+    rows = sum(spec.n_chunks * spec.file_bytes for name, spec in source.specs.items() if name in source.stored)
     needed, free = rows // 2 if codec is Codec["int8"] else rows, free_bytes(path)
     if needed > free:
         sizes = f"up to {gb(needed)} to write, {gb(free)} free on {disk_of(path)}"
@@ -245,10 +259,10 @@ def _check_space(source: Cache, codec: Codec, path: Path) -> None:
 def describe(cache: Cache) -> Iterator[str]:
     """Lines: bytes a token, ratio to raw, and what was lost."""
     arrays, spec = cache.attributes["manifest"]["arrays"], cache.specs[STORED[0]]
-    stored = sum(file_bytes(arrays[name], chunk) for name in STORED for chunk in range(spec.n_chunks))
-    per_token, raw = stored / spec.shape[0], 2 * len(STORED) * int(np.prod(spec.shape[1:]))
+    stored = sum(file_bytes(arrays[name], chunk) for name in cache.stored for chunk in range(spec.n_chunks))
+    per_token, raw = stored / spec.shape[0], 2 * len(cache.stored) * int(np.prod(spec.shape[1:]))
     yield f"{cache.codec}: {per_token:,.0f} bytes a token, {raw / per_token:.2f} times smaller than raw ({raw:,})"
-    for name in STORED if cache.codec is Codec["int8"] else ():
+    for name in cache.stored if cache.codec is Codec["int8"] else ():
         loss = cache.attributes["codec"][name]
         layer, dim = loss["worst_channel"]
         yield (

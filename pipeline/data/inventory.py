@@ -21,7 +21,7 @@ import numpy as np
 
 from pipeline.data.cache import damage, read_attributes
 from pipeline.data.journal import read_state
-from pipeline.data.layout import CRC_BYTES, JOURNAL, KIND, PACKING, SCHEMA, SITES, STORED, Json, key_of, prefix
+from pipeline.data.layout import CRC_BYTES, JOURNAL, KIND, PACKING, SCHEMA, SITES, Json, key_of, prefix, stored
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 from pipeline.files import holder, remove_empty, take_lock
@@ -251,7 +251,8 @@ def _is_ours(path: Path) -> bool:
     raw = _raw_attributes(path)
     if raw is not None:
         return raw.get("kind") == KIND
-    return bool(re.search(r"-[0-9a-f]{12}$", path.name)) and all((path / name).is_dir() for name in STORED)
+    furnished = all((path / name).is_dir() for name in ("tokens", "resid_mid", "calibration"))
+    return bool(re.search(r"-[0-9a-f]{12}$", path.name)) and furnished
 
 
 def _is_barely_begun(path: Path) -> bool:
@@ -275,7 +276,9 @@ def _progress(path: Path, about: Json) -> str:
         done = sum(file.is_file() for file in path.rglob("c/**/*") if file.suffix != ".aside")
         return f"{100 * done // about['n_chunks']} %"
     arrays = about["manifest"]["arrays"]
-    shards = [crc for split in Split for name in STORED for crc in arrays[prefix(split) + name]["crc32c"]]
+    shards = [
+        crc for split in Split for name in stored(arrays, split) for crc in arrays[prefix(split) + name]["crc32c"]
+    ]
     lost = shards.count(None)
     if lost < len(shards):
         return f"{lost:,} of {len(shards):,} shards to be made again"

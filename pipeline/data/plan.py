@@ -33,6 +33,8 @@ from pipeline.data.layout import (
     hierarchy,
     prefix,
     spec_of,
+    stored,
+    targets_of,
     total_bytes,
 )
 from pipeline.data.models import LanguageModel
@@ -77,7 +79,8 @@ class Plan(NamedTuple):
 
     @property
     def bytes_per_token(self) -> int:
-        return sum(2 * int(np.prod(self.specs[name].shape[1:])) for name in STORED)
+        """Of a training row."""
+        return sum(2 * int(np.prod(self.specs[name].shape[1:])) for name in stored(self.specs))
 
     @property
     def total_bytes(self) -> int:
@@ -121,7 +124,7 @@ class Plan(NamedTuple):
         return [block for block in self.blocks if block.number in wanted]
 
     def _unfinished_rows(self, split: Split) -> Iterator[NDArray[np.int64]]:
-        for name in (prefix(split) + name for name in STORED):
+        for name in (prefix(split) + name for name in stored(self.specs, split)):
             spec, done = self.specs[name], self.finished.get(name, {})
             for chunk in set(range(spec.n_chunks)) - set(done):
                 yield np.arange(chunk * spec.chunk_rows, chunk * spec.chunk_rows + spec.rows_in(chunk))
@@ -139,6 +142,7 @@ def describe(
     names = ("torch", "transformers", "transformer-lens", "datasets", "zarr", "numpy")
     fields = ("name", "path", "revision", "architecture", "n_layers", "d_model", "vocab_size")
     norm = model.mlp_norm()
+    targets = {"targets": request["targets"]} if "targets" in request else {}
     return {
         "kind": KIND,
         "schema": SCHEMA,
@@ -150,6 +154,7 @@ def describe(
         "dataset": json.loads(json.dumps(asdict(dataset)))
         | {"fingerprint": tokens.fingerprint(packed), "resolved": tokens.resolved(dataset)},
         "hooks": HOOKS,
+        **targets,
         "norm": {"kind": norm.kind, "eps": norm.eps},
         "context": dataset.context,
         "bos_token_id": bos_token_id,
@@ -168,7 +173,7 @@ def make_plan(path: Path, about: Json, norm: MlpNorm, packed: dict[Split, Packed
     none. An extraction that goes on keeps the shard size that it began with."""
     sizes = {split: Size(len(packed[split].contexts), packed[split].n_rows) for split in Split}
     n_layers, d_model = norm.gain.shape
-    specs = hierarchy(n_layers, d_model, about["context"], sizes, shard_mb)
+    specs = hierarchy(n_layers, d_model, about["context"], sizes, shard_mb, targets_of(about["request"]))
     before = read_attributes(path) if (path / "zarr.json").exists() else read_state(path)
     about = about | {"block_contexts": (before or about)["block_contexts"]}
     blocks = _blocks(sizes, about["block_contexts"])

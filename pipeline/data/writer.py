@@ -49,6 +49,7 @@ from pipeline.data.layout import (
     gb,
     little,
     prefix,
+    stored,
 )
 from pipeline.data.options import Write
 from pipeline.data.parts import Part
@@ -142,7 +143,9 @@ class Writer:
             index = self._order.forward(index)
         by_place = np.argsort(index)
         with _disk_errors(self.plan.path):
-            for name, values in zip(STORED, (rows.resid_mid, rows.mlp_out), strict=True):
+            sites = {"resid_mid": rows.resid_mid, "mlp_out": rows.mlp_out}
+            for name in stored(self.plan.specs, split):
+                values = sites[name]
                 bits = values.cpu().view(torch.uint16).numpy()
                 put = self._scatter if self._spill is None else self._spill.put
                 put(prefix(split) + name, index[by_place], bits, by_place)
@@ -174,8 +177,9 @@ class Writer:
                 self._sealed = self._spill.sort()
         return True
 
-    def publish(self) -> None:
-        """Checksums, small arrays, metadata: then it is a cache. `finish` must have said so."""
+    def publish(self, found: Json | None = None) -> None:
+        """Checksums, small arrays, metadata: then it is a cache. `finish` must have said so. found: attributes that
+        were not known before."""
         plan = self.plan
         with _disk_errors(plan.path):
             crcs = self._crcs | self._seal() | self._write_small_arrays()
@@ -185,7 +189,9 @@ class Writer:
                 (plan.path / name).write_bytes(data)
             sync(Path(place, name) for place, _, names in os.walk(plan.path) for name in [".", *names])
             metadata = {name: google_crc32c.value(data) for name, data in children.items()}
-            attributes = plan.about | {"manifest": {"arrays": _manifest(plan, crcs), "metadata": metadata}}
+            attributes = (
+                plan.about | (found or {}) | {"manifest": {"arrays": _manifest(plan, crcs), "metadata": metadata}}
+            )
             attributes = json.loads(json.dumps(attributes | {"created": datetime.now(UTC).isoformat()}))
             attributes["checksum"] = checksum(attributes)
             write_aside(plan.path / "zarr.json", zarr_metadata({}, attributes)["zarr.json"])

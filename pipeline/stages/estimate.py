@@ -5,12 +5,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from pipeline.data import tokens
 from pipeline.data.harvest import Buffers, harvest, sums
-from pipeline.data.layout import STORED, Size, Spec, gb, hierarchy, total_bytes
+from pipeline.data.layout import STORED, Size, Spec, gb, hierarchy, stored, total_bytes
 from pipeline.data.models import LanguageModel
-from pipeline.data.options import Codec
+from pipeline.data.options import Codec, Targets
 from pipeline.data.plan import disk_of, free_bytes
 from pipeline.data.tokens import Packed, Split
 from pipeline.progress import clock_time
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 TIMED_SECONDS = 5.0
 """How long the model is timed, after one batch that is not."""
+TIMED_ROWS = 1024
+"""Of recomputed targets."""
 USUAL_RATIO = {Codec["blosc-lz4-bitshuffle"]: 1.37, Codec["pcodec"]: 1.52}
 """Of activations of a random GPT-2; outlier channels make it 1.15 and 1.45."""
 
@@ -28,9 +31,9 @@ def say(cfg: ExtractConfig, model: LanguageModel, bos_token_id: int | None, path
     """Logs tokens, contexts, bytes by codec, free space and time. Text of unknown length (dataset.n_tokens=all) is
     tokenised to its end for that; a count needs no text."""
     sizes = _sizes(cfg, model, bos_token_id)
-    specs = hierarchy(model.n_layers, model.d_model, cfg.dataset.context, sizes, cfg.cache.shard_mb)
+    specs = hierarchy(model.n_layers, model.d_model, cfg.dataset.context, sizes, cfg.cache.shard_mb, cfg.cache.targets)
     n_rows = sum(size.n_rows for size in sizes.values())
-    per_token = 2 * 2 * model.n_layers * model.d_model
+    per_token = 2 * len(stored(specs)) * model.n_layers * model.d_model
     free, needed = free_bytes(path), total_bytes(specs)
     rate = _tokens_per_second(model, cfg.dataset.context, cfg.extract.batch_tokens)
     lines = {
@@ -39,6 +42,7 @@ def say(cfg: ExtractConfig, model: LanguageModel, bos_token_id: int | None, path
         "contexts": f"{sum(size.n_contexts for size in sizes.values()):,} of {cfg.dataset.context} tokens",
         "bytes": f"{per_token:,} a token",
         **{f"as {codec}": _size_as(codec, specs) for codec in Codec},
+        **({"targets": recomputing(model)} if cfg.cache.targets is Targets.recompute else {}),
         "free": f"{gb(free)} on {disk_of(path)}" + ("" if free >= needed else ": NOT ENOUGH"),
         "time": f"{clock_time(n_rows / rate)} at {rate:,.0f} tokens/s (timed for {TIMED_SECONDS:.0f} s), "
         f"if the disk takes {gb(int(rate * per_token))} a second",
@@ -52,13 +56,33 @@ def say(cfg: ExtractConfig, model: LanguageModel, bos_token_id: int | None, path
 
 def _size_as(codec: Codec, specs: dict[str, Spec]) -> str:
     """Of the whole cache; caches are extracted raw, and converted."""
-    rows = sum(specs[name].n_chunks * specs[name].chunk_bytes for name in STORED)
+    rows = sum(specs[name].n_chunks * specs[name].chunk_bytes for name in stored(specs))
     others = total_bytes(specs) - rows
     if codec is Codec.raw:
         return gb(others + rows)
     if codec is Codec["int8"]:
+        if len(stored(specs)) < len(STORED):
+            return "not with cache.targets=recompute: it would change what targets are computed from"
         return f"{gb(others + rows // 2)} (clt cache convert)"
     return f"about {gb(int(others + rows / USUAL_RATIO[codec]))} (clt cache convert)"
+
+
+def recomputing(model: LanguageModel) -> str:
+    """What `cache.targets=recompute` costs in training, timed on this device."""
+    mlps = model.mlps()
+    rows = torch.randn(TIMED_ROWS, model.n_layers, model.d_model, device=model.device, dtype=model.dtype)
+
+    def once() -> float:
+        start = time.perf_counter()
+        mlps(rows)[-1, -1, -1].item()  # waits for the device
+        return time.perf_counter() - start
+
+    once()
+    rate = TIMED_ROWS / min(once() for _ in range(3))
+    return (
+        f"mlp_out of training rows is not stored; recomputing it takes {mlps.flops / 1e6:,.3g} MFLOP a token "
+        f"({rate:,.0f} tokens/s here, alone) and {gb(mlps.n_bytes)} of weights in training"
+    )
 
 
 def _sizes(cfg: ExtractConfig, model: LanguageModel, bos_token_id: int | None) -> dict[Split, Size]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.core.normalize import MlpNorm
 from pipeline.data.cache import Cache
 from pipeline.data.harvest import Buffers, harvest, sums
-from pipeline.data.layout import SITES, STORED, directory_of
+from pipeline.data.layout import SITES, directory_of
 from pipeline.data.models import LanguageModel
 from pipeline.data.options import DatasetKind, DatasetOptions, Write
 from pipeline.data.parts import part_of
@@ -93,11 +93,17 @@ def request(**changes: Any) -> dict[str, Any]:
 
 
 def plan_of(
-    cache_dir: Path, model: FakeModel, packed: dict[Split, Packed], shard_mb: str, block_contexts: int, seed: int
+    cache_dir: Path,
+    model: FakeModel,
+    packed: dict[Split, Packed],
+    shard_mb: str,
+    block_contexts: int,
+    seed: int,
+    targets: str | None = None,
 ) -> Plan:
     options = DatasetOptions("text", DatasetKind.text, "244", path="x.txt", context=T, held_out=3, seed=seed)
     options.context = packed[Split.train].contexts.shape[1]
-    asked = request(seed=seed, context=options.context)
+    asked = request(seed=seed, context=options.context) | ({"targets": targets} if targets else {})
     about = describe(as_model(model), options, packed, asked, bos_token_id=0) | {"block_contexts": block_contexts}
     return make_plan(directory_of(cache_dir, asked), about, model.mlp_norm(), packed, shard_mb)
 
@@ -114,11 +120,12 @@ def extract(
     batch_tokens: int = 2 * T,
     part: str | None = None,
     write: Write = Write.auto,
+    targets: str | None = None,
 ) -> Path:
     """What the extract stage does, without its model, text and words. Where a test steps in after a block, the block
-    is in the journal."""
+    is in the journal. targets: as in the request."""
     model, packed = model or FakeModel(), packed or pack()
-    plan = plan_of(cache_dir, model, packed, shard_mb, block_contexts, seed)
+    plan = plan_of(cache_dir, model, packed, shard_mb, block_contexts, seed, targets)
     if commit_seconds is None:
         commit_seconds = 1e9 if after_block is None else 0
     with Writer(plan, commit_seconds, part_of(part, {}), write) as writer:
@@ -161,7 +168,7 @@ def read_everything(path: Path) -> None:
     for split in (Split.calibration, Split.evaluation):
         cache.held_out(split)
     for shard in cache.shards():
-        for name in STORED:
+        for name in cache.stored:
             cache.map_chunk(name, shard.chunk)
 
 
