@@ -6,6 +6,8 @@
 Only these modules are held. Dropping the model frees the rest of it.
 """
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
@@ -17,13 +19,17 @@ ROWS = 8192
 
 class Mlps:
     """Modules of each layer, applied one after the other: norm, MLP and, where there is one, the norm behind it.
-    `name` is the model's, for messages."""
+    `name` is the model's, for messages. Raises UserError for a module that needs more than its input, as BLOOM's MLP
+    does, which adds the residual stream itself."""
 
     def __init__(
         self, layers: list[list[nn.Module]], d_model: int, dtype: torch.dtype, device: torch.device, name: str
     ) -> None:
         self.layers = layers
         self.d_model, self.dtype, self.device, self.name = d_model, dtype, device, name
+        for module in layers[0]:
+            if len(needed := _needed(module)) > 1:
+                raise self._refusal(f"{type(module).__name__} needs {' and '.join(needed[1:])} besides its input")
 
     @torch.no_grad()
     def __call__(self, resid_mid: Tensor) -> Tensor:
@@ -57,5 +63,14 @@ class Mlps:
         if isinstance(value, Tensor) and value.dim() == 3 and value.shape[-1] == self.d_model:
             return value
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        what = f"{type(module).__name__} gives {found}, no rows of width {self.d_model}"
-        raise UserError(f"{self.name}: {what}, so mlp_out cannot be recomputed; use cache.targets=stored")
+        raise self._refusal(f"{type(module).__name__} gives {found}, no rows of width {self.d_model}")
+
+    def _refusal(self, what: str) -> UserError:
+        return UserError(f"{self.name}: {what}, so mlp_out cannot be recomputed; use cache.targets=stored")
+
+
+def _needed(module: nn.Module) -> list[str]:
+    """Arguments of a module that have no default."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    given = inspect.signature(module.forward).parameters.values()
+    return [p.name for p in given if p.kind in kinds and p.default is inspect.Parameter.empty]

@@ -28,7 +28,7 @@ MOST = 16.0
 """Of over_rounding, in any layer."""
 ROUNDING = 2.0**-8
 """The largest relative error of rounding to bfloat16."""
-PROBE = (4, 32)
+PROBE = (8, 64)
 """Contexts and tokens of the trial before anything is extracted."""
 TINY = torch.finfo(torch.float64).tiny
 
