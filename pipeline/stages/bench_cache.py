@@ -48,7 +48,7 @@ ALLOWANCE = 32 << 20
 def run(cfg: BenchCacheConfig) -> Path:
     """Measures, prints a table and writes it as JSON. -> the file"""
     bench = cfg.bench
-    row_bytes = _row_bytes(cfg)
+    row_bytes = row_bytes_of(cfg)
     if min(bench.mb, bench.n_layers, bench.d_model, bench.write_tokens, bench.batch_tokens) < 1 or bench.rounds < 3:
         raise UserError("bench.rounds >= 3 is needed, and the sizes in bench.* from 1 on; mend the one that is below")
     if (n_rows := (bench.mb << 20) // row_bytes) < max(bench.batch_tokens, passes.CONTEXT):
@@ -101,12 +101,13 @@ def _measure(cfg: BenchCacheConfig, folder: Path, n_contexts: int) -> dict[str, 
         "bytes_per_s": {name: statistics.median(values) for name, values in (bare | rates).items()},
         "over_bare": {name: _ratio(rates[name], base[name]) for name in rates},
         "memory": memory,
-        "row_bytes": _row_bytes(cfg),
+        "row_bytes": row_bytes_of(cfg),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _row_bytes(cfg: BenchCacheConfig) -> int:
+def row_bytes_of(cfg: BenchCacheConfig) -> int:
+    """Of a row of the scratch caches, in all of its arrays."""
     n_arrays = len(STORED) if cfg.cache.targets is Targets.stored else 1
     return 2 * n_arrays * cfg.bench.n_layers * cfg.bench.d_model
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from pipeline.config import compose
 from pipeline.data import models
 from pipeline.data.cache import Cache
 from pipeline.data.inventory import State, look
+from pipeline.data.layout import overrides_of
 from pipeline.data.options import Targets
 from pipeline.errors import UserError
 from pipeline.stages import bench_cache, cache_list, cache_verify, evaluate, extract, train
+from pipeline.stages import bench_cache_passes as passes
 from pipeline.stages.options import BenchCacheConfig
 
 RUN = ["+experiment=batchtopk", "activation.k=4", "arch.d_features=33", "train.n_steps=8", "train.n_tokens=null"]
@@ -59,9 +62,14 @@ def lines(run: str, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 
 def test_a_run_is_the_one_on_stored_targets_but_for_their_rounding(work: Path) -> None:
-    for one, other in zip(lines("recompute"), lines("stored"), strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=2e-3)
-        assert one["fvu"] == pytest.approx(other["fvu"], rel=2e-3)
+    """Errors of the targets change a loss by 2 sqrt(their FVU / the loss's FVU) of it at most (Cauchy-Schwarz); later
+    steps start from other weights."""
+    off = max(caches_by_targets()[Targets.recompute].attributes["recompute"]["fvu"])
+    for step, (one, other) in enumerate(zip(lines("recompute"), lines("stored"), strict=True)):
+        bound = 2 * (4 * off / other["fvu"]) ** 0.5  # 4: the stored ones are rounded themselves
+        assert bound < 0.1
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3 if step == 0 else bound)
+        assert one["fvu"] == pytest.approx(other["fvu"], rel=1e-3 if step == 0 else bound)
     assert lines("recompute")[0]["loss"] != lines("stored")[0]["loss"], "these targets are not rounded"
     config = json.loads(Path("runs/recompute/final/config.json").read_text())
     assert config["cache"]["request"]["targets"] == "recompute"
@@ -99,10 +107,6 @@ def test_training_says_what_recomputing_costs_and_takes_the_newest_cache_of_its_
 
 
 def _words(cache: Cache) -> list[str]:
-    import shlex
-
-    from pipeline.data.layout import overrides_of
-
     return shlex.split(overrides_of(cache.request, cache.path.parent))
 
 
@@ -210,12 +214,16 @@ def test_a_run_without_a_checkpoint_uses_the_cache_of_its_kind(work: Path) -> No
     assert {row["targets"]: row["runs"] for row in rows} == {"stored": ["stored"], "recompute": ["recompute"]}
 
 
-def test_the_bench_reads_and_writes_half_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    words = ["bench.mb=1", "bench.n_layers=3", "bench.d_model=20", "bench.batch_tokens=300", "bench.rounds=3"]
-    cfg = compose("bench_cache", [*words, "cache.shard_mb=0.2", HALF])
-    assert isinstance(cfg, BenchCacheConfig)
-    report = json.loads(bench_cache.run(cfg).read_text())
-    assert report["row_bytes"] == 2 * 3 * 20
-    assert 0.9 * 2**20 < report["shape"]["rows"] * report["row_bytes"] <= 2**20
-    assert report["shape"]["shards"] == -(-report["shape"]["rows"] * 120 // int(0.2 * 2**20))
+def test_the_bench_writes_and_reads_rows_without_targets(tmp_path: Path) -> None:
+    words = ["bench.mb=1", "bench.n_layers=3", "bench.d_model=20", "bench.batch_tokens=300", "cache.shard_mb=0.1"]
+    found = {}
+    for targets in Targets:
+        cfg = compose("bench_cache", [*words, f"cache.targets={targets}"])
+        assert isinstance(cfg, BenchCacheConfig)
+        plan = passes.plan_of(cfg, tmp_path / targets, 10)
+        passes.write(plan, passes.random_rows(1000, 3, 20))
+        assert Cache.open(plan.path).targets is targets
+        reading = passes.reading(plan.path, 300)
+        assert min(reading["hot bare"](), reading["hot mmap 1"](), reading["hot readinto 2"]()) > 0
+        found[targets] = bench_cache.row_bytes_of(cfg)
+    assert found == {Targets.stored: 240, Targets.recompute: 120}
