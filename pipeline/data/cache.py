@@ -6,7 +6,8 @@ A cache is a Zarr v3 group, `<cache.dir>/<model>-<dataset>-<key>/`, which any Za
                            without it is unfinished, and nothing can open it.
     tokens                 int32 [n_contexts, T]
     resid_mid, mlp_out     uint16 [N, L, D], the bits of bfloat16. Row r of training token t is Permutation(N, seed)(t),
-                           token t being (context t // (T-1), position 1 + t % (T-1)).
+                           token t being (context t // (T-1), position 1 + t % (T-1)). Without mlp_out where targets
+                           are recomputed (cache.targets=recompute).
     norm/gain, norm/bias   float32 [L, D], of the norm in front of each MLP
     stats/<site>/mean, std float64 [L, D], and rms [L] (root of the mean square), over the training rows;
                            sites resid_mid, mlp_in (the norm applied to the stored resid_mid) and mlp_out
@@ -53,9 +54,10 @@ from pipeline.data.layout import (
     prefix,
     request_of,
     spec_of,
+    stored,
     stored_bytes,
 )
-from pipeline.data.options import Codec, DatasetOptions, ModelOptions
+from pipeline.data.options import Codec, DatasetOptions, ModelOptions, Targets
 from pipeline.data.shuffle import Permutation
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
@@ -73,9 +75,15 @@ class Shard(NamedTuple):
     """Rows that hold tokens. The last file is padded with zero rows, which nothing hands out."""
 
 
-def find(cache_dir: Path, model: ModelOptions, dataset: DatasetOptions, codec: Codec = Codec.raw) -> "Cache":
+def find(
+    cache_dir: Path,
+    model: ModelOptions,
+    dataset: DatasetOptions,
+    codec: Codec = Codec.raw,
+    targets: Targets = Targets.stored,
+) -> "Cache":
     """The finished cache of these options. Raises UserError, with the command that makes it, when there is none."""
-    request = request_of(model, dataset, codec)
+    request = request_of(model, dataset, codec, targets)
     return with_key(cache_dir, key_of(request), request)
 
 
@@ -88,14 +96,16 @@ def with_key(cache_dir: Path, key: str, request: Json) -> "Cache":
     return Cache.open(path)
 
 
-def newest(cache_dir: Path) -> "Cache | None":
-    """The finished cache that was made last. What cannot be used is passed over, with a warning that says why."""
+def newest(cache_dir: Path, targets: Targets | None = None) -> "Cache | None":
+    """The finished cache that was made last, of those with such targets; None: of all. What cannot be used is passed
+    over, with a warning that says why."""
     found: list[Cache] = []
     for file in sorted(cache_dir.glob("*/zarr.json")):
         try:
             found.append(Cache.open(file.parent))
         except UserError as error:
             logger.warning("passed over: %s", error)
+    found = [cache for cache in found if targets in (None, cache.targets)]
     return max(found, key=lambda cache: str(cache.attributes["created"]), default=None)
 
 
@@ -163,6 +173,16 @@ class Cache:
     def n_bytes(self) -> int:
         """Size of all chunk files."""
         return stored_bytes(self.attributes["manifest"]["arrays"])
+
+    @property
+    def targets(self) -> Targets:
+        """Whether training rows hold mlp_out; held-out ones always do."""
+        return Targets.stored if "mlp_out" in self.specs else Targets.recompute
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """The arrays of training rows: resid_mid and, but for targets that are recomputed, mlp_out."""
+        return stored(self.specs)
 
     @property
     def codec(self) -> Codec:

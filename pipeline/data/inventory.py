@@ -28,11 +28,11 @@ from pipeline.data.layout import (
     KIND,
     PACKING,
     SCHEMA,
-    STORED,
     Json,
     is_conversion,
     key_of,
     prefix,
+    stored,
     sums_shape,
 )
 from pipeline.data.options import Codec
@@ -265,7 +265,8 @@ def _is_ours(path: Path) -> bool:
     raw = _raw_attributes(path)
     if raw is not None:
         return raw.get("kind") == KIND
-    return bool(re.search(r"-[0-9a-f]{12}$", path.name)) and all((path / name).is_dir() for name in STORED)
+    furnished = all((path / name).is_dir() for name in ("tokens", "resid_mid", "calibration"))
+    return bool(re.search(r"-[0-9a-f]{12}$", path.name)) and furnished
 
 
 def _is_barely_begun(path: Path) -> bool:
@@ -289,7 +290,9 @@ def _progress(path: Path, about: Json) -> str:
         done = sum(file.is_file() for file in path.rglob("c/**/*") if file.suffix != ".aside")
         return f"{100 * done // about['n_chunks']} %"
     arrays = about["manifest"]["arrays"]
-    shards = [crc for split in Split for name in STORED for crc in arrays[prefix(split) + name]["crc32c"]]
+    shards = [
+        crc for split in Split for name in stored(arrays, split) for crc in arrays[prefix(split) + name]["crc32c"]
+    ]
     lost = shards.count(None)
     if lost < len(shards):
         return f"{lost:,} of {len(shards):,} shards to be made again"

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ import numpy as np
 from pipeline.data import asking, tokens
 from pipeline.data.codecs import COMPRESSED, Int8
 from pipeline.data.model_files import BUILTIN, source_identity
-from pipeline.data.options import Codec, DatasetOptions, ModelOptions
+from pipeline.data.options import Codec, DatasetOptions, ModelOptions, Targets
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 
@@ -26,6 +27,7 @@ SCHEMA = 1
 KIND = "clt-cache"
 SITES = ("resid_mid", "mlp_in", "mlp_out")
 STORED = ("resid_mid", "mlp_out")
+"""What held-out splits store; the training split too, but for targets that are recomputed (`stored`)."""
 HOOKS = {"resid_mid": "blocks.{l}.ln2.hook_in", "mlp_out": "blocks.{l}.hook_mlp_out"}
 JOURNAL = ".journal"
 """Where an extraction notes what it has done; gone when the cache is finished (`data/journal.py`)."""
@@ -88,7 +90,14 @@ class Size(NamedTuple):
     n_rows: int
 
 
-def hierarchy(n_layers: int, d_model: int, context: int, sizes: dict[Split, Size], shard_mb: str) -> dict[str, Spec]:
+def hierarchy(
+    n_layers: int,
+    d_model: int,
+    context: int,
+    sizes: dict[Split, Size],
+    shard_mb: str,
+    targets: Targets = Targets.stored,
+) -> dict[str, Spec]:
     """Every array of a raw cache, by its path in the group. Raises UserError for a shard size that is none."""
     per_layer, per_dim = ("layer",), ("layer", "d_model")
     specs = {}
@@ -97,7 +106,8 @@ def hierarchy(n_layers: int, d_model: int, context: int, sizes: dict[Split, Size
         contexts = _shard_rows(size.n_contexts, context * 4, "auto")
         shape = (size.n_rows, n_layers, d_model)
         specs[prefix(split) + "tokens"] = Spec((size.n_contexts, context), contexts, "int32", ("context", "position"))
-        specs |= {prefix(split) + name: Spec(shape, rows, "uint16", ("row", *per_dim)) for name in STORED}
+        names = STORED[:1] if split is Split.train and targets is Targets.recompute else STORED
+        specs |= {prefix(split) + name: Spec(shape, rows, "uint16", ("row", *per_dim)) for name in names}
     for part in ("gain", "bias"):
         specs[f"norm/{part}"] = Spec((n_layers, d_model), n_layers, "float32", per_dim)
     for site in SITES:
@@ -110,7 +120,7 @@ def hierarchy(n_layers: int, d_model: int, context: int, sizes: dict[Split, Size
 def with_codec(specs: dict[str, Spec], codec: Codec) -> dict[str, Spec]:
     """The arrays of a cache of any codec when its training rows are stored by this one: shards of as many rows."""
     found = {name: spec for name, spec in specs.items() if not name.startswith("codec/")}
-    for name in STORED:
+    for name in stored(found):
         spec = found[name]._replace(compressor=codec.value if codec in COMPRESSED else None, dtype="uint16")
         if codec is Codec["int8"]:
             spec = spec._replace(dtype="int8")
@@ -148,16 +158,38 @@ def prefix(split: Split) -> str:
     return "" if split is Split.train else f"{split}/"
 
 
-def request_of(model: ModelOptions, dataset: DatasetOptions, codec: Codec = Codec.raw) -> Json:
+def stored(arrays: Mapping[str, object], split: Split = Split.train) -> tuple[str, ...]:
+    """Those of STORED that a split has, by the arrays of the cache: specs, or a manifest's entries."""
+    return tuple(name for name in STORED if prefix(split) + name in arrays)
+
+
+def targets_of(request: Json) -> Targets:
+    """How the training rows come to their mlp_out; a request that says nothing has it stored."""
+    return Targets(request.get("targets", Targets.stored))
+
+
+def check_codec(codec: Codec, targets: Targets) -> None:
+    """Raises UserError for a codec that loses bits of what targets are recomputed from."""
+    if targets is Targets.recompute and codec is Codec["int8"]:
+        why = "targets that are recomputed from rounded inputs are not the model's"
+        fix = "use cache.targets=stored with it, or a codec without loss (blosc-lz4-bitshuffle, pcodec)"
+        raise UserError(f"cache.codec={codec} with cache.targets={targets}: {why}; {fix}")
+
+
+def request_of(
+    model: ModelOptions, dataset: DatasetOptions, codec: Codec = Codec.raw, targets: Targets = Targets.stored
+) -> Json:
     """What determines a cache's content, in plain values: options (not devices or batch sizes) and the hashes of local
     files. Raises UserError for options that contradict one another and for files that are not there."""
+    check_codec(codec, targets)
     described = json.loads(json.dumps({"model": asdict(model), "dataset": asking.asked(dataset)}))
     for field in ("device", "device_map", "max_memory", "offload_dir", "default_dataset"):  # no part of the content
         del described["model"][field]
     if dataset.n_tokens != "all":  # 400k and 400000 are one request
         described["dataset"]["n_tokens"] = str(tokens.count(dataset.n_tokens))
     source = {"model": source_identity(model), "dataset": tokens.source_identity(dataset)}
-    return {"schema": SCHEMA, **described, "codec": str(codec), "source": source}
+    more = {"targets": targets.value} if targets is not Targets.stored else {}  # caches were made before there was this
+    return {"schema": SCHEMA, **described, "codec": str(codec), **more, "source": source}
 
 
 def key_of(request: Json) -> str:
@@ -205,6 +237,8 @@ def overrides_of(request: Json, cache_dir: Path) -> str:
     words += [f"model.{key}={model[key]}" for key in ("dtype", "attention") if model[key] != "auto"]
     words += asking.words_of(dataset)
     words += [f"cache.codec={request['codec']}"] if request["codec"] != Codec.raw else []
+    targets = targets_of(request)
+    words += [f"cache.targets={targets}"] if targets is not Targets.stored else []
     words += [f"cache.dir={cache_dir}"] if str(cache_dir) != "cache" else []
     return " ".join(shlex.quote(word) for word in words)
 
@@ -249,7 +283,7 @@ def total_bytes(specs: dict[str, Spec]) -> int:
 
 def token_bytes(specs: dict[str, Spec]) -> int:
     """Of a training row, before compression."""
-    return sum(int(np.prod(specs[name].shape[1:])) * np.dtype(specs[name].dtype).itemsize for name in STORED)
+    return sum(int(np.prod(specs[name].shape[1:])) * np.dtype(specs[name].dtype).itemsize for name in stored(specs))
 
 
 def gb(n_bytes: int) -> str:

@@ -44,8 +44,8 @@ class Batch(NamedTuple):
 
     resid_mid: Tensor
     """bfloat16 [B, L, D]"""
-    mlp_out: Tensor
-    """bfloat16 [B, L, D]"""
+    mlp_out: Tensor | None
+    """bfloat16 [B, L, D]; None where it is recomputed (cache.targets=recompute)"""
     rows: Tensor
     """int64 [B], row numbers in the cache"""
 
@@ -84,7 +84,7 @@ class Loader:
         self._buffers = [
             Batch(
                 torch.empty(shape, dtype=torch.bfloat16, pin_memory=pin),
-                torch.empty(shape, dtype=torch.bfloat16, pin_memory=pin),
+                torch.empty(shape, dtype=torch.bfloat16, pin_memory=pin) if "mlp_out" in cache.stored else None,
                 torch.empty(batch_tokens, dtype=torch.int64, pin_memory=pin),
             )
             for _ in range(BATCHES_AHEAD + 1)
@@ -92,9 +92,9 @@ class Loader:
         spec = cache.specs[STORED[0]]
         n_shard_buffers = shards_ahead + 1 if self.read is Read.readinto else 0
         self._shard_buffers = [
-            [np.empty(spec.chunk_shape, little(spec.dtype)) for _ in STORED] for _ in range(n_shard_buffers)
+            [np.empty(spec.chunk_shape, little(spec.dtype)) for _ in cache.stored] for _ in range(n_shard_buffers)
         ]
-        self._codes = [cache.code(name) for name in STORED]
+        self._codes = [cache.code(name) for name in cache.stored]
         self._gathered = np.empty(shape if self._codes[0] else 0, np.int8)
         """Rows of a batch that are yet to be decoded."""
         self._reader = _Ahead(self._bring_shards(), shards_ahead, "shards")
@@ -104,7 +104,7 @@ class Loader:
     def buffer_bytes(self) -> int:
         """Memory of the buffers: BATCHES_AHEAD + 1 batches and, when shards are read into memory,
         shards_ahead + 1 shards. Of maps, the system keeps in memory what it has room for."""
-        batches = sum(t.nbytes for batch in self._buffers for t in batch) + self._gathered.nbytes
+        batches = sum(t.nbytes for batch in self._buffers for t in batch if t is not None) + self._gathered.nbytes
         return batches + sum(array.nbytes for arrays in self._shard_buffers for array in arrays)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -141,12 +141,13 @@ class Loader:
             epoch += 1
 
     def _bring_shards(self) -> Iterator[tuple[Shard, Permutation, int, Stored]]:
+        names = self.cache.stored
         for turn, (shard, order, skip) in enumerate(self._visits()):
             if self.read is Read.mmap:
-                arrays = [self.cache.map_chunk(name, shard.chunk) for name in STORED]
+                arrays = [self.cache.map_chunk(name, shard.chunk) for name in names]
             else:
                 buffers = self._shard_buffers[turn % len(self._shard_buffers)]
-                arrays = [self.cache.read_chunk(n, shard.chunk, out) for n, out in zip(STORED, buffers, strict=True)]
+                arrays = [self.cache.read_chunk(n, shard.chunk, out) for n, out in zip(names, buffers, strict=True)]
             yield shard, order, skip, arrays
 
     def _gather(self) -> Iterator[Batch]:
@@ -158,6 +159,7 @@ class Loader:
                 n = min(shard.n_rows - done, self._batch_tokens - filled)
                 index = order.forward(np.arange(done, done + n))
                 for source, code, target in zip(arrays, self._codes, batch, strict=False):
+                    assert target is not None
                     rows = target[filled : filled + n]
                     if code is None:
                         _take(source, index, rows.view(torch.uint16).numpy())

@@ -58,6 +58,11 @@ Codec = StrEnum(
 """How rows are stored (`data/codecs.py`). Hydra names the members of an enum, so they are called what they are."""
 
 
+class Targets(StrEnum):
+    stored = "stored"
+    recompute = "recompute"
+
+
 class Write(StrEnum):
     auto = "auto"
     scatter = "scatter"
@@ -209,6 +214,10 @@ class CacheOptions:
     codec: Codec = Codec.raw
     """How rows are stored: raw is bfloat16 bits, memory-mapped; int8 is half of that; blosc-lz4-bitshuffle and pcodec
     lose nothing and need room for raw while they are extracted."""
+
+    targets: Targets = Targets.stored
+    """Whether the training rows hold mlp_out: stored, or recompute for half the disk. With recompute the trainer
+    computes mlp_out from resid_mid by the base model's own MLPs, which it loads."""
 
     shard_mb: str = "auto"
     """Size of a shard file in MB (2^20 bytes). auto is 32, doubled while there would be more than 16,384 shards."""

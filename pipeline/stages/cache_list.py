@@ -12,7 +12,19 @@ import numpy as np
 from pipeline.data import inventory
 from pipeline.data.cache import Cache
 from pipeline.data.inventory import Found, Leftover, State
-from pipeline.data.layout import SITES, STORED, Json, Spec, command_to_go_on, gb, spec_of, stored_bytes
+from pipeline.data.layout import (
+    SITES,
+    STORED,
+    Json,
+    Spec,
+    command_to_go_on,
+    gb,
+    spec_of,
+    stored,
+    stored_bytes,
+    targets_of,
+)
+from pipeline.data.options import Targets
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 from pipeline.stages.cache_use import Runs
@@ -56,6 +68,7 @@ def _summary(found: Found, runs: Runs) -> Json:
         "n_tokens": about["n_rows"][Split.train] if about else None,
         "context": about["context"] if about else None,
         "codec": request["codec"] if request else None,
+        "targets": str(targets_of(request)) if request else None,
         "n_bytes": found.n_bytes,
         "state": str(found.state),
         "detail": found.detail,
@@ -77,7 +90,7 @@ def _table(rows: list[Json]) -> list[str]:
             row["dataset"] or "?",
             "?" if row["n_tokens"] is None else f"{row['n_tokens']:,}",
             str(row["context"] or "?"),
-            row["codec"] or "?",
+            _codec(row),
             gb(row["n_bytes"]),
             _state(row),
             _when(row["created"]) or "-",
@@ -96,6 +109,12 @@ def _table(rows: list[Json]) -> list[str]:
         lines.append("  ".join(parts).rstrip())
     details = [f"{row['name']}: {row['detail']}" for row in rows if row["state"] in (State.damaged, State.other)]
     return lines + details
+
+
+def _codec(row: Json) -> str:
+    """What is stored, and how."""
+    codec = row["codec"] or "?"
+    return f"{codec}, {row['targets']}" if row["targets"] == Targets.recompute else codec
 
 
 def _state(row: Json) -> str:
@@ -120,14 +139,17 @@ def _everything(found: Found, runs: Runs) -> Json:
     if request is None:
         return _summary(found, runs)
     arrays = about["manifest"]["arrays"]
-    spec, rows = spec_of(arrays[STORED[0]]), {name: arrays[name] for name in STORED}
+    spec, rows = spec_of(arrays[STORED[0]]), {name: arrays[name] for name in stored(arrays)}
+    n_files = len(rows) * spec.n_chunks
     chosen = ("model", "dataset", "hooks", "norm", "n_rows", "bos_token_id", "eos_token_id", "seed", "versions")
     return {
         **_summary(found, runs),
         **{name: about[name] for name in chosen},
         "bytes_per_token": _bytes_per_token(found, spec),
-        "shards": {"n": spec.n_chunks, "rows": spec.chunk_rows, "n_bytes": stored_bytes(rows) // (2 * spec.n_chunks)},
+        "arrays": list(rows),
+        "shards": {"n": spec.n_chunks, "rows": spec.chunk_rows, "n_bytes": stored_bytes(rows) // n_files},
         "lost": _lost(about),
+        "recompute": about.get("recompute"),
         "rms": _rms(found),
         "command": command_to_go_on(about, found.path.parent),
     }
@@ -135,16 +157,17 @@ def _everything(found: Found, runs: Runs) -> Json:
 
 def _bytes_per_token(found: Found, spec: Spec) -> int:
     """Of the codec, or of the raw numbers where that depends on them and is not known yet."""
+    arrays = found.about["manifest"]["arrays"]
+    names = stored(arrays)
     if spec.compressor and found.state is State.complete:
-        rows = {name: found.about["manifest"]["arrays"][name] for name in STORED}
-        return round(stored_bytes(rows) / spec.shape[0])
-    return len(STORED) * int(np.prod(spec.shape[1:])) * np.dtype(spec.dtype).itemsize
+        return round(stored_bytes({name: arrays[name] for name in names}) / spec.shape[0])
+    return len(names) * int(np.prod(spec.shape[1:])) * np.dtype(spec.dtype).itemsize
 
 
 def _lost(about: Json) -> Json | None:
     """What a lossy codec lost of each site; None where nothing was."""
     codec = about.get("codec", {})
-    return {name: codec[name] for name in STORED} if STORED[0] in codec else None
+    return {name: codec[name] for name in STORED if name in codec} if STORED[0] in codec else None
 
 
 def _rms(found: Found) -> dict[str, list[float]] | None:
@@ -172,14 +195,24 @@ def _described(about: Json) -> list[str]:
         "data set": _dataset(about["dataset"]),
         "rows": ", ".join(f"{split} {n:,}" for split, n in about["n_rows"].items()) + f"; seed {about['seed']}",
         "contexts": f"{about['context']} tokens, {_beginning(about['bos_token_id'])}",
-        "storage": f"{about['codec']}, {about['bytes_per_token']:,} bytes a token, {len(STORED)} x "
+        "storage": f"{about['codec']}, {about['bytes_per_token']:,} bytes a token, {len(about['arrays'])} x "
         f"{about['shards']['n']:,} shards of {about['shards']['rows']:,} rows ({gb(about['shards']['n_bytes'])})",
+        "targets": _targets(about),
         "made with": ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
         "command": about["command"],
         "runs": ", ".join(about["runs"]) or "none",
     }
     lines += [f"{name:11} {text}" for name, text in parts.items()]
     return lines + _statistics(about)
+
+
+def _targets(about: Json) -> str:
+    """Where the training rows' mlp_out come from."""
+    if about["targets"] == Targets.stored:
+        return "stored"
+    fvu = about["recompute"]
+    off = f", FVU {max(fvu['fvu']):.1g} against the model's own" if fvu else ""
+    return f"recomputed from resid_mid by the model's own MLPs{off}"
 
 
 def _model(model: Json) -> str:

@@ -14,7 +14,8 @@ import yaml
 
 from pipeline.data.asking import asked
 from pipeline.data.inventory import Found
-from pipeline.data.options import DatasetOptions
+from pipeline.data.layout import targets_of
+from pipeline.data.options import DatasetOptions, Targets
 from pipeline.errors import UserError
 from pipeline.plain import from_plain
 from pipeline.train import checkpoint
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 Use = str | Json
-"""The key of a cache, or the options of one: model, dataset, codec."""
+"""The key of a cache, or the options of one: model, dataset, codec, targets."""
 
 
 class Runs:
@@ -75,7 +76,13 @@ def _use(directory: Path) -> Use | None:
     if not {"model", "dataset", "cache"} <= settings.keys():
         return None
     dataset = asked(from_plain(DatasetOptions, settings["dataset"]))
-    return {"model": settings["model"], "dataset": dataset, "codec": settings["cache"]["codec"]}
+    cache = settings["cache"]
+    return {
+        "model": settings["model"],
+        "dataset": dataset,
+        "codec": cache["codec"],
+        "targets": cache.get("targets", Targets.stored),
+    }
 
 
 def _names(use: Use, found: Found) -> bool:
@@ -85,4 +92,5 @@ def _names(use: Use, found: Found) -> bool:
     if request is None:
         return False
     same_model = all(use["model"].get(key) == value for key, value in request["model"].items())
-    return same_model and use["dataset"] == request["dataset"] and use["codec"] == request["codec"]
+    same_form = use["codec"] == request["codec"] and use["targets"] == targets_of(request)
+    return same_model and use["dataset"] == request["dataset"] and same_form
