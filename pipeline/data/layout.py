@@ -131,6 +131,9 @@ def request_of(model: ModelOptions, dataset: DatasetOptions, codec: Codec = Code
         del described["model"][field]
     if dataset.n_tokens != "all":  # 400k and 400000 are one request
         described["dataset"]["n_tokens"] = str(tokens.count(dataset.n_tokens))
+    if "skip_tokens" in described["dataset"]:  # left out where it is 0, in whatever spelling
+        described["dataset"] |= {"skip_tokens": str(tokens.skipped(dataset))}
+        described["dataset"] = {k: v for k, v in described["dataset"].items() if (k, v) != ("skip_tokens", "0")}
     source = {"model": source_identity(model), "dataset": tokens.source_identity(dataset)}
     return {"schema": SCHEMA, **described, "codec": str(codec), "source": source}
 

@@ -197,6 +197,10 @@ class DatasetOptions(SourceOptions):
     separator: Separator = Separator.eos
     """What stands between documents: the end-of-text token, or nothing (none), for rows that were packed before."""
 
+    skip_tokens: str = "0"
+    """Training rows that are left out at the start, a count as n_tokens is, rounded up to whole contexts: what an
+    earlier cache of that n_tokens holds. Held-out contexts are the same with and without."""
+
     sources: dict[str, MemberOptions] = field(default_factory=dict)
     """Of a mixture: its members by name. Null options of theirs mean what they mean in a data set."""
 
