@@ -1,6 +1,7 @@
 """Which caches are there, in which state, and how much of the disk they take.
 
     <cache.dir>/<model>-<dataset>-<key>/    a cache, finished or not (`cache.py`, `journal.py`)
+    <cache.dir>/<model>-merged-<key>/       a merged one (`merged.py`), which needs its parts
     <cache.dir>/.packing/<name>/            tokens that were packed for it before the model began
     <cache.dir>/.removed/<name>-<random>/   one that is being removed: moved here first, so that no reader sees half
 
@@ -21,7 +22,8 @@ import numpy as np
 
 from pipeline.data.cache import damage, read_attributes
 from pipeline.data.journal import read_state
-from pipeline.data.layout import CRC_BYTES, JOURNAL, KIND, PACKING, SCHEMA, SITES, STORED, Json, key_of, prefix
+from pipeline.data.layout import CRC_BYTES, JOURNAL, KIND, MERGED, PACKING, SCHEMA, SITES, STORED, Json, key_of, prefix
+from pipeline.data.merged import open_parts, places_of
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 from pipeline.files import holder, remove_empty, take_lock
@@ -131,6 +133,15 @@ def newest(cache_dir: Path) -> Found:
     return max(finished, key=lambda found: str(found.created))
 
 
+def merged_of(found: Found, cache_dir: Path) -> list[Path]:
+    """The merged caches under `cache_dir`, and beside it, that a cache is a part of."""
+    own = found.path.resolve()
+    folders = {folder.resolve(): folder for folder in (found.path.parent, cache_dir)}
+    files = [file for folder in folders.values() for file in sorted(folder.glob("*/zarr.json"))]
+    about = ((file.parent, _raw_attributes(file.parent) or {}) for file in files)
+    return [path for path, attributes in about if own in [place.resolve() for place in places_of(path, attributes)]]
+
+
 def size_on_disk(path: Path) -> int:
     """Bytes that a directory and all in it take, as the file system counts them."""
     total = 0
@@ -214,11 +225,22 @@ def _with_attributes(path: Path) -> Found | None:
         return Found(path, State.at_work, f"being made by process {owner}", attributes)
     broken = list(damage(path, attributes))
     if not broken:
-        return Found(path, State.complete, "", attributes)
+        problem = _part_problem(path, attributes)
+        return Found(path, State.damaged if problem else State.complete, problem, attributes)
     array, chunk, what = broken[0]
     first = f"chunk {chunk} of {array} {what}" if array else what
     more = f", and {len(broken) - 1} more" if len(broken) > 1 else ""
     return Found(path, State.damaged, first + more, attributes)
+
+
+def _part_problem(path: Path, attributes: Json) -> str:
+    """What is wrong with the parts of a merged cache, "" for nothing, and of a plain one."""
+    try:
+        if "parts" in attributes:
+            open_parts(path, attributes)
+    except UserError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return ""
 
 
 def _with_journal(path: Path) -> Found | None:
@@ -251,7 +273,8 @@ def _is_ours(path: Path) -> bool:
     raw = _raw_attributes(path)
     if raw is not None:
         return raw.get("kind") == KIND
-    return bool(re.search(r"-[0-9a-f]{12}$", path.name)) and all((path / name).is_dir() for name in STORED)
+    furniture = ("stats", "evaluation") if f"-{MERGED}-" in path.name else STORED
+    return bool(re.search(r"-[0-9a-f]{12}$", path.name)) and all((path / name).is_dir() for name in furniture)
 
 
 def _is_barely_begun(path: Path) -> bool:

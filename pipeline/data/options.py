@@ -210,6 +210,10 @@ class CacheOptions:
     dir: str = "cache"
     """Where caches live: one directory for each (model, dataset, codec) request, named by its content."""
 
+    path: str | None = None
+    """Train on this very cache: its directory, or the beginning of its name or key as for `clt cache info`. Null: the
+    one of the model and the dataset that are named, or the newest."""
+
     codec: Codec = Codec.raw
     """How rows are stored: raw is bfloat16 bits, memory-mapped."""
 

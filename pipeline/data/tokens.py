@@ -91,9 +91,9 @@ def pack(
     workspace: Path | None = None,
 ) -> dict[Split, Packed]:
     """All three splits of a data set: exactly `n_tokens` training rows (or all there are) behind those of
-    `skip_tokens`, and `held_out` full contexts each for calibration and evaluation. With `workspace`, a directory of the caller's, an interrupted call goes on, and
-    a finished one costs nothing a second time. Raises UserError when the text ends first, with what it holds and the
-    fix."""
+    `skip_tokens`, and `held_out` full contexts each for calibration and evaluation. With `workspace`, a directory of
+    the caller's, an interrupted call goes on, and a finished one costs nothing a second time. Raises UserError when the
+    text ends first, with what it holds and the fix."""
     check(options)
     cut, marks = _layout(options, tokenizer, bos_token_id)
     n_train = None if options.n_tokens == "all" else cut.n_tokens(count(options.n_tokens))
