@@ -2,15 +2,11 @@
 
 A cache is a Zarr v3 group, `<cache.dir>/<model>-<dataset>-<key>/`, which any Zarr reader opens:
 
-    zarr.json              attributes: request, model, data set, hooks, norm, manifest, ... Written last: a directory
-                           without it is unfinished, and nothing can open it.
-    tokens                 int32 [n_contexts, T]
-    resid_mid, mlp_out     uint16 [N, L, D], the bits of bfloat16. Row r of training token t is Permutation(N, seed)(t),
-                           token t being (context t // (T-1), position 1 + t % (T-1)).
-    norm/gain, norm/bias   float32 [L, D], of the norm in front of each MLP
-    stats/<site>/mean, std float64 [L, D], and rms [L] (root of the mean square), over the training rows;
-                           sites resid_mid, mlp_in (the norm applied to the stored resid_mid) and mlp_out
-    calibration/, evaluation/  tokens, resid_mid, mlp_out of the held-out contexts, row t in the order of the tokens
+    zarr.json                  attributes, the manifest among them. Written last: nothing opens a directory without it
+    tokens                     int32 [n_contexts, T]
+    resid_mid, mlp_out         uint16 [N, L, D], the bits of bfloat16, in an order that `shuffle.py` computes
+    norm/, stats/<site>/       of the norm in front of each MLP, and over the training rows
+    calibration/, evaluation/  tokens, resid_mid, mlp_out of the held-out contexts, in the order of the tokens
 
 An array is cut along its first axis; each chunk is one file of plain little-endian numbers and a 4-byte crc32c, so that
 it can be memory-mapped. To Zarr a missing chunk is zeros; here the manifest is the truth: what it does not list does
@@ -82,7 +78,7 @@ def with_key(cache_dir: Path, key: str, request: Json) -> "Cache":
 def newest(cache_dir: Path) -> "Cache | None":
     """The finished cache that was made last. What cannot be used is passed over, with a warning that says why."""
     found: list[Cache] = []
-    for root in sorted(cache_dir.glob("*/zarr.json")):
+    for root in sorted(cache_dir.glob("[!.]*/zarr.json")):
         try:
             found.append(Cache.open(root.parent))
         except UserError as error:

@@ -23,7 +23,7 @@ import numpy as np
 from pipeline.data.cache import damage, read_attributes
 from pipeline.data.journal import read_state
 from pipeline.data.layout import CRC_BYTES, JOURNAL, KIND, MERGED, PACKING, SCHEMA, SITES, STORED, Json, key_of, prefix
-from pipeline.data.merged import open_parts, places_of
+from pipeline.data.merged import part_problem
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 from pipeline.files import holder, remove_empty, take_lock
@@ -133,15 +133,6 @@ def newest(cache_dir: Path) -> Found:
     return max(finished, key=lambda found: str(found.created))
 
 
-def merged_of(found: Found, cache_dir: Path) -> list[Path]:
-    """The merged caches under `cache_dir`, and beside it, that a cache is a part of."""
-    own = found.path.resolve()
-    folders = {folder.resolve(): folder for folder in (found.path.parent, cache_dir)}
-    files = [file for folder in folders.values() for file in sorted(folder.glob("*/zarr.json"))]
-    about = ((file.parent, _raw_attributes(file.parent) or {}) for file in files)
-    return [path for path, attributes in about if own in [place.resolve() for place in places_of(path, attributes)]]
-
-
 def size_on_disk(path: Path) -> int:
     """Bytes that a directory and all in it take, as the file system counts them."""
     total = 0
@@ -225,22 +216,12 @@ def _with_attributes(path: Path) -> Found | None:
         return Found(path, State.at_work, f"being made by process {owner}", attributes)
     broken = list(damage(path, attributes))
     if not broken:
-        problem = _part_problem(path, attributes)
+        problem = part_problem(path, attributes)
         return Found(path, State.damaged if problem else State.complete, problem, attributes)
     array, chunk, what = broken[0]
     first = f"chunk {chunk} of {array} {what}" if array else what
     more = f", and {len(broken) - 1} more" if len(broken) > 1 else ""
     return Found(path, State.damaged, first + more, attributes)
-
-
-def _part_problem(path: Path, attributes: Json) -> str:
-    """What is wrong with the parts of a merged cache, "" for nothing, and of a plain one."""
-    try:
-        if "parts" in attributes:
-            open_parts(path, attributes)
-    except UserError as error:
-        return str(error).removeprefix(f"{path}: ")
-    return ""
 
 
 def _with_journal(path: Path) -> Found | None:

@@ -159,7 +159,7 @@ def place_of(cache_dir: Path, request: Json) -> Path:
     usual = directory_of(cache_dir, request)
     if MERGED not in request or usual.exists():
         return usual
-    for file in sorted(cache_dir.glob("*/zarr.json")):
+    for file in sorted(cache_dir.glob("[!.]*/zarr.json")):
         with suppress(ValueError, KeyError, TypeError):  # no JSON, no attributes, none of ours
             if json.loads(file.read_bytes())["attributes"]["request"] == request:
                 return file.parent

@@ -10,6 +10,8 @@ part are stored in random order, so a group is a random sample of all parts, eac
 rows mixes contexts as an ideal shuffle over everything would.
 """
 
+import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,27 @@ def open_parts(path: Path, attributes: Json) -> list[Cache]:
             raise UserError(f"{path}: its part {place} is another than was merged; merge again: {again}")
         parts.append(part)
     return parts
+
+
+def part_problem(path: Path, attributes: Json) -> str:
+    """What is wrong with the parts of a merged cache, "" for nothing, and of a plain one."""
+    try:
+        if "parts" in attributes:
+            open_parts(path, attributes)
+    except UserError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return ""
+
+
+def merged_of(part: Path, cache_dir: Path) -> list[Path]:
+    """The merged caches under `cache_dir`, and beside it, that a cache is a part of."""
+    found = []
+    for folder in {folder.resolve(): folder for folder in (part.parent, cache_dir)}.values():
+        for file in sorted(folder.glob("[!.]*/zarr.json")):
+            with suppress(ValueError, KeyError, TypeError):  # no JSON, or no cache: it has no parts
+                places = places_of(file.parent, json.loads(file.read_bytes())["attributes"])
+                found += [file.parent] if part.resolve() in [place.resolve() for place in places] else []
+    return found
 
 
 class Merged(Cache):

@@ -13,7 +13,7 @@ from pipeline.data import inventory
 from pipeline.data.cache import Cache
 from pipeline.data.inventory import Found, Leftover, State
 from pipeline.data.layout import SITES, STORED, Json, Spec, command_of, gb, spec_of, stored_bytes
-from pipeline.data.merged import places_of
+from pipeline.data.merged import merged_of, places_of
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 from pipeline.stages.cache_use import Runs
@@ -130,14 +130,14 @@ def _everything(found: Found, runs: Runs) -> Json:
     known |= {"command": command_of(request, found.path.parent), "rms": _rms(found)}
     if "parts" in about:
         parts = [part | {"path": str(place)} for part, place in zip(about["parts"], known["parts"], strict=True)]
-        return known | {"parts": parts, "n_groups": about["n_groups"], "data": known["dataset"]}
+        return known | {"parts": parts, "n_groups": about["n_groups"], "data": _data(about)}
     arrays = about["manifest"]["arrays"]
     spec, rows = spec_of(arrays[STORED[0]]), {name: arrays[name] for name in STORED}
     return known | {
         "bytes_per_token": _bytes_per_token(found, spec),
         "shards": {"n": spec.n_chunks, "rows": spec.chunk_rows, "n_bytes": stored_bytes(rows) // (2 * spec.n_chunks)},
         "lost": _lost(about),
-        "part_of": [str(path) for path in inventory.merged_of(found, found.path.parent)],
+        "part_of": [str(path) for path in merged_of(found.path, found.path.parent)],
     }
 
 

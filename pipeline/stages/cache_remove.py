@@ -8,6 +8,7 @@ from typing import NamedTuple
 from pipeline.data import inventory
 from pipeline.data.inventory import Found, Leftover, State
 from pipeline.data.layout import PACKING, gb
+from pipeline.data.merged import merged_of
 from pipeline.errors import UserError
 from pipeline.stages.cache_use import Runs
 
@@ -47,7 +48,7 @@ def _refuse_parts(caches: list[Found], cache_dir: Path) -> None:
     """Raises UserError for a part of a merged cache that is to stay."""
     going = {found.path.resolve() for found in caches}
     for found in caches:
-        left = [path for path in inventory.merged_of(found, cache_dir) if path.resolve() not in going]
+        left = [path for path in merged_of(found.path, cache_dir) if path.resolve() not in going]
         if left:
             names = ", ".join(map(str, left))
             raise UserError(f"{found.path} is a part of {names}, which cannot be read without it; --force removes it")
@@ -73,7 +74,7 @@ def _items(cache_dir: Path, runs: Runs) -> list[_Item]:
         if found.state is not State.unfinished:
             continue
         covered.add(found.path.name)
-        if names := runs.of(found) + [str(path) for path in inventory.merged_of(found, cache_dir)]:
+        if names := runs.of(found) + [str(path) for path in merged_of(found.path, cache_dir)]:
             logger.info("kept %s: it is used by %s", found.path, ", ".join(names))
             continue
         items.append(_cache(found, cache_dir))
