@@ -165,6 +165,8 @@ class Merged(Cache):
                 part.read_rows(name, piece.chunk, piece.start, rows)
                 done += piece.n_rows
             sources.append(Source(rows, part.code(name)))
+        if out is not None and self.codec is Codec.raw:
+            return [Source(out[:done], None)]  # gathered from at once, which is twice as fast
         return sources
 
 

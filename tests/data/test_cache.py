@@ -227,6 +227,7 @@ def test_the_key_names_the_request_and_not_how_it_is_carried_out(text: DatasetOp
     assert key_of(request_of(other_device, text)) == key
     assert key_of(request_of(MODEL, changed(text, n_tokens="400000"))) == key
     assert key_of(request_of(MODEL, changed(text, skip_tokens="00"))) == key
+    assert "skip_tokens" not in request_of(MODEL, text)["dataset"]  # keys from before there was the option
     skipping = key_of(request_of(MODEL, changed(text, skip_tokens="1k")))
     assert key_of(request_of(MODEL, changed(text, skip_tokens="1000"))) == skipping
     others = [
