@@ -1,4 +1,4 @@
-"""`clt cache`: caches listed, checked, converted and removed. No settings of Hydra's."""
+"""`clt cache`: caches listed, checked, converted, merged and removed. No settings of Hydra's."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,7 @@ import typer
 
 from pipeline.cli.common import answer
 
-app = typer.Typer(help="List, check, convert and remove caches.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="List, check, convert, merge and remove caches.", no_args_is_help=True, rich_markup_mode=None)
 
 
 def _complete_name(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -109,14 +109,39 @@ def cache_convert(
     answer(work)
 
 
+@app.command("merge")
+def cache_merge(
+    names: SomeNames,
+    cache_dir: CacheDir = CACHE_DIR,
+    name: Annotated[str | None, typer.Option("--name", help="Of the new directory; else MODEL-merged-KEY.")] = None,
+    allow_repeats: Annotated[
+        bool, typer.Option("--allow-repeats", help="Even if text stands in several: it is trained on as often.")
+    ] = False,
+) -> None:
+    """Several caches of one model as one, in one random order. No row is copied: the parts must stay.
+
+    \b
+    clt extract dataset.n_tokens=200k dataset.skip_tokens=400k     (more of the same text, of which 400k are there)
+    clt cache merge world-world-33e1 world-world-5b20
+    clt cache merge cache/gpt2-openwebtext-33e1a5f65cb9 cache/gpt2-pile-5b20c7f2d1aa --name gpt2-both
+    """
+
+    def work() -> str:
+        from pipeline.stages import cache_merge
+
+        return cache_merge.run(names, cache_dir, name, allow_repeats)
+
+    answer(work)
+
+
 @app.command("rm")
 def cache_rm(
     names: SomeNames,
     cache_dir: CacheDir = CACHE_DIR,
     runs_dir: RunsDir = RUNS_DIR,
-    force: Annotated[bool, typer.Option("--force", help="Even if a run uses it.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Even if a run or a merged cache uses it.")] = False,
 ) -> None:
-    """Remove caches, unless a run uses them or an extraction is at work.
+    """Remove caches, unless a run or a merged cache uses them or an extraction is at work.
 
     \b
     clt cache rm world-world-33e1a5f65cb9

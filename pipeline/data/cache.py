@@ -2,16 +2,12 @@
 
 A cache is a Zarr v3 group, `<cache.dir>/<model>-<dataset>-<key>/`, which any Zarr reader opens:
 
-    zarr.json              attributes: request, model, data set, hooks, norm, manifest, ... Written last: a directory
-                           without it is unfinished, and nothing can open it.
-    tokens                 int32 [n_contexts, T]
-    resid_mid, mlp_out     uint16 [N, L, D], the bits of bfloat16. Row r of training token t is Permutation(N, seed)(t),
-                           token t being (context t // (T-1), position 1 + t % (T-1)). Without mlp_out where targets
-                           are recomputed (cache.targets=recompute).
-    norm/gain, norm/bias   float32 [L, D], of the norm in front of each MLP
-    stats/<site>/mean, std float64 [L, D], and rms [L] (root of the mean square), over the training rows;
-                           sites resid_mid, mlp_in (the norm applied to the stored resid_mid) and mlp_out
-    calibration/, evaluation/  tokens, resid_mid, mlp_out of the held-out contexts, row t in the order of the tokens
+    zarr.json                  attributes, the manifest among them. Written last: nothing opens a directory without it
+    tokens                     int32 [n_contexts, T]
+    resid_mid, mlp_out         uint16 [N, L, D], the bits of bfloat16, in an order that `shuffle.py` computes;
+                               without mlp_out where targets are recomputed (cache.targets=recompute)
+    norm/, stats/<site>/       of the norm in front of each MLP, and over the training rows
+    calibration/, evaluation/  tokens, resid_mid, mlp_out of the held-out contexts, in the order of the tokens
 
 An array is cut along its first axis; each chunk is one file of plain little-endian numbers and a 4-byte crc32c, so that
 it can be memory-mapped. To Zarr a missing chunk is zeros; here the manifest is the truth: what it does not list does
@@ -24,7 +20,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -47,32 +43,24 @@ from pipeline.data.layout import (
     checksum_of,
     command_of,
     command_to_go_on,
-    directory_of,
     file_bytes,
     key_of,
     little,
+    place_of,
     prefix,
+    read_into,
     request_of,
     spec_of,
     stored,
     stored_bytes,
 )
 from pipeline.data.options import Codec, DatasetOptions, ModelOptions, Targets
+from pipeline.data.pieces import Piece, Shard, Source
 from pipeline.data.shuffle import Permutation
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-
-class Shard(NamedTuple):
-    """A chunk of the training rows: one file of each stored array."""
-
-    chunk: int
-    first: int
-    """Its first row."""
-    n_rows: int
-    """Rows that hold tokens. The last file is padded with zero rows, which nothing hands out."""
 
 
 def find(
@@ -89,7 +77,7 @@ def find(
 
 def with_key(cache_dir: Path, key: str, request: Json) -> "Cache":
     """The finished cache of a request that was made earlier. Raises UserError, with the command that makes it."""
-    path = directory_of(cache_dir, request)
+    path = place_of(cache_dir, request)
     if key_of(request) != key or not ((path / root.NAME).exists() or root.lost(path)):
         state = "is not finished" if (path / JOURNAL).exists() else "does not exist"
         raise UserError(f"the cache {path} {state}; run: {command_of(request, cache_dir)}")
@@ -100,7 +88,7 @@ def newest(cache_dir: Path, targets: Targets | None = None) -> "Cache | None":
     """The finished cache that was made last, of those with such targets; None: of all. What cannot be used is passed
     over, with a warning that says why."""
     found: list[Cache] = []
-    for file in sorted(cache_dir.glob("*/zarr.json")):
+    for file in sorted(cache_dir.glob("[!.]*/zarr.json")):
         try:
             found.append(Cache.open(file.parent))
         except UserError as error:
@@ -118,14 +106,19 @@ class Cache:
         self.specs = {name: spec_of(entry) for name, entry in attributes["manifest"]["arrays"].items()}
         self._checked: set[tuple[str, int]] = set()
         self._tokens: NDArray[np.int32] | None = None
+        self._codes: dict[str, Int8 | None] = {}
 
     @classmethod
     def open(cls, path: Path) -> "Cache":
-        """Raises UserError, with the fix, for a directory that is no finished cache, one of another schema, and one in
-        which a listed file is missing or of another size."""
+        """A finished cache, plain or merged. Raises UserError, with the fix, for a directory that is none, one of
+        another schema, and one in which a listed file is missing or of another size."""
         attributes = read_attributes(path)
         if damaged := next(damage(path, attributes), None):
             raise _refusal(path, attributes["request"], *damaged)
+        if "parts" in attributes:
+            from pipeline.data.merged import Merged  # made of caches
+
+            return Merged(path, attributes)
         return cls(path, attributes)
 
     @property
@@ -194,9 +187,10 @@ class Cache:
 
     def code(self, name: str) -> Int8 | None:
         """What the numbers of an int8 array stand for; None where they are the bits of bfloat16."""
-        if self.specs[name].dtype != "int8":
-            return None
-        return Int8(*(torch.from_numpy(self._array(f"codec/{name}/{part}")) for part in ("scale", "offset")))
+        if name not in self._codes:
+            numbers = [f"codec/{name}/{part}" for part in ("scale", "offset") if self.specs[name].dtype == "int8"]
+            self._codes[name] = Int8(*(torch.from_numpy(self._array(n)) for n in numbers)) if numbers else None
+        return self._codes[name]
 
     @property
     def tokens(self) -> NDArray[np.int32]:
@@ -234,8 +228,20 @@ class Cache:
         return context, position + 1, self.tokens[context, position + 1]
 
     def shards(self) -> list[Shard]:
+        """Every training row, in the pieces in which they are read: here chunk by chunk."""
         spec = self.specs["resid_mid"]
-        return [Shard(i, i * spec.chunk_rows, spec.rows_in(i)) for i in range(spec.n_chunks)]
+        return [Shard(i, (Piece(0, i, 0, spec.rows_in(i), i * spec.chunk_rows),)) for i in range(spec.n_chunks)]
+
+    def buffer(self, name: str) -> NDArray[Any]:
+        """Room for the rows of any shard."""
+        spec = self.specs[name]
+        return np.empty(spec.chunk_shape, little(spec.dtype))
+
+    def bring(self, shard: Shard, name: str, out: NDArray[Any] | None) -> list[Source]:
+        """The rows of a shard: mapped, or read into `out`, a `buffer`."""
+        chunk = shard.chunk
+        rows = self.map_chunk(name, chunk) if out is None else self.read_chunk(name, chunk, out)
+        return [Source(rows, self.code(name))]
 
     def map_chunk(self, name: str, chunk: int) -> NDArray[Any]:
         """A chunk as a read-only memory map, padding left out. Not for compressed arrays."""
@@ -256,17 +262,23 @@ class Cache:
         assert out.dtype == little(spec.dtype)
         if spec.compressor is not None:
             return self._decompressed(name, chunk, out)
-        flat = out.reshape(-1).view(np.uint8).data
-        with self._refusing(name, chunk), spec.file(self.path, name, chunk).open("rb", buffering=0) as file:
-            done = 0
-            while done < flat.nbytes:
-                n = file.readinto(flat[done:])
-                if not n:
-                    raise EOFError
-                done += n
+        with self._refusing(name, chunk):
+            read_into(spec.file(self.path, name, chunk), 0, out)
         if (name, chunk) not in self._checked:
             self._compare(name, chunk, google_crc32c.value(out))
         return out[: spec.rows_in(chunk)]
+
+    def read_rows(self, name: str, chunk: int, start: int, out: NDArray[Any]) -> None:
+        """Rows of a chunk from `start` on, as many as `out` has (contiguous). The first time, all of the chunk is read
+        and checked. Not for compressed arrays."""
+        spec = self.specs[name]
+        assert spec.compressor is None
+        assert out.dtype == little(spec.dtype)
+        file = spec.file(self.path, name, chunk)
+        with self._refusing(name, chunk):
+            if (name, chunk) not in self._checked:
+                self._compare(name, chunk, checksum_of(file, spec.chunk_bytes))
+            read_into(file, start * out.nbytes // max(1, len(out)), out)
 
     def rows(self, name: str, chunk: int) -> Tensor:
         """The rows of a chunk of a stored array, decoded: bfloat16 [n, L, D]."""

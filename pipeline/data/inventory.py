@@ -1,6 +1,7 @@
 """Which caches are there, in which state, and how much of the disk they take.
 
     <cache.dir>/<model>-<dataset>-<key>/    a cache, finished or not (`cache.py`, `journal.py`)
+    <cache.dir>/<model>-merged-<key>/       a merged one (`merged.py`), which needs its parts
     <cache.dir>/.packing/<name>/            tokens that were packed for it before the model began
     <cache.dir>/.removed/<name>-<random>/   one that is being removed: moved here first, so that no reader sees half
 
@@ -26,6 +27,7 @@ from pipeline.data.layout import (
     CRC_BYTES,
     JOURNAL,
     KIND,
+    MERGED,
     PACKING,
     SCHEMA,
     Json,
@@ -35,6 +37,7 @@ from pipeline.data.layout import (
     stored,
     sums_shape,
 )
+from pipeline.data.merged import part_problem
 from pipeline.data.options import Codec
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
@@ -228,7 +231,8 @@ def _with_attributes(path: Path) -> Found | None:
         return Found(path, State.at_work, f"being made by process {owner}", attributes)
     broken = list(damage(path, attributes))
     if not broken:
-        return Found(path, State.complete, "", attributes)
+        problem = part_problem(path, attributes)
+        return Found(path, State.damaged if problem else State.complete, problem, attributes)
     array, chunk, what = broken[0]
     first = f"chunk {chunk} of {array} {what}" if array else what
     more = f", and {len(broken) - 1} more" if len(broken) > 1 else ""
@@ -265,8 +269,8 @@ def _is_ours(path: Path) -> bool:
     raw = _raw_attributes(path)
     if raw is not None:
         return raw.get("kind") == KIND
-    furnished = all((path / name).is_dir() for name in ("tokens", "resid_mid", "calibration"))
-    return bool(re.search(r"-[0-9a-f]{12}$", path.name)) and furnished
+    furniture = ("stats", "evaluation") if f"-{MERGED}-" in path.name else ("tokens", "resid_mid", "calibration")
+    return bool(re.search(r"-[0-9a-f]{12}$", path.name)) and all((path / name).is_dir() for name in furniture)
 
 
 def _is_barely_begun(path: Path) -> bool:

@@ -9,12 +9,14 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.data import asking, tokens
 from pipeline.data.codecs import COMPRESSED, Int8
@@ -31,6 +33,8 @@ STORED = ("resid_mid", "mlp_out")
 HOOKS = {"resid_mid": "blocks.{l}.ln2.hook_in", "mlp_out": "blocks.{l}.hook_mlp_out"}
 JOURNAL = ".journal"
 """Where an extraction notes what it has done; gone when the cache is finished (`data/journal.py`)."""
+MERGED = "merged"
+"""In a request: those of the parts of a merged cache (`data/merged.py`), which stand in its key."""
 PACKING = ".packing"
 """Under cache.dir: tokens that were packed for caches that are not finished yet, by their names."""
 CRC_BYTES = 4
@@ -187,6 +191,9 @@ def request_of(
         del described["model"][field]
     if dataset.n_tokens != "all":  # 400k and 400000 are one request
         described["dataset"]["n_tokens"] = str(tokens.count(dataset.n_tokens))
+    if "skip_tokens" in described["dataset"]:  # left out where it is 0, in whatever spelling
+        described["dataset"] |= {"skip_tokens": str(tokens.skipped(dataset))}
+        described["dataset"] = {k: v for k, v in described["dataset"].items() if (k, v) != ("skip_tokens", "0")}
     source = {"model": source_identity(model), "dataset": tokens.source_identity(dataset)}
     more = {"targets": targets.value} if targets is not Targets.stored else {}  # caches were made before there was this
     return {"schema": SCHEMA, **described, "codec": str(codec), **more, "source": source}
@@ -198,13 +205,28 @@ def key_of(request: Json) -> str:
 
 
 def directory_of(cache_dir: Path, request: Json) -> Path:
-    """Where the cache of a request lies, finished or not."""
-    names = [re.sub(r"[^\w.-]+", "_", request[part]["name"]) for part in ("model", "dataset")]
+    """Where the cache of a request lies, finished or not; a merged one may have been given another name."""
+    data = MERGED if MERGED in request else request["dataset"]["name"]
+    names = [re.sub(r"[^\w.-]+", "_", name) for name in (request["model"]["name"], data)]
     return cache_dir / f"{names[0]}-{names[1]}-{key_of(request)}"
 
 
+def place_of(cache_dir: Path, request: Json) -> Path:
+    """The same, with a merged cache found under whatever name it was given."""
+    usual = directory_of(cache_dir, request)
+    if MERGED not in request or usual.exists():
+        return usual
+    for file in sorted(cache_dir.glob("[!.]*/zarr.json")):
+        with suppress(ValueError, KeyError, TypeError):  # no JSON, no attributes, none of ours
+            if json.loads(file.read_bytes())["attributes"]["request"] == request:
+                return file.parent
+    return usual
+
+
 def command_of(request: Json, cache_dir: Path) -> str:
-    """The command that makes the cache of a request, and mends it, whether it was extracted or converted."""
+    """The command that makes the cache of a request, and mends it, whether it was extracted, converted or merged."""
+    if MERGED in request:
+        return _merge_command(request, cache_dir)
     return f"clt extract {overrides_of(request, cache_dir)}"
 
 
@@ -219,6 +241,19 @@ def command_to_go_on(state: Json, cache_dir: Path) -> str:
 def is_conversion(state: Json) -> bool:
     """Whether the state of an unfinished cache is that of `clt cache convert`."""
     return "n_chunks" in state
+
+
+def _merge_command(request: Json, cache_dir: Path) -> str:
+    """With the parts where they lie now, as far as the merged cache is there to say so."""
+    path = place_of(cache_dir, request)
+    parts = [directory_of(cache_dir, part).name for part in request[MERGED]]
+    with suppress(OSError, ValueError, KeyError, TypeError):  # it is not there, or damaged
+        parts = [part["path"] for part in json.loads((path / "zarr.json").read_bytes())["attributes"]["parts"]]
+    words = ["clt", "cache", "merge", *parts]
+    words += ["--name", path.name] if path != directory_of(cache_dir, request) else []
+    words += ["--allow-repeats"] if request.get("repeats") else []
+    words += ["--cache-dir", str(cache_dir)] if str(cache_dir) != "cache" else []
+    return " ".join(map(shlex.quote, words))
 
 
 def overrides_of(request: Json, cache_dir: Path) -> str:
@@ -260,6 +295,19 @@ def checksum_of(file: Path, n_bytes: int) -> int:
             crc = google_crc32c.extend(crc, piece)
             n_bytes -= len(piece)
     return int(crc)
+
+
+def read_into(file: Path, offset: int, out: NDArray[Any]) -> None:
+    """Bytes of a file from `offset` on into a contiguous array. Raises EOFError when it ends early."""
+    flat = out.reshape(-1).view(np.uint8).data
+    with file.open("rb", buffering=0) as stream:
+        stream.seek(offset)
+        done = 0
+        while done < flat.nbytes:
+            n = stream.readinto(flat[done:])
+            if not n:
+                raise EOFError(f"{file} ends early")
+            done += n
 
 
 def canonical(value: Json) -> bytes:

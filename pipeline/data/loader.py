@@ -6,6 +6,7 @@
    gathers rows from them into batches, in buffers that are used again. Both run ahead by a fixed number.
 
 Since rows are stored in an order that is random over the whole cache, a batch mixes contexts as an ideal shuffle would.
+A shard of a merged cache holds a share of each part (`merged.py`), so that this is so there too.
 """
 
 import logging
@@ -15,17 +16,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, NamedTuple, Self, TypeVar
+from typing import Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.cache import Cache, Shard
+from pipeline.data.cache import Cache
 from pipeline.data.codecs import COMPRESSED
-from pipeline.data.layout import STORED, little
-from pipeline.data.options import CacheOptions, Read
+from pipeline.data.options import CacheOptions, Codec, Read
+from pipeline.data.pieces import Shard, Source, take
 from pipeline.data.shuffle import Permutation, derive
 from pipeline.errors import UserError
 
@@ -35,8 +35,8 @@ BATCHES_AHEAD = 2
 """Batches that are being gathered, or wait, while the trainer has one."""
 
 T = TypeVar("T")
-Stored = list[NDArray[Any]]
-"""The rows of a shard in each of the stored arrays: uint16 or int8 [n, L, D]"""
+Stored = list[list[Source]]
+"""The rows of a shard in each of the stored arrays."""
 
 
 class Batch(NamedTuple):
@@ -89,14 +89,12 @@ class Loader:
             )
             for _ in range(BATCHES_AHEAD + 1)
         ]
-        spec = cache.specs[STORED[0]]
         n_shard_buffers = shards_ahead + 1 if self.read is Read.readinto else 0
-        self._shard_buffers = [
-            [np.empty(spec.chunk_shape, little(spec.dtype)) for _ in cache.stored] for _ in range(n_shard_buffers)
-        ]
-        self._codes = [cache.code(name) for name in cache.stored]
-        self._gathered = np.empty(shape if self._codes[0] else 0, np.int8)
-        """Rows of a batch that are yet to be decoded."""
+        self._shard_buffers = [[cache.buffer(name) for name in cache.stored] for _ in range(n_shard_buffers)]
+        several = any(len(shard.pieces) > 1 for shard in self._shards)
+        stored = np.int8 if cache.codec is Codec["int8"] else np.uint16
+        self._gathered = np.empty(shape if several or cache.codec is Codec["int8"] else 0, stored)
+        """Rows of a batch that are yet to be decoded, or put where they belong."""
         self._reader = _Ahead(self._bring_shards(), shards_ahead, "shards")
         self._gatherer = _Ahead(self._gather(), BATCHES_AHEAD, "batches")
 
@@ -136,46 +134,33 @@ class Loader:
             for number in order.forward(np.arange(len(self._shards))):
                 shard = self._shards[number]
                 if skip < shard.n_rows:
-                    yield shard, Permutation(shard.n_rows, derive(self._seed, "rows", epoch, shard.chunk)), skip
+                    yield shard, Permutation(shard.n_rows, derive(self._seed, "rows", epoch, shard.number)), skip
                 skip = max(0, skip - shard.n_rows)
             epoch += 1
 
     def _bring_shards(self) -> Iterator[tuple[Shard, Permutation, int, Stored]]:
         names = self.cache.stored
         for turn, (shard, order, skip) in enumerate(self._visits()):
-            if self.read is Read.mmap:
-                arrays = [self.cache.map_chunk(name, shard.chunk) for name in names]
-            else:
-                buffers = self._shard_buffers[turn % len(self._shard_buffers)]
-                arrays = [self.cache.read_chunk(n, shard.chunk, out) for n, out in zip(names, buffers, strict=True)]
-            yield shard, order, skip, arrays
+            buffers = self._shard_buffers[turn % len(self._shard_buffers)] if self._shard_buffers else None
+            stored = [self.cache.bring(shard, n, buffers[i] if buffers else None) for i, n in enumerate(names)]
+            yield shard, order, skip, stored
 
     def _gather(self) -> Iterator[Batch]:
         turn, filled = 0, 0
         while True:
-            shard, order, done, arrays = self._reader.get()
+            shard, order, done, stored = self._reader.get()
             while done < shard.n_rows:
                 batch = self._buffers[turn % len(self._buffers)]
                 n = min(shard.n_rows - done, self._batch_tokens - filled)
                 index = order.forward(np.arange(done, done + n))
-                for source, code, target in zip(arrays, self._codes, batch, strict=False):
+                for sources, target in zip(stored, batch, strict=False):
                     assert target is not None
-                    rows = target[filled : filled + n]
-                    if code is None:
-                        _take(source, index, rows.view(torch.uint16).numpy())
-                    else:
-                        _take(source, index, self._gathered[:n])
-                        code.decode(torch.from_numpy(self._gathered[:n]), rows)
-                batch.rows.numpy()[filled : filled + n] = shard.first + index
+                    take(sources, index, target[filled : filled + n], self._gathered)
+                batch.rows.numpy()[filled : filled + n] = shard.rows(index)
                 done, filled = done + n, filled + n
                 if filled == self._batch_tokens:
                     yield batch
                     turn, filled = turn + 1, 0
-
-
-def _take(source: NDArray[Any], index: NDArray[np.int64], out: NDArray[Any]) -> None:
-    """out = source[index]. `clip` because numpy goes through a copy of `out` otherwise; the index is in range."""
-    np.take(source, index, axis=0, out=out, mode="clip")
 
 
 def choose_read(cache: Cache, asked: Read) -> Read:

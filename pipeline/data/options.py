@@ -202,6 +202,10 @@ class DatasetOptions(SourceOptions):
     separator: Separator = Separator.eos
     """What stands between documents: the end-of-text token, or nothing (none), for rows that were packed before."""
 
+    skip_tokens: str = "0"
+    """Training rows that are left out at the start, a count as n_tokens is, rounded up to whole contexts: what an
+    earlier cache of that n_tokens holds. Held-out contexts are the same with and without."""
+
     sources: dict[str, MemberOptions] = field(default_factory=dict)
     """Of a mixture: its members by name. Null options of theirs mean what they mean in a data set."""
 
@@ -210,6 +214,10 @@ class DatasetOptions(SourceOptions):
 class CacheOptions:
     dir: str = "cache"
     """Where caches live: one directory for each (model, dataset, codec) request, named by its content."""
+
+    path: str | None = None
+    """Train on this very cache: its directory, or the beginning of its name or key as for `clt cache info`. Null: the
+    one of the model and the dataset that are named, or the newest."""
 
     codec: Codec = Codec.raw
     """How rows are stored: raw is bfloat16 bits, memory-mapped; int8 is half of that; blosc-lz4-bitshuffle and pcodec

@@ -7,6 +7,7 @@ from pipeline.data import inventory
 from pipeline.data.cache import Cache
 from pipeline.data.convert import convert, describe
 from pipeline.data.layout import gb, overrides_of
+from pipeline.data.merged import Merged
 from pipeline.data.options import Codec
 from pipeline.errors import UserError
 
@@ -20,6 +21,11 @@ def run(name: str, setting: str, cache_dir: Path) -> str:
     if key != "codec" or value not in [codec.value for codec in Codec]:
         raise UserError(f"{setting}: not a codec; give codec=X, X one of {', '.join(Codec)}")
     source = Cache.open(inventory.find(cache_dir, name).path)
+    if isinstance(source, Merged):
+        parts = ", ".join(str(part.path) for part in source.parts)
+        raise UserError(
+            f"{source.path} is merged and has no rows of its own; convert its parts and merge those: {parts}"
+        )
     cache = Cache.open(convert(source, Codec(value)))
     for line in describe(cache):
         logger.info(line)

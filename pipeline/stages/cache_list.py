@@ -24,6 +24,7 @@ from pipeline.data.layout import (
     stored_bytes,
     targets_of,
 )
+from pipeline.data.merged import merged_of, places_of
 from pipeline.data.options import Targets
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
@@ -64,7 +65,7 @@ def _summary(found: Found, runs: Runs) -> Json:
         "path": str(found.path),
         "key": found.key,
         "model": about["model"]["name"] if about else None,
-        "dataset": about["dataset"]["name"] if about else None,
+        "dataset": _data(about) if about else None,
         "n_tokens": about["n_rows"][Split.train] if about else None,
         "context": about["context"] if about else None,
         "codec": request["codec"] if request else None,
@@ -74,7 +75,12 @@ def _summary(found: Found, runs: Runs) -> Json:
         "detail": found.detail,
         "created": found.created,
         "runs": runs.of(found),
+        **({"parts": [str(place) for place in places_of(found.path, about)]} if "parts" in about else {}),
     }
+
+
+def _data(about: Json) -> str:
+    return f"merged of {len(about['parts'])}" if "parts" in about else str(about["dataset"]["name"])
 
 
 def _leftover(left: Leftover) -> Json:
@@ -138,20 +144,22 @@ def _everything(found: Found, runs: Runs) -> Json:
     about, request = found.about, found.request
     if request is None:
         return _summary(found, runs)
+    chosen = ("model", "dataset", "hooks", "norm", "n_rows", "bos_token_id", "eos_token_id", "seed", "versions")
+    known = {**_summary(found, runs), **{name: about[name] for name in chosen}}
+    known |= {"command": command_to_go_on(about, found.path.parent), "rms": _rms(found)}
+    if "parts" in about:
+        parts = [part | {"path": str(place)} for part, place in zip(about["parts"], known["parts"], strict=True)]
+        return known | {"parts": parts, "n_groups": about["n_groups"], "data": _data(about)}
     arrays = about["manifest"]["arrays"]
     spec, rows = spec_of(arrays[STORED[0]]), {name: arrays[name] for name in stored(arrays)}
     n_files = len(rows) * spec.n_chunks
-    chosen = ("model", "dataset", "hooks", "norm", "n_rows", "bos_token_id", "eos_token_id", "seed", "versions")
-    return {
-        **_summary(found, runs),
-        **{name: about[name] for name in chosen},
+    return known | {
         "bytes_per_token": _bytes_per_token(found, spec),
         "arrays": list(rows),
         "shards": {"n": spec.n_chunks, "rows": spec.chunk_rows, "n_bytes": stored_bytes(rows) // n_files},
         "lost": _lost(about),
         "recompute": about.get("recompute"),
-        "rms": _rms(found),
-        "command": command_to_go_on(about, found.path.parent),
+        "part_of": [str(path) for path in merged_of(found.path, found.path.parent)],
     }
 
 
@@ -192,11 +200,10 @@ def _described(about: Json) -> list[str]:
         "model": _model(about["model"]),
         "layers": _layers(about["model"]),
         "norm": f"{about['norm']['kind']} norm before each MLP, epsilon {about['norm']['eps']:g}",
-        "data set": _dataset(about["dataset"]),
+        **_parts(about),
         "rows": ", ".join(f"{split} {n:,}" for split, n in about["n_rows"].items()) + f"; seed {about['seed']}",
         "contexts": f"{about['context']} tokens, {_beginning(about['bos_token_id'])}",
-        "storage": f"{about['codec']}, {about['bytes_per_token']:,} bytes a token, {len(about['arrays'])} x "
-        f"{about['shards']['n']:,} shards of {about['shards']['rows']:,} rows ({gb(about['shards']['n_bytes'])})",
+        "storage": _storage(about),
         "targets": _targets(about),
         "made with": ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
         "command": about["command"],
@@ -213,6 +220,25 @@ def _targets(about: Json) -> str:
     fvu = about["recompute"]
     off = f", FVU {max(fvu['fvu']):.1g} against the model's own" if fvu else ""
     return f"recomputed from resid_mid by the model's own MLPs{off}"
+
+
+def _parts(about: Json) -> dict[str, str]:
+    """Text, and of a merged cache where its rows lie."""
+    if "n_groups" not in about:
+        part_of = {"part of": ", ".join(about["part_of"])} if about["part_of"] else {}
+        return {"data set": _dataset(about["dataset"]), **part_of}
+    rows = {f"part {i}": f"{part['path']}: {part['n_rows']:,} rows" for i, part in enumerate(about["parts"])}
+    return {"data set": f"{about['data']}; clt cache info PART says what each holds", **rows}
+
+
+def _storage(about: Json) -> str:
+    if "n_groups" in about:
+        return f"{about['codec']}, in the parts, read in {about['n_groups']:,} groups of rows of all of them"
+    shards, n_arrays = about["shards"], len(about["arrays"])
+    return (
+        f"{about['codec']}, {about['bytes_per_token']:,} bytes a token, {n_arrays} x {shards['n']:,} shards of "
+        f"{shards['rows']:,} rows ({gb(shards['n_bytes'])})"
+    )
 
 
 def _model(model: Json) -> str:

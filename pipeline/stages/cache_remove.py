@@ -8,6 +8,7 @@ from typing import NamedTuple
 from pipeline.data import inventory
 from pipeline.data.inventory import Found, Leftover, State
 from pipeline.data.layout import PACKING, gb
+from pipeline.data.merged import merged_of
 from pipeline.errors import UserError
 from pipeline.stages.cache_use import Runs
 
@@ -25,7 +26,8 @@ class _Item(NamedTuple):
 
 def rm(names: list[str], cache_dir: Path, runs_dir: Path, force: bool = False) -> str:
     """Removes the caches that are named. -> what was freed. Raises UserError, before anything is removed, for a name
-    that names no cache, for a cache that a run uses (unless `force`), and for one that is being made."""
+    that names no cache, for a cache that a run or a merged cache uses (unless `force`), and for one that is being made.
+    A merged cache goes without its parts."""
     chosen = {found.path.resolve(): found for found in (inventory.find(cache_dir, name) for name in names)}
     caches = list(chosen.values())
     for found in caches:
@@ -33,12 +35,23 @@ def rm(names: list[str], cache_dir: Path, runs_dir: Path, force: bool = False) -
             raise UserError(f"{found.path} is {found.detail}; stop that process first, or wait for it to end")
     if not force:
         Runs(runs_dir).refuse(caches)
+        _refuse_parts(caches, cache_dir)
     freed = 0
     for found in caches:
         n_bytes = inventory.remove(found)
         freed += n_bytes
         logger.info("removed %s, %s", found.path, gb(n_bytes))
     return f"{gb(freed)} freed"
+
+
+def _refuse_parts(caches: list[Found], cache_dir: Path) -> None:
+    """Raises UserError for a part of a merged cache that is to stay."""
+    going = {found.path.resolve() for found in caches}
+    for found in caches:
+        left = [path for path in merged_of(found.path, cache_dir) if path.resolve() not in going]
+        if left:
+            names = ", ".join(map(str, left))
+            raise UserError(f"{found.path} is a part of {names}, which cannot be read without it; --force removes it")
 
 
 def prune(cache_dir: Path, runs_dir: Path, yes: bool = False) -> str:
@@ -61,7 +74,7 @@ def _items(cache_dir: Path, runs: Runs) -> list[_Item]:
         if found.state is not State.unfinished:
             continue
         covered.add(found.path.name)
-        if names := runs.of(found):
+        if names := runs.of(found) + [str(path) for path in merged_of(found.path, cache_dir)]:
             logger.info("kept %s: it is used by %s", found.path, ", ".join(names))
             continue
         items.append(_cache(found, cache_dir))

@@ -7,7 +7,7 @@ import logging
 import time
 from pathlib import Path
 
-from pipeline.data import inventory, models, verify
+from pipeline.data import inventory, merged, models, verify
 from pipeline.data.cache import Cache
 from pipeline.data.inventory import Found, State
 from pipeline.data.layout import gb, stored_bytes
@@ -26,7 +26,7 @@ N_CONTEXTS = 8
 def run(names: list[str], cache_dir: Path, against_model: bool = False, device: str = "auto") -> str:
     """Verifies the caches that are named, or all finished ones. -> a line for each. Raises UserError when anything is
     wrong with one of them, after all have been read and everything wrong has been said."""
-    chosen = [inventory.find(cache_dir, name) for name in names] or _finished(cache_dir)
+    chosen = _with_parts([inventory.find(cache_dir, name) for name in names] or _finished(cache_dir))
     lines, wrong = [], []
     for found in chosen:
         try:
@@ -38,6 +38,18 @@ def run(names: list[str], cache_dir: Path, against_model: bool = False, device: 
         some = f"{len(wrong)} of {len(chosen)} caches" if len(chosen) > 1 else wrong[0]
         raise UserError(f"{some} did not pass; what is wrong and what to run is said above")
     return "\n".join(lines)
+
+
+def _with_parts(chosen: list[Found]) -> list[Found]:
+    """And the parts of merged ones, each cache once. A part that is missing is said by the merged cache."""
+    places = {found.path.resolve() for found in chosen}
+    for found in list(chosen):
+        for place in merged.places_of(found.path, found.about):
+            part = inventory.look(place)
+            if part is not None and place.resolve() not in places:
+                places.add(place.resolve())
+                chosen.append(part)
+    return chosen
 
 
 def _finished(cache_dir: Path) -> list[Found]:
@@ -64,7 +76,11 @@ def _verify(found: Found, against_model: bool, device: str) -> str:
     n_files = verify.n_files(found.about)
     if problems:
         raise UserError(_say(found, problems, n_files))
-    again = f"; {_against_model(found, device)}" if against_model else ""
+    if places := merged.places_of(found.path, found.about):
+        merged.open_parts(found.path, found.about)
+        again = f"; its rows are those of {', '.join(map(str, places))}"
+    else:
+        again = f"; {_against_model(found, device)}" if against_model else ""
     seconds = time.monotonic() - start
     return f"{found.path}: all {n_files:,} checksums are right, {gb(n_bytes)} in {seconds:.1f} s{again}"
 

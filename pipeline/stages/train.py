@@ -17,12 +17,13 @@ from pipeline.arch.base import Dims, Transcoder
 from pipeline.arch.options import Init
 from pipeline.core import activations
 from pipeline.data import cache as caches
+from pipeline.data import inventory
 from pipeline.data.cache import Cache
-from pipeline.data.layout import gb
+from pipeline.data.layout import MERGED, directory_of, gb, request_of
 from pipeline.data.loader import Loader
 from pipeline.data.mlps import Mlps
 from pipeline.data.models import resolve_device
-from pipeline.data.options import DatasetOptions, ModelOptions, Targets
+from pipeline.data.options import Codec, DatasetOptions, ModelOptions, Targets
 from pipeline.data.plan import disk_of, free_bytes
 from pipeline.data.recompute import mlps_of
 from pipeline.data.tokens import Split, count
@@ -89,9 +90,10 @@ def run(cfg: TrainConfig) -> Path:
 
 
 def _find_cache(cfg: TrainConfig) -> Cache:
-    """The cache that the settings name; with `newest_cache` that of the unfinished run of this name, or the newest.
+    """The cache that the settings name; with `newest_cache` (neither a model nor a dataset named) `cache.path`, that of
+    the unfinished run of this name, or the newest.
 
-    The settings take on the cache's model, dataset and targets, so that config.yaml says what was used, in one
+    The settings take on the cache's model, dataset, codec and targets, so that config.yaml says what was used, in one
     spelling.
     """
     root = Path(cfg.cache.dir)
@@ -99,9 +101,13 @@ def _find_cache(cfg: TrainConfig) -> Cache:
     before = runs.saved(runs.RUNS / cfg.name) if cfg.newest_cache else None
     if before is not None:
         _take_on(cfg, before)
+        cfg.cache.path = cfg.cache.path or before["cache"].get("path")
+        cfg.cache.codec = Codec(before["cache"]["codec"]) if cfg.cache.codec is Codec.raw else cfg.cache.codec
         if cfg.cache.targets is Targets.stored:  # the default: nothing was said
             cfg.cache.targets = Targets(before["cache"].get("targets", Targets.stored))
-    if before is not None or not cfg.newest_cache:
+    if cfg.cache.path is not None:
+        cache = _named_cache(cfg, root, cfg.cache.path)
+    elif before is not None or not cfg.newest_cache:
         cache = caches.find(root, cfg.model, cfg.dataset, cfg.cache.codec, cfg.cache.targets)
     else:
         asked = cfg.cache.targets if cfg.cache.targets is not Targets.stored else None
@@ -113,8 +119,29 @@ def _find_cache(cfg: TrainConfig) -> Cache:
         logger.info("no model or dataset named: using the newest cache, %s", newest.path)
         cache = newest
     _take_on(cfg, cache.request)
-    cfg.cache.targets = cache.targets
+    cfg.cache.path, cfg.cache.codec, cfg.cache.targets = _spelled(cache, root), cache.codec, cache.targets
     return cache
+
+
+def _named_cache(cfg: TrainConfig, root: Path, name: str) -> Cache:
+    """Of `cache.path`. Raises UserError where a model, a dataset or a codec is named as well, and is another."""
+    cache = Cache.open(inventory.find(root, name).path)
+    if not cfg.newest_cache:
+        asked = request_of(cfg.model, cfg.dataset)
+        differ = [part for part in ("model", "dataset") if asked[part] != cache.request[part]]
+        if differ:
+            what = f"cache.path={name}: {cache.path} is of another {' and another '.join(differ)} than named"
+            raise UserError(f"{what}; leave model and dataset out")
+    if cfg.cache.codec not in (Codec.raw, cache.codec):
+        raise UserError(f"cache.path={name}: {cache.path} is stored as {cache.codec}; leave cache.codec out")
+    return cache
+
+
+def _spelled(cache: Cache, root: Path) -> str | None:
+    """`cache.path` as config.yaml has it: null for the cache that model, dataset and codec name."""
+    if cache.path.resolve() == directory_of(root, cache.request).resolve() and MERGED not in cache.request:
+        return None
+    return cache.path.name if cache.path.resolve().parent == root.resolve() else str(cache.path.resolve())
 
 
 def _take_on(cfg: TrainConfig, saved: dict[str, Any]) -> None:

@@ -14,6 +14,9 @@ RUNS = Path("runs")
 NO_EFFECT = {"cache.dir", "cache.read", "cache.shards_ahead", "newest_cache", "train.keep_checkpoints", "experiment"}
 """Settings that do not change what a run computes, so they may differ when it is continued."""
 
+ADDED = {"dataset.skip_tokens": "0"}
+"""Settings that the config.yaml of an older run lacks, and what they were then."""
+
 
 def start(name: str, config: Any) -> Path:
     """The directory of run `name`, made when it is new, with its config.yaml.
@@ -69,6 +72,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _refuse_difference(name: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    old = {key: value for key, value in ADDED.items() if key in new} | old
     keys = sorted(old.keys() | new.keys())
     differ = [key for key in keys if old.get(key) != new.get(key) and key not in NO_EFFECT]
     if differ:
