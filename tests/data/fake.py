@@ -165,7 +165,8 @@ def fill(writer: Writer, model: FakeModel, block: Block, batch_tokens: int = 2 *
 def stored_files(path: Path) -> dict[str, bytes]:
     """Content of every file of a cache but for its date and the copy of zarr.json, which has to be one."""
     files = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
-    assert files.pop(COPY) == sealed(files["zarr.json"])
+    if "tokens/zarr.json" in files:  # a merged cache has neither
+        assert files.pop(COPY) == sealed(files["zarr.json"])
     root = json.loads(files["zarr.json"])
     del root["attributes"]["created"], root["attributes"]["checksum"]
     files["zarr.json"] = json.dumps(root).encode()
