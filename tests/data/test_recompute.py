@@ -333,7 +333,7 @@ def test_keys_of_ordinary_caches_do_not_change_and_the_command_asks_for_the_same
     assert "targets" not in command_of(ordinary, Path("cache"))
     assert command_of(half, Path("cache")) == f"{command_of(ordinary, Path('cache'))} cache.targets=recompute"
     packed = command_of(half | {"codec": "pcodec"}, Path("cache"))
-    assert packed == f"clt cache convert cache/gpt2-wikitext-{key_of(half)} codec=pcodec"
+    assert packed == f"{command_of(ordinary, Path('cache'))} cache.codec=pcodec cache.targets=recompute"
 
 
 class Crash(Exception):
