@@ -17,9 +17,10 @@ it can be memory-mapped. To Zarr a missing chunk is zeros; here the manifest is 
 not exist, and a file that differs from it is refused. The name of the directory is the hash of what was asked for.
 """
 
+import io
 import json
 import logging
-import shlex
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.core.normalize import MlpNorm
+from pipeline.data.address import Place, Remote
+from pipeline.data.chunk_files import Files, files_of, repair
 from pipeline.data.codecs import Int8, decompress
 from pipeline.data.journal import read_state
 from pipeline.data.layout import (
@@ -43,7 +46,7 @@ from pipeline.data.layout import (
     STORED,
     Json,
     checksum,
-    checksum_of,
+    checksum_in,
     command_of,
     directory_of,
     file_bytes,
@@ -55,6 +58,7 @@ from pipeline.data.layout import (
     stored_bytes,
 )
 from pipeline.data.options import Codec, DatasetOptions, ModelOptions
+from pipeline.data.remote import Store
 from pipeline.data.shuffle import Permutation
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
@@ -72,50 +76,64 @@ class Shard(NamedTuple):
     """Rows that hold tokens. The last file is padded with zero rows, which nothing hands out."""
 
 
-def find(cache_dir: Path, model: ModelOptions, dataset: DatasetOptions, codec: Codec = Codec.raw) -> "Cache":
+def find(cache_dir: Place, model: ModelOptions, dataset: DatasetOptions, codec: Codec = Codec.raw) -> "Cache":
     """The finished cache of these options. Raises UserError, with the command that makes it, when there is none."""
     request = request_of(model, dataset, codec)
     return with_key(cache_dir, key_of(request), request)
 
 
-def with_key(cache_dir: Path, key: str, request: Json) -> "Cache":
+def with_key(cache_dir: Place, key: str, request: Json) -> "Cache":
     """The finished cache of a request that was made earlier. Raises UserError, with the command that makes it."""
     path = directory_of(cache_dir, request)
-    if key_of(request) != key or not (path / "zarr.json").exists():
-        state = "is not finished" if (path / JOURNAL).exists() else "does not exist"
+    if key_of(request) != key or not is_finished(path):
+        begun = not isinstance(path, Remote) and (path / JOURNAL).exists()
+        state = "is not finished" if begun else "does not exist"
         raise UserError(f"the cache {path} {state}; run: {command_of(request, cache_dir)}")
     return Cache.open(path)
 
 
-def newest(cache_dir: Path) -> "Cache | None":
+def newest(cache_dir: Place) -> "Cache | None":
     """The finished cache that was made last. What cannot be used is passed over, with a warning that says why."""
     found: list[Cache] = []
-    for root in sorted(cache_dir.glob("*/zarr.json")):
+    for path in finished(cache_dir):
         try:
-            found.append(Cache.open(root.parent))
+            found.append(Cache.open(path))
         except UserError as error:
             logger.warning("passed over: %s", error)
     return max(found, key=lambda cache: str(cache.attributes["created"]), default=None)
 
 
+def finished(cache_dir: Place) -> list[Place]:
+    """What has been called finished in a cache directory, by name."""
+    if isinstance(cache_dir, Remote):
+        return [path for name in Store(cache_dir).children() if is_finished(path := cache_dir / name)]
+    return [root.parent for root in sorted(cache_dir.glob("*/zarr.json"))]
+
+
+def is_finished(path: Place) -> bool:
+    return _zarr_json(path) is not None if isinstance(path, Remote) else (path / "zarr.json").exists()
+
+
 class Cache:
     """A finished cache, opened for reading. Every chunk is checked against its checksum when it is first read."""
 
-    def __init__(self, path: Path, attributes: Json) -> None:
+    def __init__(self, path: Place, attributes: Json, files: Files | None = None) -> None:
         self.path = path
+        self._files = files or files_of(path, attributes)
         self.attributes = attributes
         self.specs = {name: spec_of(entry) for name, entry in attributes["manifest"]["arrays"].items()}
         self._checked: set[tuple[str, int]] = set()
         self._tokens: NDArray[np.int32] | None = None
 
     @classmethod
-    def open(cls, path: Path) -> "Cache":
+    def open(cls, path: Place) -> "Cache":
         """Raises UserError, with the fix, for a directory that is no finished cache, one of another schema, and one in
         which a listed file is missing or of another size."""
         attributes = read_attributes(path)
-        if damaged := next(damage(path, attributes), None):
+        files = files_of(path, attributes)
+        if damaged := next(damage(path, attributes, files), None):
             raise _refusal(path, attributes["request"], *damaged)
-        return cls(path, attributes)
+        return cls(path, attributes, files)
 
     @property
     def key(self) -> str:
@@ -216,16 +234,30 @@ class Cache:
         spec = self.specs["resid_mid"]
         return [Shard(i, i * spec.chunk_rows, spec.rows_in(i)) for i in range(spec.n_chunks)]
 
+    def hold(self, chunk: int) -> list[io.FileIO]:
+        """The files of a shard, open: of a remote cache they are fetched by this, and stay until they are closed."""
+        return [self._open(name, chunk) for name in STORED]
+
+    def check_room(self, n_shards: int) -> None:
+        """Raises UserError when the files of so many shards of a remote cache cannot be on this machine at once."""
+        self._files.check_room(n_shards * self.shard_bytes)
+
+    @property
+    def shard_bytes(self) -> int:
+        """Size of the files of the largest shard."""
+        arrays = self.attributes["manifest"]["arrays"]
+        return sum(max(file_bytes(arrays[name], shard.chunk) for shard in self.shards()) for name in STORED)
+
     def map_chunk(self, name: str, chunk: int) -> NDArray[Any]:
         """A chunk as a read-only memory map, padding left out. Not for compressed arrays."""
         spec = self.specs[name]
         assert spec.compressor is None
-        file = spec.file(self.path, name, chunk)
-        with self._refusing(name, chunk):
+        with self._refusing(name, chunk), self._open(name, chunk) as file:
             if (name, chunk) not in self._checked:
-                self._compare(name, chunk, checksum_of(file, spec.chunk_bytes))
-            if file.stat().st_size < spec.file_bytes:
+                self._compare(name, chunk, checksum_in(file, spec.chunk_bytes))
+            if os.fstat(file.fileno()).st_size < spec.file_bytes:
                 raise EOFError
+            # The map has a descriptor of its own, which keeps what this one has locked.
             return np.memmap(file, little(spec.dtype), "r", shape=spec.chunk_shape)[: spec.rows_in(chunk)]
 
     def read_chunk(self, name: str, chunk: int, out: NDArray[Any]) -> NDArray[Any]:
@@ -236,7 +268,7 @@ class Cache:
         if spec.compressor is not None:
             return self._decompressed(name, chunk, out)
         flat = out.reshape(-1).view(np.uint8).data
-        with self._refusing(name, chunk), spec.file(self.path, name, chunk).open("rb", buffering=0) as file:
+        with self._refusing(name, chunk), self._open(name, chunk) as file:
             done = 0
             while done < flat.nbytes:
                 n = file.readinto(flat[done:])
@@ -257,8 +289,8 @@ class Cache:
 
     def _decompressed(self, name: str, chunk: int, out: NDArray[Any]) -> NDArray[Any]:
         spec, entry = self.specs[name], self.attributes["manifest"]["arrays"][name]
-        with self._refusing(name, chunk):
-            data = spec.file(self.path, name, chunk).read_bytes()
+        with self._refusing(name, chunk), self._open(name, chunk) as file:
+            data = file.readall()
             if len(data) != file_bytes(entry, chunk):
                 raise EOFError
         payload = data[:-CRC_BYTES]
@@ -285,23 +317,29 @@ class Cache:
 
     def _compare(self, name: str, chunk: int, checksum: int) -> None:
         if checksum != self.attributes["manifest"]["arrays"][name]["crc32c"][chunk]:
-            file = self.specs[name].file(self.path, name, chunk)
-            fix = f"rm {shlex.quote(str(file))} && {command_of(self.request, self.path.parent)}"
-            raise UserError(f"{file} does not hold what was written (wrong checksum); make it again: {fix}")
+            key = self._key(name, chunk)
+            what = f"{self.path / key} does not hold what was written (wrong checksum)"
+            raise UserError(f"{what}; make it again: {self._files.again(key)}")
         self._checked.add((name, chunk))
 
+    def _key(self, name: str, chunk: int) -> str:
+        return self.specs[name].file(Path(), name, chunk).as_posix()
 
-def read_attributes(path: Path) -> Json:
+    def _open(self, name: str, chunk: int) -> io.FileIO:
+        return self._files.open(self._key(name, chunk))
+
+
+def read_attributes(path: Place) -> Json:
     """The attributes of a finished cache. Raises UserError for anything else."""
-    file = path / "zarr.json"
-    if not file.exists():
-        state = read_state(path)
+    file, data = path / "zarr.json", _zarr_json(path)
+    if data is None:
+        state = None if isinstance(path, Remote) else read_state(path)
         if state is None:
             raise UserError(f"{path} is no cache (it has no zarr.json); make one with clt extract")
         raise UserError(f"the cache {path} is not finished; go on with: {command_of(state['request'], path.parent)}")
     again = f"remove {path} and make it again with clt extract"
     try:
-        attributes: Json = dict(json.loads(file.read_bytes())["attributes"])
+        attributes: Json = dict(json.loads(data)["attributes"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged; {again}") from error
     if attributes.get("kind") != KIND:
@@ -314,26 +352,38 @@ def read_attributes(path: Path) -> Json:
     return attributes
 
 
-def damage(path: Path, attributes: Json) -> Iterator[tuple[str, int, str]]:
+def _zarr_json(path: Place) -> bytes | None:
+    try:
+        return Store(path).get("zarr.json") if isinstance(path, Remote) else (path / "zarr.json").read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def damage(path: Place, attributes: Json, files: Files | None = None) -> Iterator[tuple[str, int, str]]:
     """(array, chunk, what is wrong) for every chunk file that is not there or has another size, and ("", 0, what) for
-    metadata. Sizes only: what is inside is checked when it is read."""
+    metadata. Sizes only: what is inside is checked when it is read. In a store one listing tells them; of its metadata,
+    which readers of this program do not need, it says whether it is there."""
+    files = files or files_of(path, attributes)
     for name, entry in attributes["manifest"]["arrays"].items():
         spec = spec_of(entry)
         for chunk in range(spec.n_chunks):
-            try:
-                size = spec.file(path, name, chunk).stat().st_size
-            except FileNotFoundError:
+            size = files.size(spec.file(Path(), name, chunk).as_posix())
+            if size is None:
                 yield name, chunk, "is missing"
-                continue
-            if size != (whole := file_bytes(entry, chunk)):
+            elif size != (whole := file_bytes(entry, chunk)):
                 what = "truncated" if size < whole else "too long"
                 yield name, chunk, f"is {what} ({size:,} bytes, not {whole:,})"
     for name, expected in attributes["manifest"]["metadata"].items():
-        file = path / name
-        if not file.exists() or google_crc32c.value(file.read_bytes()) != expected:
-            yield "", 0, f"{file} is missing or damaged"
+        if isinstance(path, Remote):
+            is_there = files.size(name) is not None
+        else:
+            is_there = (path / name).exists() and google_crc32c.value((path / name).read_bytes()) == expected
+        if not is_there:
+            yield "", 0, f"{path / name} is missing or damaged"
 
 
-def _refusal(path: Path, request: Json, name: str, chunk: int, what: str) -> UserError:
+def _refusal(path: Place, request: Json, name: str, chunk: int, what: str) -> UserError:
     subject = f"{path}: chunk {chunk} of {name} {what}" if name else what
+    if isinstance(path, Remote):
+        return UserError(f"{subject}; {repair(path, request)}")
     return UserError(f"{subject}; make it again: {command_of(request, path.parent)}")

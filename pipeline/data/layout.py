@@ -5,17 +5,19 @@ would be more than 16,384 of them.
 """
 
 import hashlib
+import io
 import json
 import re
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import google_crc32c
 import numpy as np
 
 from pipeline.data import asking, tokens
+from pipeline.data.address import Place, Remote
 from pipeline.data.model_files import BUILTIN, source_identity
 from pipeline.data.options import Codec, DatasetOptions, ModelOptions
 from pipeline.data.tokens import Split
@@ -36,6 +38,7 @@ SHARD_MB = 32
 MAX_SHARDS = 16384
 
 Json = dict[str, Any]
+SomePlace = TypeVar("SomePlace", Path, Remote)
 
 
 class Spec(NamedTuple):
@@ -140,13 +143,13 @@ def key_of(request: Json) -> str:
     return hashlib.sha256(canonical(request)).hexdigest()[:12]
 
 
-def directory_of(cache_dir: Path, request: Json) -> Path:
+def directory_of(cache_dir: SomePlace, request: Json) -> SomePlace:
     """Where the cache of a request lies, finished or not."""
     names = [re.sub(r"[^\w.-]+", "_", request[part]["name"]) for part in ("model", "dataset")]
     return cache_dir / f"{names[0]}-{names[1]}-{key_of(request)}"
 
 
-def command_of(request: Json, cache_dir: Path) -> str:
+def command_of(request: Json, cache_dir: Place) -> str:
     """The command that makes the cache of a request; other codecs are made from the raw one."""
     if request["codec"] == Codec.raw:
         return f"clt extract {overrides_of(request, cache_dir)}"
@@ -154,7 +157,7 @@ def command_of(request: Json, cache_dir: Path) -> str:
     return f"clt cache convert {shlex.quote(str(source))} codec={request['codec']}"
 
 
-def overrides_of(request: Json, cache_dir: Path) -> str:
+def overrides_of(request: Json, cache_dir: Place) -> str:
     """What to say on a command line to name a request, quoted for a shell."""
     model, dataset = request["model"], request["dataset"]
     if model["path"] == BUILTIN and model["name"] == "world":
@@ -182,14 +185,19 @@ def checksum(attributes: Json) -> int:
 def checksum_of(file: Path, n_bytes: int) -> int:
     """crc32c of the first n_bytes of a file, read in pieces (bytes, so that other threads go on meanwhile). Raises
     EOFError when it is shorter."""
-    crc = 0
     with file.open("rb", buffering=0) as stream:
-        while n_bytes:
-            piece = stream.read(min(PIECE_BYTES, n_bytes))
-            if not piece:
-                raise EOFError(f"{file} ends early")
-            crc = google_crc32c.extend(crc, piece)
-            n_bytes -= len(piece)
+        return checksum_in(stream, n_bytes)
+
+
+def checksum_in(stream: io.FileIO, n_bytes: int) -> int:
+    """The same of an open file, from where it stands."""
+    crc = 0
+    while n_bytes:
+        piece = stream.read(min(PIECE_BYTES, n_bytes))
+        if not piece:
+            raise EOFError(f"{stream.name} ends early")
+        crc = google_crc32c.extend(crc, piece)
+        n_bytes -= len(piece)
     return int(crc)
 
 

@@ -3,7 +3,8 @@
 1. An epoch visits the shards in a seeded order, and the rows of each in a seeded order. Epochs follow one another
    without end, and batch b is rows [b*B, (b+1)*B) of that stream, so a position in it is one integer.
 2. One thread brings shards: as memory maps, or read into buffers that are used again (`cache.read`). A second one
-   gathers rows from them into batches, in buffers that are used again. Both run ahead by a fixed number.
+   gathers rows from them into batches, in buffers that are used again. Both run ahead by a fixed number. Of a remote
+   cache the files of more shards are fetched ahead, several at a time (`data/readahead.py`).
 
 Since rows are stored in an order that is random over the whole cache, a batch mixes contexts as an ideal shuffle would.
 """
@@ -26,6 +27,7 @@ from pipeline.data.cache import Cache, Shard
 from pipeline.data.codecs import COMPRESSED
 from pipeline.data.layout import STORED, little
 from pipeline.data.options import CacheOptions, Read
+from pipeline.data.readahead import HoldAhead, n_ahead
 from pipeline.data.shuffle import Permutation, derive
 from pipeline.errors import UserError
 
@@ -97,6 +99,8 @@ class Loader:
         self._codes = [cache.code(name) for name in STORED]
         self._gathered = np.empty(shape if self._codes[0] else 0, np.int8)
         """Rows of a batch that are yet to be decoded."""
+        n_held = n_ahead(cache, shards_ahead)
+        self._visited = HoldAhead(self._visits(), lambda visit: cache.hold(visit[0].chunk), n_held)
         self._reader = _Ahead(self._bring_shards(), shards_ahead, "shards")
         self._gatherer = _Ahead(self._gather(), BATCHES_AHEAD, "batches")
 
@@ -127,6 +131,7 @@ class Loader:
         """Stop the threads."""
         self._reader.stop()
         self._gatherer.stop()
+        self._visited.close()
 
     def _visits(self) -> Iterator[tuple[Shard, Permutation, int]]:
         """(shard, order of its rows, first of them to take) from the start position on, without end."""
@@ -141,7 +146,7 @@ class Loader:
             epoch += 1
 
     def _bring_shards(self) -> Iterator[tuple[Shard, Permutation, int, Stored]]:
-        for turn, (shard, order, skip) in enumerate(self._visits()):
+        for turn, (shard, order, skip) in enumerate(self._visited):
             if self.read is Read.mmap:
                 arrays = [self.cache.map_chunk(name, shard.chunk) for name in STORED]
             else:
