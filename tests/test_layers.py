@@ -29,6 +29,7 @@ TORCH_ONLY = {"core", "arch", "dist"}
 
 ONLY_IN = {
     "hydra": "config.py",
+    "obstore": "data/remote.py",
     "omegaconf": "config.py",
     "transformer_lens": "data/model_sites.py",
     "typer": "cli/",

@@ -111,7 +111,7 @@ def finished(cache_dir: Place) -> list[Place]:
 
 
 def is_finished(path: Place) -> bool:
-    return _zarr_json(path) is not None if isinstance(path, Remote) else (path / "zarr.json").exists()
+    return zarr_json(path) is not None if isinstance(path, Remote) else (path / "zarr.json").exists()
 
 
 class Cache:
@@ -331,7 +331,7 @@ class Cache:
 
 def read_attributes(path: Place) -> Json:
     """The attributes of a finished cache. Raises UserError for anything else."""
-    file, data = path / "zarr.json", _zarr_json(path)
+    file, data = path / "zarr.json", zarr_json(path)
     if data is None:
         state = None if isinstance(path, Remote) else read_state(path)
         if state is None:
@@ -352,7 +352,8 @@ def read_attributes(path: Place) -> Json:
     return attributes
 
 
-def _zarr_json(path: Place) -> bytes | None:
+def zarr_json(path: Place) -> bytes | None:
+    """The group's own; None where there is none."""
     try:
         return Store(path).get("zarr.json") if isinstance(path, Remote) else (path / "zarr.json").read_bytes()
     except FileNotFoundError:

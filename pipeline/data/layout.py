@@ -32,13 +32,15 @@ JOURNAL = ".journal"
 """Where an extraction notes what it has done; gone when the cache is finished (`data/journal.py`)."""
 PACKING = ".packing"
 """Under cache.dir: tokens that were packed for caches that are not finished yet, by their names."""
+COPYING = ".copying"
+"""Under cache.dir: caches that are being copied there; in a store, in the cache: of which content it is a copy."""
 CRC_BYTES = 4
 PIECE_BYTES = 1 << 22
 SHARD_MB = 32
 MAX_SHARDS = 16384
 
 Json = dict[str, Any]
-SomePlace = TypeVar("SomePlace", Path, Remote)
+SomePlace = TypeVar("SomePlace", Path, Remote, Place)
 
 
 class Spec(NamedTuple):

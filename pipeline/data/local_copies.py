@@ -16,6 +16,7 @@ import io
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -74,10 +75,20 @@ def kept_bytes(local: Local) -> int:
     return sum(kept.n_bytes for kept in _all(local))
 
 
-def make_room(local: Local) -> None:
-    """Remove files until the folder is within its bound."""
+def adopt(local: Local, made: Path, folder: Path) -> bool:
+    """Take a whole cache that was made beside the folder (in MAKING) into it, as if its files had been fetched. Removed,
+    when it is larger than the bound or all room is in use. -> whether it was taken"""
+    n_bytes = sum(file.stat().st_size for file in made.rglob("*") if file.is_file())
     with _locked(local) as lock:
-        _evict(local, lock, 0)
+        if n_bytes <= local.n_bytes and not folder.exists():
+            taken = _evict(local, lock, n_bytes)
+            if taken + n_bytes <= local.n_bytes:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                made.rename(folder)
+                _note(lock, taken + n_bytes)
+                return True
+    shutil.rmtree(made)
+    return False
 
 
 def _in_use(file: Path) -> io.FileIO | None:

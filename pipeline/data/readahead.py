@@ -23,7 +23,7 @@ def n_ahead(cache: Cache, shards_ahead: int) -> int:
     if not isinstance(cache.path, Remote):
         return 0
     in_hand = shards_ahead + 2
-    cache.check_room((in_hand + 1) * cache.shard_bytes)
+    cache.check_room(in_hand + 1)
     return min(AHEAD, cache.path.local.n_bytes // cache.shard_bytes - in_hand)
 
 

@@ -5,9 +5,9 @@ Nothing is mended: every damaged chunk is named, with the command that makes it 
 
 import logging
 import time
-from pathlib import Path
 
 from pipeline.data import inventory, models, verify
+from pipeline.data.address import Place
 from pipeline.data.cache import Cache
 from pipeline.data.codecs import LOSSLESS
 from pipeline.data.inventory import Found, State
@@ -24,7 +24,7 @@ N_CONTEXTS = 8
 """Training contexts that --against-model computes again."""
 
 
-def run(names: list[str], cache_dir: Path, against_model: bool = False, device: str = "auto") -> str:
+def run(names: list[str], cache_dir: Place, against_model: bool = False, device: str = "auto") -> str:
     """Verifies the caches that are named, or all finished ones. -> a line for each. Raises UserError when anything is
     wrong with one of them, after all have been read and everything wrong has been said."""
     chosen = [inventory.find(cache_dir, name) for name in names] or _finished(cache_dir)
@@ -41,7 +41,7 @@ def run(names: list[str], cache_dir: Path, against_model: bool = False, device: 
     return "\n".join(lines)
 
 
-def _finished(cache_dir: Path) -> list[Found]:
+def _finished(cache_dir: Place) -> list[Found]:
     """Whole or damaged. What is being made is passed over with a word."""
     there = inventory.caches(cache_dir)
     for found in there:
@@ -73,12 +73,11 @@ def _verify(found: Found, against_model: bool, device: str) -> str:
 def _say(found: Found, problems: list[verify.Problem], n_files: int) -> str:
     """Every problem as a line of its own. -> the last line"""
     assert found.request is not None
-    cache_dir = found.path.parent
     for problem in problems:
-        fix = verify.mend([problem], found.request, cache_dir)
+        fix = verify.mend([problem], found.request, found.path)
         where = problem.where if problem.array == "" else f"{found.path}: {problem.where}"
         logger.error("%s %s; make it again: %s", where, problem.what, fix)
-    fix = verify.mend(problems, found.request, cache_dir)
+    fix = verify.mend(problems, found.request, found.path)
     all_at_once = f"; make all of it again: {fix}" if len(problems) > 1 else ""
     return f"{found.path}: {len(problems):,} of {n_files:,} files are not what was written{all_at_once}"
 

@@ -16,6 +16,7 @@ from pipeline.arch.base import Dims, Transcoder
 from pipeline.arch.options import Init
 from pipeline.core import activations
 from pipeline.data import cache as caches
+from pipeline.data.address import cache_place
 from pipeline.data.cache import Cache
 from pipeline.data.layout import gb
 from pipeline.data.loader import Loader
@@ -83,7 +84,7 @@ def _find_cache(cfg: TrainConfig) -> Cache:
 
     The settings take on the cache's model and dataset, so that config.yaml says what was used, in one spelling.
     """
-    root = Path(cfg.cache.dir)
+    root = cache_place(cfg.cache)
     assert cfg.name is not None
     before = runs.saved(runs.RUNS / cfg.name) if cfg.newest_cache else None
     if before is not None:

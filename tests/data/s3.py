@@ -1,7 +1,6 @@
 """A real S3 server on loopback, in a process of its own, and a count of what it was asked for."""
 
 import contextlib
-import os
 import re
 import socket
 import subprocess
@@ -64,9 +63,3 @@ def serving(folder: Path) -> Iterator[Server]:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10)
         process.kill()
-
-
-def environment_without_store() -> None:
-    """No settings of whoever runs the tests."""
-    for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "AZURE_"))]:
-        del os.environ[name]
