@@ -22,7 +22,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -236,7 +236,10 @@ class Cache:
 
     def hold(self, chunk: int) -> list[io.FileIO]:
         """The files of a shard, open: of a remote cache they are fetched by this, and stay until they are closed."""
-        return [self._open(name, chunk) for name in STORED]
+        with ExitStack() as stack:
+            files = [stack.enter_context(self._open(name, chunk)) for name in STORED]
+            stack.pop_all()
+        return files
 
     def check_room(self, n_shards: int) -> None:
         """Raises UserError when the files of so many shards of a remote cache cannot be on this machine at once."""

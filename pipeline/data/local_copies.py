@@ -76,8 +76,8 @@ def kept_bytes(local: Local) -> int:
 
 
 def adopt(local: Local, made: Path, folder: Path) -> bool:
-    """Take a whole cache that was made beside the folder (in MAKING) into it, as if its files had been fetched. Removed,
-    when it is larger than the bound or all room is in use. -> whether it was taken"""
+    """Take a whole cache that was made beside the folder (in MAKING) into it, as if its files had been fetched. When it
+    is larger than the bound, or all room is in use, it is removed. -> whether it was taken"""
     n_bytes = sum(file.stat().st_size for file in made.rglob("*") if file.is_file())
     with _locked(local) as lock:
         if n_bytes <= local.n_bytes and not folder.exists():

@@ -17,9 +17,10 @@ T = TypeVar("T")
 
 
 def n_ahead(cache: Cache, shards_ahead: int) -> int:
-    """How many shards to fetch before their turn; 0 for a cache on a disk. Raises UserError when cache.local_gb holds
-    less than the loader has in hand: shards_ahead that wait as maps, the one whose rows are taken, the one that is being
-    replaced, and one that is fetched."""
+    """How many shards to fetch before their turn; 0 for a cache on a disk.
+
+    Raises UserError when cache.local_gb holds less than the loader has in hand: shards_ahead that wait as maps, the one
+    whose rows are taken, the one that is being replaced, and one that is fetched."""
     if not isinstance(cache.path, Remote):
         return 0
     in_hand = shards_ahead + 2

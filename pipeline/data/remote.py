@@ -1,5 +1,7 @@
-"""Object stores (S3, GCS, Azure) through obstore, the library under zarr.storage.ObjectStore. The only file that imports
-it. What the network or the store refuses is said in one line; obstore tries again by itself before that."""
+"""Object stores (S3, GCS, Azure) through obstore, the library under zarr.storage.ObjectStore.
+
+The only file that imports it. What the network or the store refuses is said in one line; obstore tries again by itself
+before that."""
 
 import importlib.util
 import os

@@ -2,8 +2,8 @@
 
     copy(source, target)      # places of caches: cache/NAME, s3://bucket/prefix/NAME
 
-1. The chunk files first, several at a time, then Zarr's metadata, the group's own `zarr.json` last: until then no reader
-   sees the copy. In a folder they are collected in `.copying/NAME`, which takes its name when it is whole.
+1. The chunk files first, several at a time, then Zarr's metadata, the group's own `zarr.json` last: until then no
+   reader sees the copy. In a folder they are collected in `.copying/NAME`, which takes its name when it is whole.
 2. `.copying` (in the folder: `.journal/.copying`) says of which content the copy is. When it is the same, the same
    command sends only what is not there in its size; when it is another one's, or `verify` is asked for, content is
    compared too.
