@@ -388,6 +388,5 @@ def damage(path: Place, attributes: Json, files: Files | None = None) -> Iterato
 
 def _refusal(path: Place, request: Json, name: str, chunk: int, what: str) -> UserError:
     subject = f"{path}: chunk {chunk} of {name} {what}" if name else what
-    if isinstance(path, Remote):
-        return UserError(f"{subject}; {repair(path, request)}")
-    return UserError(f"{subject}; make it again: {command_of(request, path.parent)}")
+    fix = repair(path, request) if isinstance(path, Remote) else command_of(request, path.parent)
+    return UserError(f"{subject}; make it again: {fix}")

@@ -96,7 +96,7 @@ class Fetched:
         n_bytes, crc = self._expected[key]
         data = self._store.get(key)
         if what := wrong(data, n_bytes, crc):
-            raise UserError(f"{self._place / key} {what}; {repair(self._place, self._request)}")
+            raise UserError(f"{self._place / key} {what}; make it again: {repair(self._place, self._request)}")
         return data
 
 
@@ -117,7 +117,7 @@ def wrong(data: bytes, n_bytes: int, crc: int) -> str | None:
 
 
 def repair(place: Remote, request: Json) -> str:
-    """How a cache in a store becomes whole again."""
+    """The commands by which a cache in a store becomes whole again."""
     parent = shlex.quote(str(place.parent))
     anew = f"clt cache rm {place.name} --cache-dir {parent} --force && {command_of(request, place.parent)}"
-    return f"send it again from a whole copy: clt cache copy COPY {parent} --verify; or make it anew: {anew}"
+    return f"clt cache copy COPY {parent} --verify (COPY: a whole one elsewhere), or without a copy: {anew}"

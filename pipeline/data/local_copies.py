@@ -1,13 +1,13 @@
-"""Files of remote caches on this machine's disk: fetched as a whole, kept within a bound, least recently used ones first
-to go. Several processes share the folder.
+"""Files of remote caches on this machine's disk: fetched as a whole, kept within a bound, the least recently used ones
+first to go. Several processes share the folder.
 
     <local>/.lock               held for the moment in which room is made; its content: bytes that are taken
     <local>/<store>/<cache>/    files of a cache, named as in the cache; `.aside` at the end: being fetched
-    <local>/.making/            caches that are extracted before they are sent; not counted, see stages/extract_remote.py
+    <local>/.making/            caches that are extracted before they are sent (stages/extract_remote.py); not counted
 
-A file that is in use is open with a shared lock (flock), so that no process removes it; one that is being fetched has its
-full size from the beginning, so that it is counted, and is locked by whoever fetches it. The time of a file's last change
-is the time of its last use.
+A file that is in use is open with a shared lock (flock), so that no process removes it; one that is being fetched has
+its full size from the beginning, so that it is counted, and is locked by whoever fetches it. The time of a file's last
+change is the time of its last use.
 """
 
 import fcntl
