@@ -36,7 +36,17 @@ ONLY_IN = {
     "zarr": "data/zarr_files.py",
 }
 
-HEAVY = {"datasets", "numpy", "safetensors", "tokenizers", "torch", "transformer_lens", "transformers", "zarr"}
+HEAVY = {
+    "datasets",
+    "numpy",
+    "obstore",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformer_lens",
+    "transformers",
+    "zarr",
+}
 
 
 def imports(path: Path, source: str | None = None) -> set[str]:

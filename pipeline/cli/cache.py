@@ -32,8 +32,7 @@ def cache_ls(cache_dir: CacheDir = CACHE_DIR, runs_dir: RunsDir = RUNS_DIR, as_j
 
     \b
     clt cache ls
-    clt cache ls --cache-dir /data/cache --json
-    clt cache ls --cache-dir s3://bucket/caches
+    clt cache ls --cache-dir s3://bucket/caches --json
     """
 
     def work() -> str:

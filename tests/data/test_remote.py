@@ -2,6 +2,7 @@
 their bound, and whatever is stopped goes on."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -300,15 +301,15 @@ def test_the_cache_of_a_request_and_the_newest_are_found(made: Path, sent: Remot
         caches.with_key(sent.parent / "nothing", key, request)
 
 
-def test_plain_zarr_opens_it(made: Path, sent: Remote) -> None:
-    import obstore
+def test_plain_zarr_opens_it_as_the_page_says(made: Path, sent: Remote) -> None:
     import zarr
-    from zarr.storage import ObjectStore
 
-    store = obstore.store.from_url(str(sent), client_options={"allow_http": True})
-    group = zarr.open_group(ObjectStore(store, read_only=True), mode="r")
-    assert (group["resid_mid"][:] == zarr.open_group(made, mode="r")["resid_mid"][:]).all()
-    assert group["stats/mlp_in/rms"].shape == (fake.L,)
+    page = (Path(__file__).parents[2] / "docs/remote.md").read_text()
+    example = page.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(re.sub('s3://bucket/[^"]+', str(sent), example), names)
+    assert (names["rows"] == zarr.open_group(made, mode="r")["resid_mid"][:]).all()
+    assert zarr.open_group(names["store"], mode="r")["stats/mlp_in/rms"].shape == (fake.L,)
 
 
 # ------------------------------------------------------------------------------------------------------------- copying
@@ -502,8 +503,6 @@ class Unreachable:
     ],
 )
 def test_what_a_store_says_becomes_cause_and_fix(text: str, expected: str) -> None:
-    import re
-
     found = remote._explained(text, "s3://bucket/x")
     assert re.search(expected, found)
     assert "\n" not in found
