@@ -237,7 +237,10 @@ class Cache:
     def hold(self, chunk: int) -> list[io.FileIO]:
         """The files of a shard, open: of a remote cache they are fetched by this, and stay until they are closed."""
         with ExitStack() as stack:
-            files = [stack.enter_context(self._open(name, chunk)) for name in STORED]
+            files = []
+            for name in STORED:
+                with self._refusing(name, chunk):
+                    files.append(stack.enter_context(self._open(name, chunk)))
             stack.pop_all()
         return files
 

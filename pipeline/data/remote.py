@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.data.address import Remote
 from pipeline.errors import UserError
 
-PATIENCE = {"first": (3, timedelta(seconds=10)), "later": (10, timedelta(minutes=5))}
+PATIENCE = {"first": (6, timedelta(seconds=10)), "later": (25, timedelta(minutes=5))}
 """Tries again after a failure, and the time in which they begin: of a first look, which should fail soon when the
 address is wrong, and in the middle of a job, which should live through an outage."""
 

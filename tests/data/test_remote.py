@@ -267,8 +267,18 @@ def test_a_truncated_and_a_missing_object_are_seen_when_the_cache_is_opened(own:
     Store(own).delete(["mlp_out/c/1/0/0"])
     with pytest.raises(UserError, match="chunk 1 of mlp_out is missing"):
         Cache.open(own)
-    opened = inventory.find(own.parent, own.name[:12])
-    assert (opened.state, opened.detail) == (State.damaged, "chunk 1 of mlp_out is missing")
+    found = inventory.find(own.parent, own.name[:12])
+    assert (found.state, found.detail) == (State.damaged, "chunk 1 of mlp_out is missing")
+
+
+@pytest.mark.parametrize("read", [Read.mmap, Read.readinto])
+def test_an_object_that_goes_while_a_loader_reads_is_one_line(own: Remote, read: Read) -> None:
+    cache = Cache.open(own)
+    Store(own).delete(["mlp_out/c/1/0/0"])
+    missing = "chunk 1 of mlp_out is missing; make it again: clt cache copy COPY"
+    with Loader(cache, 244, seed=0, read=read) as loader, pytest.raises(UserError, match=missing):
+        next(loader)
+    assert not [file for file in kept(own.local) if file.name.endswith(".aside")]
 
 
 def test_two_stores_and_two_makings_do_not_mix(made: Path, parent: Remote, tmp_path: Path) -> None:
