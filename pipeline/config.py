@@ -74,7 +74,8 @@ STAGES = {
 
 TEXT_KEYS = {
     "name", "run", "to", "prompt", "resume",
-    "model.path", "model.revision", "model.offload_dir", "lm.tokenizer", "cache.dir", "cache.path", "train.init_from",
+    "model.path", "model.revision", "model.offload_dir", "lm.tokenizer", "cache.dir", "cache.path", "cache.local_dir",
+    "train.init_from",
     "dataset.name", "dataset.path", "dataset.subset", "dataset.split", "dataset.revision", "dataset.column",
     "dataset.filter.keep", "dataset.filter.drop",
 }  # fmt: skip

@@ -51,6 +51,7 @@ def convert(source: Cache, codec: Codec) -> Path:
     """-> the directory of the new cache, finished; one that is damaged is made anew. Raises UserError for a source that
     has lost bits, for a codec that would lose bits of what targets are recomputed from, for a full disk, and when
     another process is at work there."""
+    assert isinstance(source.path, Path), "caches are converted on a disk"
     if source.codec is codec:
         return source.path
     if source.codec not in LOSSLESS:

@@ -5,6 +5,7 @@ would be more than 16,384 of them.
 """
 
 import hashlib
+import io
 import json
 import re
 import shlex
@@ -12,13 +13,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data import asking, tokens
+from pipeline.data.address import Place, Remote
 from pipeline.data.codecs import COMPRESSED, Int8
 from pipeline.data.model_files import BUILTIN, source_identity
 from pipeline.data.options import Codec, DatasetOptions, ModelOptions, Targets
@@ -37,12 +39,15 @@ MERGED = "merged"
 """In a request: those of the parts of a merged cache (`data/merged.py`), which stand in its key."""
 PACKING = ".packing"
 """Under cache.dir: tokens that were packed for caches that are not finished yet, by their names."""
+COPYING = ".copying"
+"""Under cache.dir: caches that are being copied there; in a store, in the cache: of which content it is a copy."""
 CRC_BYTES = 4
 PIECE_BYTES = 1 << 22
 SHARD_MB = 32
 MAX_SHARDS = 16384
 
 Json = dict[str, Any]
+SomePlace = TypeVar("SomePlace", Path, Remote, Place)
 
 
 class Spec(NamedTuple):
@@ -204,17 +209,17 @@ def key_of(request: Json) -> str:
     return hashlib.sha256(canonical(request)).hexdigest()[:12]
 
 
-def directory_of(cache_dir: Path, request: Json) -> Path:
+def directory_of(cache_dir: SomePlace, request: Json) -> SomePlace:
     """Where the cache of a request lies, finished or not; a merged one may have been given another name."""
     data = MERGED if MERGED in request else request["dataset"]["name"]
     names = [re.sub(r"[^\w.-]+", "_", name) for name in (request["model"]["name"], data)]
     return cache_dir / f"{names[0]}-{names[1]}-{key_of(request)}"
 
 
-def place_of(cache_dir: Path, request: Json) -> Path:
+def found_at(cache_dir: SomePlace, request: Json) -> SomePlace:
     """The same, with a merged cache found under whatever name it was given."""
     usual = directory_of(cache_dir, request)
-    if MERGED not in request or usual.exists():
+    if MERGED not in request or isinstance(cache_dir, Remote) or isinstance(usual, Remote) or usual.exists():
         return usual
     for file in sorted(cache_dir.glob("[!.]*/zarr.json")):
         with suppress(ValueError, KeyError, TypeError):  # no JSON, no attributes, none of ours
@@ -223,14 +228,14 @@ def place_of(cache_dir: Path, request: Json) -> Path:
     return usual
 
 
-def command_of(request: Json, cache_dir: Path) -> str:
+def command_of(request: Json, cache_dir: Place) -> str:
     """The command that makes the cache of a request, and mends it, whether it was extracted, converted or merged."""
     if MERGED in request:
         return _merge_command(request, cache_dir)
     return f"clt extract {overrides_of(request, cache_dir)}"
 
 
-def command_to_go_on(state: Json, cache_dir: Path) -> str:
+def command_to_go_on(state: Json, cache_dir: Place) -> str:
     """The command that goes on with what a journal says: an extraction or a conversion."""
     if is_conversion(state):
         source = shlex.quote(str(cache_dir / state["codec"]["from"]))
@@ -243,12 +248,13 @@ def is_conversion(state: Json) -> bool:
     return "n_chunks" in state
 
 
-def _merge_command(request: Json, cache_dir: Path) -> str:
+def _merge_command(request: Json, cache_dir: Place) -> str:
     """With the parts where they lie now, as far as the merged cache is there to say so."""
-    path = place_of(cache_dir, request)
     parts = [directory_of(cache_dir, part).name for part in request[MERGED]]
-    with suppress(OSError, ValueError, KeyError, TypeError):  # it is not there, or damaged
-        parts = [part["path"] for part in json.loads((path / "zarr.json").read_bytes())["attributes"]["parts"]]
+    path = found_at(cache_dir, request)
+    if not isinstance(path, Remote):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # it is not there, or damaged
+            parts = [part["path"] for part in json.loads((path / "zarr.json").read_bytes())["attributes"]["parts"]]
     words = ["clt", "cache", "merge", *parts]
     words += ["--name", path.name] if path != directory_of(cache_dir, request) else []
     words += ["--allow-repeats"] if request.get("repeats") else []
@@ -256,7 +262,7 @@ def _merge_command(request: Json, cache_dir: Path) -> str:
     return " ".join(map(shlex.quote, words))
 
 
-def overrides_of(request: Json, cache_dir: Path) -> str:
+def overrides_of(request: Json, cache_dir: Place) -> str:
     """What to say on a command line to name a request, quoted for a shell."""
     model, dataset = request["model"], request["dataset"]
     if model["path"] == BUILTIN and model["name"] == "world":
@@ -286,28 +292,32 @@ def checksum(attributes: Json) -> int:
 def checksum_of(file: Path, n_bytes: int) -> int:
     """crc32c of the first n_bytes of a file, read in pieces (bytes, so that other threads go on meanwhile). Raises
     EOFError when it is shorter."""
-    crc = 0
     with file.open("rb", buffering=0) as stream:
-        while n_bytes:
-            piece = stream.read(min(PIECE_BYTES, n_bytes))
-            if not piece:
-                raise EOFError(f"{file} ends early")
-            crc = google_crc32c.extend(crc, piece)
-            n_bytes -= len(piece)
+        return checksum_in(stream, n_bytes)
+
+
+def checksum_in(stream: io.FileIO, n_bytes: int) -> int:
+    """The same of an open file, from where it stands."""
+    crc = 0
+    while n_bytes:
+        piece = stream.read(min(PIECE_BYTES, n_bytes))
+        if not piece:
+            raise EOFError(f"{stream.name} ends early")
+        crc = google_crc32c.extend(crc, piece)
+        n_bytes -= len(piece)
     return int(crc)
 
 
-def read_into(file: Path, offset: int, out: NDArray[Any]) -> None:
-    """Bytes of a file from `offset` on into a contiguous array. Raises EOFError when it ends early."""
+def read_into(stream: io.FileIO, offset: int, out: NDArray[Any]) -> None:
+    """Bytes of an open file from `offset` on into a contiguous array. Raises EOFError when it ends early."""
     flat = out.reshape(-1).view(np.uint8).data
-    with file.open("rb", buffering=0) as stream:
-        stream.seek(offset)
-        done = 0
-        while done < flat.nbytes:
-            n = stream.readinto(flat[done:])
-            if not n:
-                raise EOFError(f"{file} ends early")
-            done += n
+    stream.seek(offset)
+    done = 0
+    while done < flat.nbytes:
+        n = stream.readinto(flat[done:])
+        if not n:
+            raise EOFError(f"{stream.name} ends early")
+        done += n
 
 
 def canonical(value: Json) -> bytes:

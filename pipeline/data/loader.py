@@ -3,7 +3,8 @@
 1. An epoch visits the shards in a seeded order, and the rows of each in a seeded order. Epochs follow one another
    without end, and batch b is rows [b*B, (b+1)*B) of that stream, so a position in it is one integer.
 2. One thread brings shards: as memory maps, or read into buffers that are used again (`cache.read`). A second one
-   gathers rows from them into batches, in buffers that are used again. Both run ahead by a fixed number.
+   gathers rows from them into batches, in buffers that are used again. Both run ahead by a fixed number. Of a remote
+   cache the files of more shards are fetched ahead, several at a time (`data/readahead.py`).
 
 Since rows are stored in an order that is random over the whole cache, a batch mixes contexts as an ideal shuffle would.
 A shard of a merged cache holds a share of each part (`merged.py`), so that this is so there too.
@@ -26,6 +27,7 @@ from pipeline.data.cache import Cache
 from pipeline.data.codecs import COMPRESSED
 from pipeline.data.options import CacheOptions, Codec, Read
 from pipeline.data.pieces import Shard, Source, take
+from pipeline.data.readahead import HoldAhead, n_ahead
 from pipeline.data.shuffle import Permutation, derive
 from pipeline.errors import UserError
 
@@ -95,6 +97,8 @@ class Loader:
         stored = np.int8 if cache.codec is Codec["int8"] else np.uint16
         self._gathered = np.empty(shape if several or cache.codec is Codec["int8"] else 0, stored)
         """Rows of a batch that are yet to be decoded, or put where they belong."""
+        n_held = n_ahead(cache, shards_ahead)
+        self._visited = HoldAhead(self._visits(), lambda visit: cache.hold(visit[0]), n_held)
         self._reader = _Ahead(self._bring_shards(), shards_ahead, "shards")
         self._gatherer = _Ahead(self._gather(), BATCHES_AHEAD, "batches")
 
@@ -125,6 +129,7 @@ class Loader:
         """Stop the threads."""
         self._reader.stop()
         self._gatherer.stop()
+        self._visited.close()
 
     def _visits(self) -> Iterator[tuple[Shard, Permutation, int]]:
         """(shard, order of its rows, first of them to take) from the start position on, without end."""
@@ -140,7 +145,7 @@ class Loader:
 
     def _bring_shards(self) -> Iterator[tuple[Shard, Permutation, int, Stored]]:
         names = self.cache.stored
-        for turn, (shard, order, skip) in enumerate(self._visits()):
+        for turn, (shard, order, skip) in enumerate(self._visited):
             buffers = self._shard_buffers[turn % len(self._shard_buffers)] if self._shard_buffers else None
             stored = [self.cache.bring(shard, n, buffers[i] if buffers else None) for i, n in enumerate(names)]
             yield shard, order, skip, stored

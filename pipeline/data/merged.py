@@ -19,9 +19,11 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.address import Place, Remote
 from pipeline.data.cache import Cache
+from pipeline.data.chunk_files import Files
 from pipeline.data.codecs import Int8
-from pipeline.data.layout import MERGED, Json, canonical, command_of, little, stored_bytes
+from pipeline.data.layout import MERGED, Json, SomePlace, canonical, command_of, little, stored_bytes
 from pipeline.data.options import Codec, Targets
 from pipeline.data.pieces import Piece, Shard, Source
 from pipeline.errors import UserError
@@ -33,14 +35,17 @@ def content_of(attributes: Json) -> int:
     return int(google_crc32c.value(canonical(attributes["manifest"]["arrays"])))
 
 
-def places_of(path: Path, attributes: Json) -> list[Path]:
+def places_of(path: SomePlace, attributes: Json) -> list[SomePlace]:
     """Where the parts of a merged cache lie; [] of a plain one."""
     return [path.parent / part["path"] for part in attributes.get("parts", [])]
 
 
-def open_parts(path: Path, attributes: Json) -> list[Cache]:
+def open_parts(path: Place, attributes: Json) -> list[Cache]:
     """The parts of a merged cache. Raises UserError for one that is missing, damaged or another than was merged, with
-    the command that mends it."""
+    the command that mends it, and for a merged cache in a store."""
+    if isinstance(path, Remote):
+        fix = "clt cache copy its parts to one, and clt cache merge them there"
+        raise UserError(f"{path}: merged caches are read from a disk; {fix}")
     parts = []
     for place, about, request in zip(
         places_of(path, attributes), attributes["parts"], attributes["request"][MERGED], strict=True
@@ -58,7 +63,7 @@ def open_parts(path: Path, attributes: Json) -> list[Cache]:
     return parts
 
 
-def part_problem(path: Path, attributes: Json) -> str:
+def part_problem(path: Place, attributes: Json) -> str:
     """What is wrong with the parts of a merged cache, "" for nothing, and of a plain one."""
     try:
         if "parts" in attributes:
@@ -68,10 +73,13 @@ def part_problem(path: Path, attributes: Json) -> str:
     return ""
 
 
-def merged_of(part: Path, cache_dir: Path) -> list[Path]:
-    """The merged caches under `cache_dir`, and beside it, that a cache is a part of."""
+def merged_of(part: Place, cache_dir: Place) -> list[Path]:
+    """The merged caches under `cache_dir`, and beside it, that a cache is a part of. In a store there are none."""
+    if isinstance(part, Remote):
+        return []
     found = []
-    for folder in {folder.resolve(): folder for folder in (part.parent, cache_dir)}.values():
+    folders = [folder for folder in (part.parent, cache_dir) if not isinstance(folder, Remote)]
+    for folder in {folder.resolve(): folder for folder in folders}.values():
         for file in sorted(folder.glob("[!.]*/zarr.json")):
             with suppress(ValueError, KeyError, TypeError):  # no JSON, or no cache: it has no parts
                 places = places_of(file.parent, json.loads(file.read_bytes())["attributes"])
@@ -82,8 +90,8 @@ def merged_of(part: Path, cache_dir: Path) -> list[Path]:
 class Merged(Cache):
     """A merged cache, opened for reading. `specs` and arrays are its own, which are all but those of training rows."""
 
-    def __init__(self, path: Path, attributes: Json) -> None:
-        super().__init__(path, attributes)
+    def __init__(self, path: Place, attributes: Json, files: Files | None = None) -> None:
+        super().__init__(path, attributes, files)
         self.parts = open_parts(path, attributes)
         self._first_row = np.cumsum([0, *(part.n_rows for part in self.parts)])
         self._first_context = np.cumsum([0, *(part.specs["tokens"].shape[0] for part in self.parts)])
@@ -162,10 +170,13 @@ class Merged(Cache):
         most = sum(-(-part.n_rows // n_groups) for part in self.parts)
         return np.empty((most, *spec.shape[1:]), little(spec.dtype))
 
+    def owner(self, piece: Piece) -> Cache:
+        return self.parts[piece.part]
+
     def bring(self, shard: Shard, name: str, out: NDArray[Any] | None) -> list[Source]:
         sources, done = [], 0
         for piece in shard.pieces:
-            part = self.parts[piece.part]
+            part = self.owner(piece)
             if out is None:
                 rows = part.map_chunk(name, piece.chunk)[piece.start : piece.start + piece.n_rows]
             else:

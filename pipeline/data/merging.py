@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data import root
+from pipeline.data.address import Place, Remote
 from pipeline.data.cache import Cache
 from pipeline.data.layout import (
     MERGED,
@@ -25,9 +26,9 @@ from pipeline.data.layout import (
     Json,
     Size,
     Spec,
+    found_at,
     hierarchy,
     little,
-    place_of,
 )
 from pipeline.data.mergeable import HELD_OUT, check
 from pipeline.data.merged import Merged, content_of
@@ -51,7 +52,7 @@ def merge(caches: list[Cache], cache_dir: Path, name: str | None = None, allow_r
     parts = [part for cache in caches for part in (cache.parts if isinstance(cache, Merged) else [cache])]
     repeats = check(parts, allow_repeats)
     request = _request(parts, repeats)
-    path = place_of(cache_dir, request)
+    path = found_at(cache_dir, request)
     if _is_there(path):
         logger.info("already there, nothing to do")
         return path
@@ -136,8 +137,9 @@ def _attributes(path: Path, parts: list[Cache], request: Json, n_rows: dict[Spli
     }
 
 
-def _spelled(part: Path, cache_dir: Path) -> str:
+def _spelled(part: Place, cache_dir: Path) -> str:
     """A name where the part lies in the same directory, so that both can be moved together."""
+    assert not isinstance(part, Remote), "caches are merged on a disk"
     return part.name if part.resolve().parent == cache_dir.resolve() else str(part.resolve())
 
 

@@ -213,7 +213,8 @@ class DatasetOptions(SourceOptions):
 @dataclass
 class CacheOptions:
     dir: str = "cache"
-    """Where caches live: one directory for each (model, dataset, codec) request, named by its content."""
+    """Where caches live: one directory for each (model, dataset, codec) request, named by its content. A folder, or an
+    address in an object store (s3://bucket/prefix, gs://, az://; docs/remote.md)."""
 
     path: str | None = None
     """Train on this very cache: its directory, or the beginning of its name or key as for `clt cache info`. Null: the
@@ -240,6 +241,14 @@ class CacheOptions:
 
     shards_ahead: int = 1
     """Shards that are being read, or wait, while the trainer takes the rows of one. No effect on the result."""
+
+    local_dir: str | None = None
+    """Folder of this machine for files of remote caches, and for a cache that is extracted to a remote place. Null:
+    clt under $XDG_CACHE_HOME or ~/.cache. Not used by a cache.dir that is a folder."""
+
+    local_gb: float = 50.0
+    """Most GB (10^9 bytes) of files of remote caches that are kept in local_dir; those that were not used for longest
+    go first. A cache that is being extracted comes on top."""
 
 
 @dataclass

@@ -222,7 +222,7 @@ def check_space(plan: Plan, more: int = 0) -> None:
     free, needed = free_bytes(plan.path), plan.missing_bytes + more
     if needed > free:
         sizes = f"{gb(needed)} to write, {gb(free)} free on {disk_of(plan.path)}"
-        fix = "use a smaller dataset.n_tokens, or cache.dir= on another disk"
+        fix = "use a smaller dataset.n_tokens, or cache.dir= (of a remote cache: cache.local_dir=) on another disk"
         spilled = ", which wait uncompressed until they are sorted" if plan.codec in COMPRESSED else ""
         raise UserError(f"the cache does not fit: {sizes} ({plan.bytes_per_token:,} bytes a token{spilled}); {fix}")
 

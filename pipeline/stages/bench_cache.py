@@ -27,6 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.address import folder_of
 from pipeline.data.layout import STORED, gb, stored
 from pipeline.data.options import Targets
 from pipeline.data.plan import disk_of, free_bytes
@@ -55,7 +56,7 @@ def run(cfg: BenchCacheConfig) -> Path:
         fix = f"use more bench.mb, or a smaller bench.batch_tokens (now {bench.batch_tokens})"
         raise UserError(f"bench.mb={bench.mb} holds {n_rows} rows of {row_bytes:,} bytes, no batch; {fix}")
     speed = _trainer_speed(cfg.run)
-    with tempfile.TemporaryDirectory(prefix=".bench-", dir=existing(Path(cfg.cache.dir))) as folder:
+    with tempfile.TemporaryDirectory(prefix=".bench-", dir=existing(folder_of(cfg.cache, "clt bench cache"))) as folder:
         report = _measure(cfg, Path(folder), n_rows // (passes.CONTEXT - 1))
     report["trainer_tokens_per_s"] = speed
     for line in _table(report):

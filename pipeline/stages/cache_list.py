@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.data import inventory
+from pipeline.data.address import Place
 from pipeline.data.cache import Cache
 from pipeline.data.inventory import Found, Leftover, State
 from pipeline.data.layout import (
@@ -32,8 +33,10 @@ from pipeline.stages.cache_use import Runs
 
 logger = logging.getLogger(__name__)
 
+LEFTOVERS = {"packing": "packed tokens", "copying": "a copy that is not whole", "removed": "rest of a removed cache"}
 
-def ls(cache_dir: Path, runs_dir: Path, as_json: bool = False) -> str:
+
+def ls(cache_dir: Place, runs_dir: Path, as_json: bool = False) -> str:
     """Every cache, and what else takes room beside them."""
     found, rest, runs = inventory.caches(cache_dir), inventory.leftovers(cache_dir), Runs(runs_dir)
     rows = [_summary(cache, runs) for cache in found]
@@ -44,14 +47,14 @@ def ls(cache_dir: Path, runs_dir: Path, as_json: bool = False) -> str:
         return f"no caches under {cache_dir}/; make one with clt extract model=world"
     lines = _table(rows) if rows else [f"no caches under {cache_dir}/; make one with clt extract model=world"]
     for left in others:
-        what = "packed tokens" if left["kind"] == "packing" else "rest of a removed cache"
+        what = LEFTOVERS[left["kind"]]
         work = f", process {left['process']} is at work on it" if left["process"] else "; clt cache prune removes it"
         lines.append(f"{left['path']}: {what}, {gb(left['n_bytes'])}{work}")
     total = sum(row["n_bytes"] for row in [*rows, *others])
     return "\n".join([*lines, f"{gb(total)} in all under {cache_dir}/"])
 
 
-def info(name: str | None, cache_dir: Path, runs_dir: Path, as_json: bool = False) -> str:
+def info(name: str | None, cache_dir: Place, runs_dir: Path, as_json: bool = False) -> str:
     """One cache: the one that is named, or the newest."""
     found = inventory.find(cache_dir, name) if name is not None else inventory.newest(cache_dir)
     about = _everything(found, Runs(runs_dir))

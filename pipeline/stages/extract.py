@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from pipeline.data import models, tokens
+from pipeline.data.address import Place, Remote, cache_place
 from pipeline.data.cache import Cache, damage, newest, read_attributes
 from pipeline.data.convert import describe as describe_codec
 from pipeline.data.conveyor import Conveyor, n_buffers
@@ -47,30 +48,39 @@ from pipeline.data.writer import Writer
 from pipeline.errors import UserError
 from pipeline.files import remove_empty, take_lock
 from pipeline.progress import Progress
-from pipeline.stages import estimate
+from pipeline.stages import estimate, extract_remote
 from pipeline.stages.options import ExtractConfig
 
 logger = logging.getLogger(__name__)
 
 
-def run(cfg: ExtractConfig) -> Path:
+def run(cfg: ExtractConfig) -> Place:
     """Make the cache, or go on with it, or say that it is there. -> its directory, which a dry run does not make. A
     part (`extract.part`, or a rank of torchrun) makes its blocks, and the cache when it is the last to end."""
     if cfg.extract.batch_tokens < 1:
         raise UserError(f"extract.batch_tokens={cfg.extract.batch_tokens} must be at least 1")
     check_write(cfg.cache.write, cfg.cache.codec)
     part = part_of(cfg.extract.part, os.environ)
+    place = cache_place(cfg.cache)
     with one_voice(os.environ):
-        return _run(cfg, part)
+        return extract_remote.run(cfg, place, part, _make) if isinstance(place, Remote) else _run(cfg, place, part)
 
 
-def _run(cfg: ExtractConfig, part: Part | None) -> Path:
+def _run(cfg: ExtractConfig, place: Path, part: Part | None) -> Path:
     request = request_of(cfg.model, cfg.dataset, cfg.cache.codec, cfg.cache.targets)
-    path = directory_of(Path(cfg.cache.dir), request)
+    path = directory_of(place, request)
     mend_root(path, request)
     if _is_there(path):
         logger.info("already there, nothing to do: %s\n%s", _summary(Cache.open(path)), _next(path, request))
-        return path
+    elif _make(cfg, part, request, path):
+        logger.info("%s\n%s", _summary(Cache.open(path)), _next(path, request))
+    return path
+
+
+def _make(cfg: ExtractConfig, part: Part | None, request: Json, path: Path) -> bool:
+    """Make the cache or a part of it, unless it is there or this is a dry run. -> whether it is finished"""
+    if _is_there(path):
+        return True
     model = models.load(replace(cfg.model, device=_device(cfg)))
     model.check_context(cfg.dataset.context)
     bos = tokens.bos_of(cfg.dataset, model.tokenizer)
@@ -78,25 +88,24 @@ def _run(cfg: ExtractConfig, part: Part | None) -> Path:
         try_out(model)
     if cfg.dry_run:
         estimate.say(cfg, model, bos, path)
-        return path
+        return False
     with _workspace(path) as folder:
         packed = _pack(cfg, model, bos, folder, path, part)
         _check_vocabulary(model, packed)
         about = describe(model, cfg.dataset, packed, request, bos)
         plan = make_plan(path, about, model.mlp_norm(), packed, cfg.cache.shard_mb)
         _say(cfg, model, plan)
-        is_finished = _make(cfg, model, plan, part)
+        is_finished = _fill(cfg, model, plan, part)
         if is_finished:
             _discard(folder, path)
             tidy(path)
             cache = Cache.open(path)
             for line in describe_codec(cache) if cache.codec is not Codec.raw else ():
                 logger.info(line)
-            logger.info("%s\n%s", _summary(cache), _next(path, request))
-    return path
+    return is_finished
 
 
-def _make(cfg: ExtractConfig, model: LanguageModel, plan: Plan, part: Part | None) -> bool:
+def _fill(cfg: ExtractConfig, model: LanguageModel, plan: Plan, part: Part | None) -> bool:
     """Extract what is this process's to extract, and finish the cache if it is the last. -> whether it is finished"""
     sample = partial(sample_of, model, plan)
     with Writer(plan, part=part, write=cfg.cache.write, sample=sample) as writer:

@@ -18,6 +18,7 @@ from pipeline.arch.options import Init
 from pipeline.core import activations
 from pipeline.data import cache as caches
 from pipeline.data import inventory
+from pipeline.data.address import Place, cache_place, is_address, local_of, resolved
 from pipeline.data.cache import Cache
 from pipeline.data.layout import MERGED, directory_of, gb, request_of
 from pipeline.data.loader import Loader
@@ -96,7 +97,7 @@ def _find_cache(cfg: TrainConfig) -> Cache:
     The settings take on the cache's model, dataset, codec and targets, so that config.yaml says what was used, in one
     spelling.
     """
-    root = Path(cfg.cache.dir)
+    root = cache_place(cfg.cache)
     assert cfg.name is not None
     before = runs.saved(runs.RUNS / cfg.name) if cfg.newest_cache else None
     if before is not None:
@@ -123,9 +124,10 @@ def _find_cache(cfg: TrainConfig) -> Cache:
     return cache
 
 
-def _named_cache(cfg: TrainConfig, root: Path, name: str) -> Cache:
+def _named_cache(cfg: TrainConfig, root: Place, name: str) -> Cache:
     """Of `cache.path`. Raises UserError where a model, a dataset or a codec is named as well, and is another."""
-    cache = Cache.open(inventory.find(root, name).path)
+    local = local_of(cfg.cache) if is_address(name) else None
+    cache = Cache.open(inventory.find(root, name, local).path)
     if not cfg.newest_cache:
         asked = request_of(cfg.model, cfg.dataset)
         differ = [part for part in ("model", "dataset") if asked[part] != cache.request[part]]
@@ -137,11 +139,12 @@ def _named_cache(cfg: TrainConfig, root: Path, name: str) -> Cache:
     return cache
 
 
-def _spelled(cache: Cache, root: Path) -> str | None:
+def _spelled(cache: Cache, root: Place) -> str | None:
     """`cache.path` as config.yaml has it: null for the cache that model, dataset and codec name."""
-    if cache.path.resolve() == directory_of(root, cache.request).resolve() and MERGED not in cache.request:
+    path = resolved(cache.path)
+    if path == resolved(directory_of(root, cache.request)) and MERGED not in cache.request:
         return None
-    return cache.path.name if cache.path.resolve().parent == root.resolve() else str(cache.path.resolve())
+    return path.name if path.parent == resolved(root) else str(path)
 
 
 def _take_on(cfg: TrainConfig, saved: dict[str, Any]) -> None:

@@ -11,7 +11,10 @@ from pipeline.plain import to_plain
 
 RUNS = Path("runs")
 
-NO_EFFECT = {"cache.dir", "cache.read", "cache.shards_ahead", "newest_cache", "train.keep_checkpoints", "experiment"}
+NO_EFFECT = {
+    "cache.dir", "cache.read", "cache.shards_ahead", "cache.local_dir", "cache.local_gb", "newest_cache",
+    "train.keep_checkpoints", "experiment",
+}  # fmt: skip
 """Settings that do not change what a run computes, so they may differ when it is continued."""
 
 ADDED = {"dataset.skip_tokens": "0"}
