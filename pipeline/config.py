@@ -74,7 +74,8 @@ STAGES = {
 
 TEXT_KEYS = {
     "name", "run", "to", "prompt", "resume",
-    "model.path", "model.revision", "model.offload_dir", "lm.tokenizer", "cache.dir", "train.init_from",
+    "model.path", "model.revision", "model.offload_dir", "lm.tokenizer", "cache.dir", "cache.path", "cache.local_dir",
+    "train.init_from",
     "dataset.name", "dataset.path", "dataset.subset", "dataset.split", "dataset.revision", "dataset.column",
     "dataset.filter.keep", "dataset.filter.drop",
 }  # fmt: skip
@@ -393,6 +394,8 @@ def _typed(
             config.name = bases.setdefault(label, _free_name(label))
         if job is not None:
             config.name = f"{config.name}/{job}"
+    elif not isinstance(config, PretrainConfig | BenchCodecConfig) and config.cache.path is not None:
+        raise UserError(f"cache.path names what clt train reads, not clt {stage.replace('_', ' ')}; leave it out")
     return config
 
 

@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from tests.data.s3 import Server
 
 SPECIAL = ["<unk>", "<bos>", "<eos>"]
 CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ \n.,'?"
@@ -84,3 +86,22 @@ def english(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "english.txt"
     path.write_text("\n\n".join(" ".join(sentence() for _ in range(rng.randint(1, 4))) for _ in range(800)) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Server"]:
+    from tests.data.s3 import serving
+
+    with serving(tmp_path_factory.mktemp("s3")) as server:
+        server.request("PUT", "bucket")
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: "Server", monkeypatch: pytest.MonkeyPatch) -> "Server":
+    """A real S3 server on loopback with a bucket named bucket; the environment says how to reach it."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "AZURE_"))]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_server

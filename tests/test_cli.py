@@ -67,7 +67,8 @@ finally:
 def test_help_lists_the_commands_that_exist() -> None:
     listed = re.findall(r"^  ([a-z]+)  +\S", help_of().split("Commands:")[1], re.MULTILINE)
     assert set(listed) == {command.split()[0] for command in COMMANDS} | {"cache"}
-    assert re.findall(r"^  ([a-z]+)  +\S", help_of("bench").split("Commands:")[1], re.MULTILINE) == ["extract", "cache"]
+    benches = re.findall(r"^  ([a-z]+)  +\S", help_of("bench").split("Commands:")[1], re.MULTILINE)
+    assert benches == ["extract", "cache", "codec"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -125,15 +126,15 @@ def test_the_commands_on_caches_are_listed_each_with_examples_that_parse(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     listed = re.findall(r"^  ([a-z]+)  +\S", help_of("cache").split("Commands:")[1], re.MULTILINE)
-    assert {"ls", "info", "verify", "rm", "prune"} <= set(listed)
+    assert {"ls", "info", "verify", "copy", "merge", "rm", "prune"} <= set(listed)
     reached: list[Any] = []
     monkeypatch.setattr(config, "attempt", lambda work: reached.append(work) or 5)
-    for command in ("ls", "info", "verify", "rm", "prune"):
+    for command in ("ls", "info", "verify", "copy", "merge", "rm", "prune"):
         examples = re.findall(rf"^  clt (cache {command}.*)$", help_of("cache", command), re.MULTILINE)
         assert len(examples) == 2
         for example in examples:
             assert CliRunner().invoke(app, shlex.split(example)).exit_code == 5
-    assert len(reached) == 10
+    assert len(reached) == 14
 
 
 def test_a_cache_command_prints_its_answer_and_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:

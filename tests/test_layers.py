@@ -29,13 +29,24 @@ TORCH_ONLY = {"core", "arch", "dist"}
 
 ONLY_IN = {
     "hydra": "config.py",
+    "obstore": "data/remote.py",
     "omegaconf": "config.py",
     "transformer_lens": "data/model_sites.py",
     "typer": "cli/",
     "zarr": "data/zarr_files.py",
 }
 
-HEAVY = {"datasets", "numpy", "safetensors", "tokenizers", "torch", "transformer_lens", "transformers", "zarr"}
+HEAVY = {
+    "datasets",
+    "numpy",
+    "obstore",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformer_lens",
+    "transformers",
+    "zarr",
+}
 
 
 def imports(path: Path, source: str | None = None) -> set[str]:

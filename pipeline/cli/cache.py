@@ -1,4 +1,4 @@
-"""`clt cache`: caches listed, checked, converted and removed. No settings of Hydra's."""
+"""`clt cache`: caches listed, checked, converted, copied, merged and removed. No settings of Hydra's."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,9 @@ import typer
 
 from pipeline.cli.common import answer
 
-app = typer.Typer(help="List, check, convert and remove caches.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="List, check, convert, copy, merge and remove caches.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 def _complete_name(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -20,10 +22,10 @@ _NAME = "Directory, path, or the beginning of a name or key."
 Name = Annotated[str | None, typer.Argument(metavar="NAME", help=_NAME, autocompletion=_complete_name)]
 Names = Annotated[list[str] | None, typer.Argument(metavar="NAME", help=_NAME, autocompletion=_complete_name)]
 SomeNames = Annotated[list[str], typer.Argument(metavar="NAME", help=_NAME, autocompletion=_complete_name)]
-CacheDir = Annotated[Path, typer.Option("--cache-dir", help="Where the caches lie.")]
+CacheDir = Annotated[str, typer.Option("--cache-dir", help="Where the caches lie: a folder, or s3://bucket/prefix.")]
 RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Where the runs lie that may use them.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-CACHE_DIR, RUNS_DIR = Path("cache"), Path("runs")
+CACHE_DIR, RUNS_DIR = "cache", Path("runs")
 
 
 @app.command("ls")
@@ -32,13 +34,14 @@ def cache_ls(cache_dir: CacheDir = CACHE_DIR, runs_dir: RunsDir = RUNS_DIR, as_j
 
     \b
     clt cache ls
-    clt cache ls --cache-dir /data/cache --json
+    clt cache ls --cache-dir s3://bucket/caches --json
     """
 
     def work() -> str:
+        from pipeline.data.address import place_of
         from pipeline.stages import cache_list
 
-        return cache_list.ls(cache_dir, runs_dir, as_json)
+        return cache_list.ls(place_of(cache_dir), runs_dir, as_json)
 
     answer(work)
 
@@ -55,9 +58,10 @@ def cache_info(
     """
 
     def work() -> str:
+        from pipeline.data.address import place_of
         from pipeline.stages import cache_list
 
-        return cache_list.info(name, cache_dir, runs_dir, as_json)
+        return cache_list.info(name, place_of(cache_dir), runs_dir, as_json)
 
     answer(work)
 
@@ -81,9 +85,10 @@ def cache_verify(
     """
 
     def work() -> str:
+        from pipeline.data.address import place_of
         from pipeline.stages import cache_verify
 
-        return cache_verify.run(names or [], cache_dir, against_model, device)
+        return cache_verify.run(names or [], place_of(cache_dir), against_model, device)
 
     answer(work)
 
@@ -102,9 +107,59 @@ def cache_convert(
     """
 
     def work() -> str:
+        from pipeline.data.address import place_of
         from pipeline.stages import cache_convert
 
-        return cache_convert.run(name, codec, cache_dir)
+        return cache_convert.run(name, codec, place_of(cache_dir))
+
+    answer(work)
+
+
+@app.command("copy")
+def cache_copy(
+    name: Annotated[str, typer.Argument(metavar="NAME", help=_NAME, autocompletion=_complete_name)],
+    to: Annotated[str, typer.Argument(metavar="PLACE", help="Folder of caches, or s3://bucket/prefix, gs://, az://.")],
+    cache_dir: CacheDir = CACHE_DIR,
+    verify: Annotated[bool, typer.Option("--verify", help="Read and compare what is there already.")] = False,
+) -> None:
+    """Send a whole cache to an object store, fetch one, or copy it to another disk; goes on where it was stopped.
+
+    \b
+    clt cache copy world-world s3://bucket/caches
+    clt cache copy world-world /data/cache --cache-dir s3://bucket/caches
+    """
+
+    def work() -> str:
+        from pipeline.data.address import place_of
+        from pipeline.stages import cache_copy
+
+        return cache_copy.run(name, place_of(to), place_of(cache_dir), verify)
+
+    answer(work)
+
+
+@app.command("merge")
+def cache_merge(
+    names: SomeNames,
+    cache_dir: CacheDir = CACHE_DIR,
+    name: Annotated[str | None, typer.Option("--name", help="Of the new directory; else MODEL-merged-KEY.")] = None,
+    allow_repeats: Annotated[
+        bool, typer.Option("--allow-repeats", help="Even if text stands in several: it is trained on as often.")
+    ] = False,
+) -> None:
+    """Several caches of one model as one, in one random order. No row is copied: the parts must stay.
+
+    \b
+    clt extract dataset.n_tokens=200k dataset.skip_tokens=400k     (more of the same text, of which 400k are there)
+    clt cache merge world-world-33e1 world-world-5b20
+    clt cache merge cache/gpt2-openwebtext-33e1a5f65cb9 cache/gpt2-pile-5b20c7f2d1aa --name gpt2-both
+    """
+
+    def work() -> str:
+        from pipeline.data.address import place_of
+        from pipeline.stages import cache_merge
+
+        return cache_merge.run(names, place_of(cache_dir), name, allow_repeats)
 
     answer(work)
 
@@ -114,9 +169,9 @@ def cache_rm(
     names: SomeNames,
     cache_dir: CacheDir = CACHE_DIR,
     runs_dir: RunsDir = RUNS_DIR,
-    force: Annotated[bool, typer.Option("--force", help="Even if a run uses it.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Even if a run or a merged cache uses it.")] = False,
 ) -> None:
-    """Remove caches, unless a run uses them or an extraction is at work.
+    """Remove caches, unless a run or a merged cache uses them or an extraction is at work.
 
     \b
     clt cache rm world-world-33e1a5f65cb9
@@ -124,9 +179,10 @@ def cache_rm(
     """
 
     def work() -> str:
+        from pipeline.data.address import place_of
         from pipeline.stages import cache_remove
 
-        return cache_remove.rm(names, cache_dir, runs_dir, force)
+        return cache_remove.rm(names, place_of(cache_dir), runs_dir, force)
 
     answer(work)
 
@@ -145,8 +201,9 @@ def cache_prune(
     """
 
     def work() -> str:
+        from pipeline.data.address import place_of
         from pipeline.stages import cache_remove
 
-        return cache_remove.prune(cache_dir, runs_dir, yes)
+        return cache_remove.prune(place_of(cache_dir), runs_dir, yes)
 
     answer(work)

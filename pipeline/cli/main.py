@@ -49,6 +49,7 @@ def extract(
     clt extract model=local model.path=models/mine dataset=jsonl dataset.path='dumps/*.jsonl.gz'
     clt extract model=qwen2.5-3b model.layers=[8,16] dataset=wikitext dataset.bos=eos
     clt extract model=world dataset.n_tokens=2M cache.dir=/data/cache
+    clt extract model=gpt2 cache.codec=int8
     """
     overrides = [*(overrides or []), *(["dry_run=true"] if dry_run else [])]
     del dry_run

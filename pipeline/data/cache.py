@@ -2,28 +2,27 @@
 
 A cache is a Zarr v3 group, `<cache.dir>/<model>-<dataset>-<key>/`, which any Zarr reader opens:
 
-    zarr.json              attributes: request, model, data set, hooks, norm, manifest, ... Written last: a directory
-                           without it is unfinished, and nothing can open it.
-    tokens                 int32 [n_contexts, T]
-    resid_mid, mlp_out     uint16 [N, L, D], the bits of bfloat16. Row r of training token t is Permutation(N, seed)(t),
-                           token t being (context t // (T-1), position 1 + t % (T-1)).
-    norm/gain, norm/bias   float32 [L, D], of the norm in front of each MLP
-    stats/<site>/mean, std float64 [L, D], and rms [L] (root of the mean square), over the training rows;
-                           sites resid_mid, mlp_in (the norm applied to the stored resid_mid) and mlp_out
-    calibration/, evaluation/  tokens, resid_mid, mlp_out of the held-out contexts, row t in the order of the tokens
+    zarr.json                  attributes, the manifest among them. Written last: nothing opens a directory without it
+    tokens                     int32 [n_contexts, T]
+    resid_mid, mlp_out         uint16 [N, L, D], the bits of bfloat16, in an order that `shuffle.py` computes;
+                               without mlp_out where targets are recomputed (cache.targets=recompute)
+    norm/, stats/<site>/       of the norm in front of each MLP, and over the training rows
+    calibration/, evaluation/  tokens, resid_mid, mlp_out of the held-out contexts, in the order of the tokens
 
 An array is cut along its first axis; each chunk is one file of plain little-endian numbers and a 4-byte crc32c, so that
 it can be memory-mapped. To Zarr a missing chunk is zeros; here the manifest is the truth: what it does not list does
 not exist, and a file that differs from it is refused. The name of the directory is the hash of what was asked for.
 """
 
+import io
 import json
 import logging
-import shlex
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -33,29 +32,36 @@ from torch import Tensor
 
 from pipeline.core.normalize import MlpNorm
 from pipeline.data import root
+from pipeline.data.address import Place, Remote
+from pipeline.data.chunk_files import Files, files_of, repair
 from pipeline.data.codecs import Int8, decompress
 from pipeline.data.journal import read_state
 from pipeline.data.layout import (
     CRC_BYTES,
     JOURNAL,
     KIND,
+    MERGED,
     SCHEMA,
     SITES,
     STORED,
     Json,
-    checksum_of,
+    checksum_in,
     command_of,
     command_to_go_on,
-    directory_of,
     file_bytes,
+    found_at,
     key_of,
     little,
     prefix,
+    read_into,
     request_of,
     spec_of,
+    stored,
     stored_bytes,
 )
-from pipeline.data.options import Codec, DatasetOptions, ModelOptions
+from pipeline.data.options import Codec, DatasetOptions, ModelOptions, Targets
+from pipeline.data.pieces import Piece, Shard, Source
+from pipeline.data.remote import Store
 from pipeline.data.shuffle import Permutation
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
@@ -63,60 +69,82 @@ from pipeline.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-class Shard(NamedTuple):
-    """A chunk of the training rows: one file of each stored array."""
-
-    chunk: int
-    first: int
-    """Its first row."""
-    n_rows: int
-    """Rows that hold tokens. The last file is padded with zero rows, which nothing hands out."""
-
-
-def find(cache_dir: Path, model: ModelOptions, dataset: DatasetOptions, codec: Codec = Codec.raw) -> "Cache":
+def find(
+    cache_dir: Place,
+    model: ModelOptions,
+    dataset: DatasetOptions,
+    codec: Codec = Codec.raw,
+    targets: Targets = Targets.stored,
+) -> "Cache":
     """The finished cache of these options. Raises UserError, with the command that makes it, when there is none."""
-    request = request_of(model, dataset, codec)
+    request = request_of(model, dataset, codec, targets)
     return with_key(cache_dir, key_of(request), request)
 
 
-def with_key(cache_dir: Path, key: str, request: Json) -> "Cache":
+def with_key(cache_dir: Place, key: str, request: Json) -> "Cache":
     """The finished cache of a request that was made earlier. Raises UserError, with the command that makes it."""
-    path = directory_of(cache_dir, request)
-    if key_of(request) != key or not ((path / root.NAME).exists() or root.lost(path)):
-        state = "is not finished" if (path / JOURNAL).exists() else "does not exist"
+    if MERGED in request and isinstance(cache_dir, Remote):
+        raise UserError(f"a merged cache is asked for, which no store holds ({cache_dir}); name the folder: cache.dir=")
+    path = found_at(cache_dir, request)
+    if key_of(request) != key or not is_finished(path):
+        begun = not isinstance(path, Remote) and (path / JOURNAL).exists()
+        state = "is not finished" if begun else "does not exist"
         raise UserError(f"the cache {path} {state}; run: {command_of(request, cache_dir)}")
     return Cache.open(path)
 
 
-def newest(cache_dir: Path) -> "Cache | None":
-    """The finished cache that was made last. What cannot be used is passed over, with a warning that says why."""
+def newest(cache_dir: Place, targets: Targets | None = None) -> "Cache | None":
+    """The finished cache that was made last, of those with such targets; None: of all. What cannot be used is passed
+    over, with a warning that says why."""
     found: list[Cache] = []
-    for file in sorted(cache_dir.glob("*/zarr.json")):
+    for path in finished(cache_dir):
         try:
-            found.append(Cache.open(file.parent))
+            found.append(Cache.open(path))
         except UserError as error:
             logger.warning("passed over: %s", error)
+    found = [cache for cache in found if targets in (None, cache.targets)]
     return max(found, key=lambda cache: str(cache.attributes["created"]), default=None)
+
+
+def finished(cache_dir: Place) -> list[Place]:
+    """What has been called finished in a cache directory, by name."""
+    if isinstance(cache_dir, Remote):
+        return [path for name in Store(cache_dir).children() if is_finished(path := cache_dir / name)]
+    return [file.parent for file in sorted(cache_dir.glob(f"[!.]*/{root.NAME}"))]
+
+
+def is_finished(path: Place) -> bool:
+    """Whether it has been called finished, even if its zarr.json has gone since."""
+    if isinstance(path, Remote):
+        return zarr_json(path) is not None
+    return (path / root.NAME).exists() or root.lost(path) is not None
 
 
 class Cache:
     """A finished cache, opened for reading. Every chunk is checked against its checksum when it is first read."""
 
-    def __init__(self, path: Path, attributes: Json) -> None:
+    def __init__(self, path: Place, attributes: Json, files: Files | None = None) -> None:
         self.path = path
+        self._files = files or files_of(path, attributes)
         self.attributes = attributes
         self.specs = {name: spec_of(entry) for name, entry in attributes["manifest"]["arrays"].items()}
         self._checked: set[tuple[str, int]] = set()
         self._tokens: NDArray[np.int32] | None = None
+        self._codes: dict[str, Int8 | None] = {}
 
     @classmethod
-    def open(cls, path: Path) -> "Cache":
-        """Raises UserError, with the fix, for a directory that is no finished cache, one of another schema, and one in
-        which a listed file is missing or of another size."""
+    def open(cls, path: Place) -> "Cache":
+        """A finished cache, plain or merged. Raises UserError, with the fix, for a directory that is none, one of
+        another schema, and one in which a listed file is missing or of another size."""
         attributes = read_attributes(path)
-        if damaged := next(damage(path, attributes), None):
+        files = files_of(path, attributes)
+        if damaged := next(damage(path, attributes, files), None):
             raise _refusal(path, attributes["request"], *damaged)
-        return cls(path, attributes)
+        if "parts" in attributes:
+            from pipeline.data.merged import Merged  # made of caches
+
+            return Merged(path, attributes, files)
+        return cls(path, attributes, files)
 
     @property
     def key(self) -> str:
@@ -165,6 +193,16 @@ class Cache:
         return stored_bytes(self.attributes["manifest"]["arrays"])
 
     @property
+    def targets(self) -> Targets:
+        """Whether training rows hold mlp_out; held-out ones always do."""
+        return Targets.stored if "mlp_out" in self.specs else Targets.recompute
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """The arrays of training rows: resid_mid and, but for targets that are recomputed, mlp_out."""
+        return stored(self.specs)
+
+    @property
     def codec(self) -> Codec:
         """How the training rows are stored; held-out ones are always raw."""
         spec = self.specs[STORED[0]]
@@ -174,9 +212,10 @@ class Cache:
 
     def code(self, name: str) -> Int8 | None:
         """What the numbers of an int8 array stand for; None where they are the bits of bfloat16."""
-        if self.specs[name].dtype != "int8":
-            return None
-        return Int8(*(torch.from_numpy(self._array(f"codec/{name}/{part}")) for part in ("scale", "offset")))
+        if name not in self._codes:
+            numbers = [f"codec/{name}/{part}" for part in ("scale", "offset") if self.specs[name].dtype == "int8"]
+            self._codes[name] = Int8(*(torch.from_numpy(self._array(n)) for n in numbers)) if numbers else None
+        return self._codes[name]
 
     @property
     def tokens(self) -> NDArray[np.int32]:
@@ -214,19 +253,59 @@ class Cache:
         return context, position + 1, self.tokens[context, position + 1]
 
     def shards(self) -> list[Shard]:
+        """Every training row, in the pieces in which they are read: here chunk by chunk."""
         spec = self.specs["resid_mid"]
-        return [Shard(i, i * spec.chunk_rows, spec.rows_in(i)) for i in range(spec.n_chunks)]
+        return [Shard(i, (Piece(0, i, 0, spec.rows_in(i), i * spec.chunk_rows),)) for i in range(spec.n_chunks)]
+
+    def buffer(self, name: str) -> NDArray[Any]:
+        """Room for the rows of any shard."""
+        spec = self.specs[name]
+        return np.empty(spec.chunk_shape, little(spec.dtype))
+
+    def bring(self, shard: Shard, name: str, out: NDArray[Any] | None) -> list[Source]:
+        """The rows of a shard: mapped, or read into `out`, a `buffer`."""
+        chunk = shard.chunk
+        rows = self.map_chunk(name, chunk) if out is None else self.read_chunk(name, chunk, out)
+        return [Source(rows, self.code(name))]
+
+    def owner(self, piece: Piece) -> "Cache":
+        """In whose files a piece lies."""
+        assert piece.part == 0
+        return self
+
+    def hold(self, shard: Shard) -> list[io.FileIO]:
+        """The files of a shard, open: of a remote cache they are fetched by this, and stay until they are closed."""
+        with ExitStack() as stack:
+            files = []
+            for name, piece in product(self.stored, shard.pieces):
+                cache = self.owner(piece)
+                with cache._refusing(name, piece.chunk):
+                    files.append(stack.enter_context(cache._open(name, piece.chunk)))
+            stack.pop_all()
+        return files
+
+    def check_room(self, n_shards: int) -> None:
+        """Raises UserError when the files of so many shards of a remote cache cannot be on this machine at once."""
+        self._files.check_room(n_shards * self.shard_bytes)
+
+    @property
+    def shard_bytes(self) -> int:
+        """Size of the files that the largest shard lies in."""
+        return max(
+            sum(self.owner(piece)._file_bytes(name, piece.chunk) for name in self.stored for piece in shard.pieces)
+            for shard in self.shards()
+        )
 
     def map_chunk(self, name: str, chunk: int) -> NDArray[Any]:
         """A chunk as a read-only memory map, padding left out. Not for compressed arrays."""
         spec = self.specs[name]
         assert spec.compressor is None
-        file = spec.file(self.path, name, chunk)
-        with self._refusing(name, chunk):
+        with self._refusing(name, chunk), self._open(name, chunk) as file:
             if (name, chunk) not in self._checked:
-                self._compare(name, chunk, checksum_of(file, spec.chunk_bytes))
-            if file.stat().st_size < spec.file_bytes:
+                self._compare(name, chunk, checksum_in(file, spec.chunk_bytes))
+            if os.fstat(file.fileno()).st_size < spec.file_bytes:
                 raise EOFError
+            # The map has a descriptor of its own, which keeps what this one has locked.
             return np.memmap(file, little(spec.dtype), "r", shape=spec.chunk_shape)[: spec.rows_in(chunk)]
 
     def read_chunk(self, name: str, chunk: int, out: NDArray[Any]) -> NDArray[Any]:
@@ -236,17 +315,22 @@ class Cache:
         assert out.dtype == little(spec.dtype)
         if spec.compressor is not None:
             return self._decompressed(name, chunk, out)
-        flat = out.reshape(-1).view(np.uint8).data
-        with self._refusing(name, chunk), spec.file(self.path, name, chunk).open("rb", buffering=0) as file:
-            done = 0
-            while done < flat.nbytes:
-                n = file.readinto(flat[done:])
-                if not n:
-                    raise EOFError
-                done += n
+        with self._refusing(name, chunk), self._open(name, chunk) as file:
+            read_into(file, 0, out)
         if (name, chunk) not in self._checked:
             self._compare(name, chunk, google_crc32c.value(out))
         return out[: spec.rows_in(chunk)]
+
+    def read_rows(self, name: str, chunk: int, start: int, out: NDArray[Any]) -> None:
+        """Rows of a chunk from `start` on, as many as `out` has (contiguous). The first time, all of the chunk is read
+        and checked. Not for compressed arrays."""
+        spec = self.specs[name]
+        assert spec.compressor is None
+        assert out.dtype == little(spec.dtype)
+        with self._refusing(name, chunk), self._open(name, chunk) as file:
+            if (name, chunk) not in self._checked:
+                self._compare(name, chunk, checksum_in(file, spec.chunk_bytes))
+            read_into(file, start * out.nbytes // max(1, len(out)), out)
 
     def rows(self, name: str, chunk: int) -> Tensor:
         """The rows of a chunk of a stored array, decoded: bfloat16 [n, L, D]."""
@@ -257,10 +341,10 @@ class Cache:
         return code.decode(stored, torch.empty(stored.shape, dtype=torch.bfloat16))
 
     def _decompressed(self, name: str, chunk: int, out: NDArray[Any]) -> NDArray[Any]:
-        spec, entry = self.specs[name], self.attributes["manifest"]["arrays"][name]
-        with self._refusing(name, chunk):
-            data = spec.file(self.path, name, chunk).read_bytes()
-            if len(data) != file_bytes(entry, chunk):
+        spec = self.specs[name]
+        with self._refusing(name, chunk), self._open(name, chunk) as file:
+            data = file.readall()
+            if len(data) != self._file_bytes(name, chunk):
                 raise EOFError
         payload = data[:-CRC_BYTES]
         self._compare(name, chunk, google_crc32c.value(payload))  # each time: a damaged stream must not be decoded
@@ -286,25 +370,33 @@ class Cache:
 
     def _compare(self, name: str, chunk: int, checksum: int) -> None:
         if checksum != self.attributes["manifest"]["arrays"][name]["crc32c"][chunk]:
-            file = self.specs[name].file(self.path, name, chunk)
-            fix = f"rm {shlex.quote(str(file))} && {command_of(self.request, self.path.parent)}"
-            raise UserError(f"{file} does not hold what was written (wrong checksum); make it again: {fix}")
+            key = self._key(name, chunk)
+            what = f"{self.path / key} does not hold what was written (wrong checksum)"
+            raise UserError(f"{what}; make it again: {self._files.again(key)}")
         self._checked.add((name, chunk))
 
+    def _file_bytes(self, name: str, chunk: int) -> int:
+        return file_bytes(self.attributes["manifest"]["arrays"][name], chunk)
 
-def read_attributes(path: Path) -> Json:
+    def _key(self, name: str, chunk: int) -> str:
+        return self.specs[name].file(Path(), name, chunk).as_posix()
+
+    def _open(self, name: str, chunk: int) -> io.FileIO:
+        return self._files.open(self._key(name, chunk))
+
+
+def read_attributes(path: Place) -> Json:
     """The attributes of a finished cache. Raises UserError for anything else."""
-    file = path / root.NAME
-    if (kept := root.lost(path)) is not None:
-        what = "is damaged" if file.exists() else "is missing"
+    file, data = path / root.NAME, zarr_json(path)
+    if not isinstance(path, Remote) and (kept := root.lost(path)) is not None:
+        what = "is missing" if data is None else "is damaged"
         raise UserError(f"{file} {what}; put it back with: {command_of(kept['request'], path.parent)}")
-    if not file.exists():
-        state = read_state(path)
+    if data is None:
+        state = None if isinstance(path, Remote) else read_state(path)
         if state is None:
             raise UserError(f"{path} is no cache (it has no zarr.json); make one with clt extract")
         raise UserError(f"the cache {path} is not finished; go on with: {command_to_go_on(state, path.parent)}")
     again = f"remove {path} and make it again with clt extract"
-    data = file.read_bytes()
     try:
         attributes: Json = dict(json.loads(data)["attributes"])
     except (ValueError, KeyError, TypeError) as error:
@@ -319,26 +411,38 @@ def read_attributes(path: Path) -> Json:
     return attributes
 
 
-def damage(path: Path, attributes: Json) -> Iterator[tuple[str, int, str]]:
+def zarr_json(path: Place) -> bytes | None:
+    """The group's own; None where there is none."""
+    try:
+        return Store(path).get(root.NAME) if isinstance(path, Remote) else (path / root.NAME).read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def damage(path: Place, attributes: Json, files: Files | None = None) -> Iterator[tuple[str, int, str]]:
     """(array, chunk, what is wrong) for every chunk file that is not there or has another size, and ("", 0, what) for
-    metadata. Sizes only: what is inside is checked when it is read."""
+    metadata. Sizes only: what is inside is checked when it is read. In a store one listing tells them; of its metadata,
+    which readers of this program do not need, it says whether it is there."""
+    files = files or files_of(path, attributes)
     for name, entry in attributes["manifest"]["arrays"].items():
         spec = spec_of(entry)
         for chunk in range(spec.n_chunks):
-            try:
-                size = spec.file(path, name, chunk).stat().st_size
-            except FileNotFoundError:
+            size = files.size(spec.file(Path(), name, chunk).as_posix())
+            if size is None:
                 yield name, chunk, "is missing"
-                continue
-            if size != (whole := file_bytes(entry, chunk)):
+            elif size != (whole := file_bytes(entry, chunk)):
                 what = "truncated" if size < whole else "too long"
                 yield name, chunk, f"is {what} ({size:,} bytes, not {whole:,})"
     for name, expected in attributes["manifest"]["metadata"].items():
-        file = path / name
-        if not file.exists() or google_crc32c.value(file.read_bytes()) != expected:
-            yield "", 0, f"{file} is missing or damaged"
+        if isinstance(path, Remote):
+            is_there = files.size(name) is not None
+        else:
+            is_there = (path / name).exists() and google_crc32c.value((path / name).read_bytes()) == expected
+        if not is_there:
+            yield "", 0, f"{path / name} is missing or damaged"
 
 
-def _refusal(path: Path, request: Json, name: str, chunk: int, what: str) -> UserError:
+def _refusal(path: Place, request: Json, name: str, chunk: int, what: str) -> UserError:
     subject = f"{path}: chunk {chunk} of {name} {what}" if name else what
-    return UserError(f"{subject}; make it again: {command_of(request, path.parent)}")
+    fix = repair(path, request) if isinstance(path, Remote) else command_of(request, path.parent)
+    return UserError(f"{subject}; make it again: {fix}")

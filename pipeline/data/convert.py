@@ -30,6 +30,7 @@ from pipeline.data.layout import (
     JOURNAL,
     STORED,
     Json,
+    check_codec,
     command_of,
     directory_of,
     file_bytes,
@@ -48,11 +49,14 @@ from pipeline.progress import Progress
 
 def convert(source: Cache, codec: Codec) -> Path:
     """-> the directory of the new cache, finished; one that is damaged is made anew. Raises UserError for a source that
-    has lost bits, for a full disk, and when another process is at work there."""
+    has lost bits, for a codec that would lose bits of what targets are recomputed from, for a full disk, and when
+    another process is at work there."""
+    assert isinstance(source.path, Path), "caches are converted on a disk"
     if source.codec is codec:
         return source.path
     if source.codec not in LOSSLESS:
         raise UserError(f"{source.path} is stored as {source.codec}, which has lost bits; convert the raw cache")
+    check_codec(codec, source.targets)
     request = source.request | {"codec": codec.value}
     path = directory_of(source.path.parent, request)
     mend_root(path, request)
@@ -91,7 +95,7 @@ class _Conversion:
         return sum(spec.n_chunks for spec in self.specs.values())
 
     def run(self, request: Json) -> None:
-        codes = {name: self._code(name) if self.codec is Codec["int8"] else None for name in STORED}
+        codes = {name: self._code(name) if self.codec is Codec["int8"] else None for name in self.source.stored}
         with Progress(self.n_chunks, unit="chunks", desc=f"to {self.codec}") as progress:
             for name, spec in self.specs.items():
                 for chunk in range(spec.n_chunks):
@@ -107,7 +111,7 @@ class _Conversion:
 
     def _write(self, name: str, chunk: int, file: Path, code: Int8 | None) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        if name not in STORED or self.codec is Codec.raw:
+        if name not in self.source.stored or self.codec is Codec.raw:
             data = self._plain(name, chunk)
         else:
             data = self._encoded(name, chunk, code)
@@ -160,7 +164,7 @@ class _Conversion:
         """Attributes that say what the codec did."""
         about: Json = {"name": self.codec.value, "from": self.source.path.name}
         if self.codec is Codec["int8"]:
-            for name in STORED:
+            for name in self.source.stored:
                 about[name] = self._loss(name)
         plain: Json = json.loads(json.dumps(about))
         return plain
@@ -181,7 +185,7 @@ class _Conversion:
 
 def _check_space(source: Cache, codec: Codec, path: Path) -> None:
     """Compressed sizes are not known before: as large as raw, then."""
-    rows = sum(spec.n_chunks * spec.file_bytes for name, spec in source.specs.items() if name in STORED)
+    rows = sum(spec.n_chunks * spec.file_bytes for name, spec in source.specs.items() if name in source.stored)
     needed, free = rows // 2 if codec is Codec["int8"] else rows, free_bytes(path)
     if needed > free:
         sizes = f"up to {gb(needed)} to write, {gb(free)} free on {disk_of(path)}"
@@ -191,10 +195,10 @@ def _check_space(source: Cache, codec: Codec, path: Path) -> None:
 def describe(cache: Cache) -> Iterator[str]:
     """Lines: bytes a token, ratio to raw, and what was lost."""
     arrays, spec = cache.attributes["manifest"]["arrays"], cache.specs[STORED[0]]
-    stored = sum(file_bytes(arrays[name], chunk) for name in STORED for chunk in range(spec.n_chunks))
-    per_token, raw = stored / spec.shape[0], 2 * len(STORED) * int(np.prod(spec.shape[1:]))
+    stored = sum(file_bytes(arrays[name], chunk) for name in cache.stored for chunk in range(spec.n_chunks))
+    per_token, raw = stored / spec.shape[0], 2 * len(cache.stored) * int(np.prod(spec.shape[1:]))
     yield f"{cache.codec}: {per_token:,.0f} bytes a token, {raw / per_token:.2f} times smaller than raw ({raw:,})"
-    for name in STORED if cache.codec is Codec["int8"] else ():
+    for name in cache.stored if cache.codec is Codec["int8"] else ():
         loss = cache.attributes["codec"][name]
         layer, dim = loss["worst_channel"]
         if line := warning_of(name, Loss(*(loss[field] for field in Loss._fields))):

@@ -71,7 +71,7 @@ class Bar(Progress):
 
     def __init__(self, streams: list[Stream], members: list[Member]) -> None:
         self.streams, self.members = streams, members
-        limits = [stream.limit for stream in streams if stream.limit is not None]
+        limits = [stream.skip + stream.limit for stream in streams if stream.limit is not None]
         self.by_tokens = len(limits) == len(streams) or len(members) > 1
         reader = members[0].reader
         total = sum(limits) if len(limits) == len(streams) else None if self.by_tokens else reader.total
@@ -79,7 +79,7 @@ class Bar(Progress):
 
     def _now(self) -> int:
         if self.by_tokens:
-            return sum(len(stream.tokens) for stream in self.streams)
+            return sum(stream.n_seen for stream in self.streams)
         return self.members[0].n_units
 
     def step(self) -> None:

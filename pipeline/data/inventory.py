@@ -1,10 +1,12 @@
 """Which caches are there, in which state, and how much of the disk they take.
 
     <cache.dir>/<model>-<dataset>-<key>/    a cache, finished or not (`cache.py`, `journal.py`)
+    <cache.dir>/<model>-merged-<key>/       a merged one (`merged.py`), which needs its parts
     <cache.dir>/.packing/<name>/            tokens that were packed for it before the model began
+    <cache.dir>/.copying/<name>/            a copy of one that is not whole yet (`transfer.py`)
     <cache.dir>/.removed/<name>-<random>/   one that is being removed: moved here first, so that no reader sees half
 
-What none of these is, is left alone and out of every list.
+What none of these is, is left alone and out of every list. In a store there are caches alone, whole or copied in part.
 """
 
 import contextlib
@@ -20,22 +22,28 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.data import root
-from pipeline.data.cache import damage, read_attributes
+from pipeline.data.address import Local, Place, Remote, is_address, place_of
+from pipeline.data.cache import damage, is_finished, read_attributes, zarr_json
 from pipeline.data.journal import read_state
 from pipeline.data.layout import (
+    COPYING,
     CRC_BYTES,
     JOURNAL,
     KIND,
+    MERGED,
     PACKING,
     SCHEMA,
-    STORED,
     Json,
+    gb,
     is_conversion,
     key_of,
     prefix,
+    stored,
     sums_shape,
 )
+from pipeline.data.merged import part_problem
 from pipeline.data.options import Codec
+from pipeline.data.remote import Store
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 from pipeline.files import holder, remove_empty, take_lock
@@ -52,9 +60,9 @@ class State(StrEnum):
 
 
 class Found(NamedTuple):
-    """A cache on disk, or what there is of one."""
+    """A cache on disk or in a store, or what there is of one."""
 
-    path: Path
+    path: Place
     state: State
     detail: str
     """How much of it is done, by whom it is being made, or what is wrong; "" for a complete one."""
@@ -78,6 +86,8 @@ class Found(NamedTuple):
 
     @property
     def n_bytes(self) -> int:
+        if isinstance(self.path, Remote):
+            return sum(Store(self.path).sizes().values())
         return size_on_disk(self.path)
 
 
@@ -86,7 +96,7 @@ class Leftover(NamedTuple):
 
     path: Path
     kind: str
-    """`packing` or `removed`"""
+    """`packing`, `copying` or `removed`"""
     owner: str | None
     """Process that is at work on it."""
 
@@ -95,34 +105,45 @@ class Leftover(NamedTuple):
         return size_on_disk(self.path)
 
 
-def caches(cache_dir: Path) -> list[Found]:
+def caches(cache_dir: Place) -> list[Found]:
     """Every cache under `cache_dir`, by name."""
+    if isinstance(cache_dir, Remote):
+        return [found for name in Store(cache_dir).children() if (found := look(cache_dir / name)) is not None]
     places = sorted(path for path in cache_dir.glob("*") if not path.name.startswith("."))
     return [found for path in places if (found := look(path)) is not None]
 
 
-def leftovers(cache_dir: Path) -> list[Leftover]:
+def leftovers(cache_dir: Place) -> list[Leftover]:
+    if isinstance(cache_dir, Remote):
+        return []
+    copying = [Leftover(path, "copying", holder(path / JOURNAL)) for path in sorted((cache_dir / COPYING).glob("*"))]
     packing = [Leftover(path, "packing", holder(path)) for path in sorted((cache_dir / PACKING).glob("*"))]
     removed = [Leftover(path, "removed", holder(path / JOURNAL)) for path in sorted((cache_dir / REMOVED).glob("*"))]
-    return [found for found in packing + removed if found.path.is_dir()]
+    return [found for found in packing + copying + removed if found.path.is_dir()]
 
 
-def look(path: Path) -> Found | None:
+def look(path: Place) -> Found | None:
     """What stands at `path`; None when it is no cache of this program. Sizes of files only: what is inside them is for
     `verify.py`."""
-    if (path / "zarr.json").is_file() or root.lost(path) is not None:
+    if isinstance(path, Remote):
+        return _with_attributes(path) if is_finished(path) else _copied_in_part(path)
+    if (path / root.NAME).is_file() or root.lost(path) is not None:
         return _with_attributes(path)
     return _with_journal(path) if (path / JOURNAL).is_dir() else None
 
 
-def find(cache_dir: Path, name: str) -> Found:
-    """The cache that a person means: the name of a directory, a path, or the beginning of one name or key. Raises
-    UserError for none and for several."""
+def find(cache_dir: Place, name: str, local: Local | None = None) -> Found:
+    """The cache that a person means: the name of a directory, a path, an address, or the beginning of one name or key.
+    local: where files of an address are kept; None: where they usually are. Raises UserError for none and for
+    several."""
     if not name:
         raise UserError(f"an empty name names no cache; clt cache ls --cache-dir {cache_dir} lists them")
-    for path in (cache_dir / name, Path(name)):
+    places = [place_of(name, local)] if is_address(name) else [cache_dir / name, Path(name)]
+    for path in places:
         if path.name not in ("", ".", "..") and (found := look(path)) is not None:
             return found
+    if is_address(name):
+        raise UserError(f"{name} is no cache of this program; clt cache ls --cache-dir ADDRESS lists those of a folder")
     there = caches(cache_dir)
     matches = [found for found in there if found.path.name.startswith(name) or found.key.startswith(name)]
     if len(matches) == 1:
@@ -137,7 +158,7 @@ def find(cache_dir: Path, name: str) -> Found:
     raise UserError(f"no cache {name} under {cache_dir}/{hint}; there are: {names or 'none (clt extract makes one)'}")
 
 
-def newest(cache_dir: Path) -> Found:
+def newest(cache_dir: Place) -> Found:
     """The finished cache that was made last, whole or damaged. Raises UserError when there is none."""
     finished = [found for found in caches(cache_dir) if found.created is not None]
     if not finished:
@@ -163,6 +184,8 @@ def remove(found: Found) -> int:
     """
     path = found.path
     assert look(path) is not None, path
+    if isinstance(path, Remote):
+        return _remove_remote(path)
     if path.is_symlink():
         raise UserError(f"{path} is a link; remove {path.resolve()}, then the link")
     packing = path.parent / PACKING / path.name
@@ -179,6 +202,16 @@ def remove(found: Found) -> int:
     return freed
 
 
+def _remove_remote(path: Remote) -> int:
+    """The group's zarr.json first: then it is no cache. What says of which content it is a copy goes last."""
+    store = Store(path, "later")
+    sizes = store.sizes()
+    store.delete([root.NAME] if root.NAME in sizes else [])
+    store.delete(sizes.keys() - {root.NAME, COPYING})
+    store.delete([COPYING] if COPYING in sizes else [])
+    return sum(sizes.values())
+
+
 def remove_packing(folder: Path, what: Path) -> int:
     """Remove packed tokens. -> bytes freed. Raises UserError when somebody is at work on them."""
     lock = take_lock(folder, what)
@@ -192,7 +225,7 @@ def remove_packing(folder: Path, what: Path) -> int:
 
 
 def remove_removed(folder: Path) -> int:
-    """Finish a removal that was interrupted. -> bytes freed"""
+    """Finish a removal that was interrupted, or remove a copy that is not whole. -> bytes freed"""
     freed = size_on_disk(folder)
     lock = take_lock(folder / JOURNAL, folder)
     try:
@@ -213,10 +246,18 @@ def _delete(aside: Path) -> None:
     remove_empty([aside.parent])
 
 
-def _with_attributes(path: Path) -> Found | None:
+def _copied_in_part(path: Remote) -> Found | None:
+    """An upload that was stopped: there are files of a cache, and not the last one."""
+    if not re.search(r"-[0-9a-f]{12}$", path.name) or not (sizes := Store(path).sizes()):
+        return None
+    what = f"{gb(sum(sizes.values()))} of a copy; the command that began it goes on, clt cache rm removes it"
+    return Found(path, State.unfinished, what, {})
+
+
+def _with_attributes(path: Place) -> Found | None:
     if not _is_ours(path):
         return None
-    owner = _owner(path)
+    owner = None if isinstance(path, Remote) else _owner(path)
     try:
         attributes = read_attributes(path)
     except UserError as error:
@@ -228,7 +269,8 @@ def _with_attributes(path: Path) -> Found | None:
         return Found(path, State.at_work, f"being made by process {owner}", attributes)
     broken = list(damage(path, attributes))
     if not broken:
-        return Found(path, State.complete, "", attributes)
+        problem = part_problem(path, attributes)
+        return Found(path, State.damaged if problem else State.complete, problem, attributes)
     array, chunk, what = broken[0]
     first = f"chunk {chunk} of {array} {what}" if array else what
     more = f", and {len(broken) - 1} more" if len(broken) > 1 else ""
@@ -259,13 +301,16 @@ def _owner(path: Path) -> str | None:
     return holder(path / JOURNAL) or holder(path.parent / PACKING / path.name)
 
 
-def _is_ours(path: Path) -> bool:
+def _is_ours(path: Place) -> bool:
     """Whether a directory with a zarr.json, or with a journal that cannot be read, was made by this program: it says
     so, or (where it is damaged) it is named and furnished as a cache is."""
     raw = _raw_attributes(path)
     if raw is not None:
         return raw.get("kind") == KIND
-    return bool(re.search(r"-[0-9a-f]{12}$", path.name)) and all((path / name).is_dir() for name in STORED)
+    if not re.search(r"-[0-9a-f]{12}$", path.name):
+        return False
+    furniture = ("stats", "evaluation") if f"-{MERGED}-" in path.name else ("tokens", "resid_mid", "calibration")
+    return isinstance(path, Remote) or all((path / name).is_dir() for name in furniture)
 
 
 def _is_barely_begun(path: Path) -> bool:
@@ -274,10 +319,10 @@ def _is_barely_begun(path: Path) -> bool:
     return {child.name for child in inside} <= {JOURNAL, "lock", "state.json.aside"}
 
 
-def _raw_attributes(path: Path) -> Json | None:
+def _raw_attributes(path: Place) -> Json | None:
     """Of zarr.json, unchecked; None where there is none or it is no JSON."""
     try:
-        attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]
+        attributes = json.loads(zarr_json(path) or b"")["attributes"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     return attributes if isinstance(attributes, dict) else None
@@ -289,7 +334,9 @@ def _progress(path: Path, about: Json) -> str:
         done = sum(file.is_file() for file in path.rglob("c/**/*") if file.suffix != ".aside")
         return f"{100 * done // about['n_chunks']} %"
     arrays = about["manifest"]["arrays"]
-    shards = [crc for split in Split for name in STORED for crc in arrays[prefix(split) + name]["crc32c"]]
+    shards = [
+        crc for split in Split for name in stored(arrays, split) for crc in arrays[prefix(split) + name]["crc32c"]
+    ]
     lost = shards.count(None)
     if lost < len(shards):
         return f"{lost:,} of {len(shards):,} shards to be made again"

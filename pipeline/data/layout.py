@@ -5,20 +5,25 @@ would be more than 16,384 of them.
 """
 
 import hashlib
+import io
 import json
 import re
 import shlex
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import google_crc32c
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.data import asking, tokens
+from pipeline.data.address import Place, Remote
 from pipeline.data.codecs import COMPRESSED, Int8
 from pipeline.data.model_files import BUILTIN, source_identity
-from pipeline.data.options import Codec, DatasetOptions, ModelOptions
+from pipeline.data.options import Codec, DatasetOptions, ModelOptions, Targets
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 
@@ -26,17 +31,23 @@ SCHEMA = 1
 KIND = "clt-cache"
 SITES = ("resid_mid", "mlp_in", "mlp_out")
 STORED = ("resid_mid", "mlp_out")
+"""What held-out splits store; the training split too, but for targets that are recomputed (`stored`)."""
 HOOKS = {"resid_mid": "blocks.{l}.ln2.hook_in", "mlp_out": "blocks.{l}.hook_mlp_out"}
 JOURNAL = ".journal"
 """Where an extraction notes what it has done; gone when the cache is finished (`data/journal.py`)."""
+MERGED = "merged"
+"""In a request: those of the parts of a merged cache (`data/merged.py`), which stand in its key."""
 PACKING = ".packing"
 """Under cache.dir: tokens that were packed for caches that are not finished yet, by their names."""
+COPYING = ".copying"
+"""Under cache.dir: caches that are being copied there; in a store, in the cache: of which content it is a copy."""
 CRC_BYTES = 4
 PIECE_BYTES = 1 << 22
 SHARD_MB = 32
 MAX_SHARDS = 16384
 
 Json = dict[str, Any]
+SomePlace = TypeVar("SomePlace", Path, Remote, Place)
 
 
 class Spec(NamedTuple):
@@ -88,7 +99,14 @@ class Size(NamedTuple):
     n_rows: int
 
 
-def hierarchy(n_layers: int, d_model: int, context: int, sizes: dict[Split, Size], shard_mb: str) -> dict[str, Spec]:
+def hierarchy(
+    n_layers: int,
+    d_model: int,
+    context: int,
+    sizes: dict[Split, Size],
+    shard_mb: str,
+    targets: Targets = Targets.stored,
+) -> dict[str, Spec]:
     """Every array of a raw cache, by its path in the group. Raises UserError for a shard size that is none."""
     per_layer, per_dim = ("layer",), ("layer", "d_model")
     specs = {}
@@ -97,7 +115,8 @@ def hierarchy(n_layers: int, d_model: int, context: int, sizes: dict[Split, Size
         contexts = _shard_rows(size.n_contexts, context * 4, "auto")
         shape = (size.n_rows, n_layers, d_model)
         specs[prefix(split) + "tokens"] = Spec((size.n_contexts, context), contexts, "int32", ("context", "position"))
-        specs |= {prefix(split) + name: Spec(shape, rows, "uint16", ("row", *per_dim)) for name in STORED}
+        names = STORED[:1] if split is Split.train and targets is Targets.recompute else STORED
+        specs |= {prefix(split) + name: Spec(shape, rows, "uint16", ("row", *per_dim)) for name in names}
     for part in ("gain", "bias"):
         specs[f"norm/{part}"] = Spec((n_layers, d_model), n_layers, "float32", per_dim)
     for site in SITES:
@@ -110,7 +129,7 @@ def hierarchy(n_layers: int, d_model: int, context: int, sizes: dict[Split, Size
 def with_codec(specs: dict[str, Spec], codec: Codec) -> dict[str, Spec]:
     """The arrays of a cache of any codec when its training rows are stored by this one: shards of as many rows."""
     found = {name: spec for name, spec in specs.items() if not name.startswith("codec/")}
-    for name in STORED:
+    for name in stored(found):
         spec = found[name]._replace(compressor=codec.value if codec in COMPRESSED else None, dtype="uint16")
         if codec is Codec["int8"]:
             spec = spec._replace(dtype="int8")
@@ -148,16 +167,41 @@ def prefix(split: Split) -> str:
     return "" if split is Split.train else f"{split}/"
 
 
-def request_of(model: ModelOptions, dataset: DatasetOptions, codec: Codec = Codec.raw) -> Json:
+def stored(arrays: Mapping[str, object], split: Split = Split.train) -> tuple[str, ...]:
+    """Those of STORED that a split has, by the arrays of the cache: specs, or a manifest's entries."""
+    return tuple(name for name in STORED if prefix(split) + name in arrays)
+
+
+def targets_of(request: Json) -> Targets:
+    """How the training rows come to their mlp_out; a request that says nothing has it stored."""
+    return Targets(request.get("targets", Targets.stored))
+
+
+def check_codec(codec: Codec, targets: Targets) -> None:
+    """Raises UserError for a codec that loses bits of what targets are recomputed from."""
+    if targets is Targets.recompute and codec is Codec["int8"]:
+        why = "targets that are recomputed from rounded inputs are not the model's"
+        fix = "use cache.targets=stored with it, or a codec without loss (blosc-lz4-bitshuffle, pcodec)"
+        raise UserError(f"cache.codec={codec} with cache.targets={targets}: {why}; {fix}")
+
+
+def request_of(
+    model: ModelOptions, dataset: DatasetOptions, codec: Codec = Codec.raw, targets: Targets = Targets.stored
+) -> Json:
     """What determines a cache's content, in plain values: options (not devices or batch sizes) and the hashes of local
     files. Raises UserError for options that contradict one another and for files that are not there."""
+    check_codec(codec, targets)
     described = json.loads(json.dumps({"model": asdict(model), "dataset": asking.asked(dataset)}))
     for field in ("device", "device_map", "max_memory", "offload_dir", "default_dataset"):  # no part of the content
         del described["model"][field]
     if dataset.n_tokens != "all":  # 400k and 400000 are one request
         described["dataset"]["n_tokens"] = str(tokens.count(dataset.n_tokens))
+    if "skip_tokens" in described["dataset"]:  # left out where it is 0, in whatever spelling
+        described["dataset"] |= {"skip_tokens": str(tokens.skipped(dataset))}
+        described["dataset"] = {k: v for k, v in described["dataset"].items() if (k, v) != ("skip_tokens", "0")}
     source = {"model": source_identity(model), "dataset": tokens.source_identity(dataset)}
-    return {"schema": SCHEMA, **described, "codec": str(codec), "source": source}
+    more = {"targets": targets.value} if targets is not Targets.stored else {}  # caches were made before there was this
+    return {"schema": SCHEMA, **described, "codec": str(codec), **more, "source": source}
 
 
 def key_of(request: Json) -> str:
@@ -165,18 +209,33 @@ def key_of(request: Json) -> str:
     return hashlib.sha256(canonical(request)).hexdigest()[:12]
 
 
-def directory_of(cache_dir: Path, request: Json) -> Path:
-    """Where the cache of a request lies, finished or not."""
-    names = [re.sub(r"[^\w.-]+", "_", request[part]["name"]) for part in ("model", "dataset")]
+def directory_of(cache_dir: SomePlace, request: Json) -> SomePlace:
+    """Where the cache of a request lies, finished or not; a merged one may have been given another name."""
+    data = MERGED if MERGED in request else request["dataset"]["name"]
+    names = [re.sub(r"[^\w.-]+", "_", name) for name in (request["model"]["name"], data)]
     return cache_dir / f"{names[0]}-{names[1]}-{key_of(request)}"
 
 
-def command_of(request: Json, cache_dir: Path) -> str:
-    """The command that makes the cache of a request, and mends it, whether it was extracted or converted."""
+def found_at(cache_dir: SomePlace, request: Json) -> SomePlace:
+    """The same, with a merged cache found under whatever name it was given."""
+    usual = directory_of(cache_dir, request)
+    if MERGED not in request or isinstance(cache_dir, Remote) or isinstance(usual, Remote) or usual.exists():
+        return usual
+    for file in sorted(cache_dir.glob("[!.]*/zarr.json")):
+        with suppress(ValueError, KeyError, TypeError):  # no JSON, no attributes, none of ours
+            if json.loads(file.read_bytes())["attributes"]["request"] == request:
+                return file.parent
+    return usual
+
+
+def command_of(request: Json, cache_dir: Place) -> str:
+    """The command that makes the cache of a request, and mends it, whether it was extracted, converted or merged."""
+    if MERGED in request:
+        return _merge_command(request, cache_dir)
     return f"clt extract {overrides_of(request, cache_dir)}"
 
 
-def command_to_go_on(state: Json, cache_dir: Path) -> str:
+def command_to_go_on(state: Json, cache_dir: Place) -> str:
     """The command that goes on with what a journal says: an extraction or a conversion."""
     if is_conversion(state):
         source = shlex.quote(str(cache_dir / state["codec"]["from"]))
@@ -189,7 +248,21 @@ def is_conversion(state: Json) -> bool:
     return "n_chunks" in state
 
 
-def overrides_of(request: Json, cache_dir: Path) -> str:
+def _merge_command(request: Json, cache_dir: Place) -> str:
+    """With the parts where they lie now, as far as the merged cache is there to say so."""
+    parts = [directory_of(cache_dir, part).name for part in request[MERGED]]
+    path = found_at(cache_dir, request)
+    if not isinstance(path, Remote):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # it is not there, or damaged
+            parts = [part["path"] for part in json.loads((path / "zarr.json").read_bytes())["attributes"]["parts"]]
+    words = ["clt", "cache", "merge", *parts]
+    words += ["--name", path.name] if path != directory_of(cache_dir, request) else []
+    words += ["--allow-repeats"] if request.get("repeats") else []
+    words += ["--cache-dir", str(cache_dir)] if str(cache_dir) != "cache" else []
+    return " ".join(map(shlex.quote, words))
+
+
+def overrides_of(request: Json, cache_dir: Place) -> str:
     """What to say on a command line to name a request, quoted for a shell."""
     model, dataset = request["model"], request["dataset"]
     if model["path"] == BUILTIN and model["name"] == "world":
@@ -205,6 +278,8 @@ def overrides_of(request: Json, cache_dir: Path) -> str:
     words += [f"model.{key}={model[key]}" for key in ("dtype", "attention") if model[key] != "auto"]
     words += asking.words_of(dataset)
     words += [f"cache.codec={request['codec']}"] if request["codec"] != Codec.raw else []
+    targets = targets_of(request)
+    words += [f"cache.targets={targets}"] if targets is not Targets.stored else []
     words += [f"cache.dir={cache_dir}"] if str(cache_dir) != "cache" else []
     return " ".join(shlex.quote(word) for word in words)
 
@@ -217,15 +292,32 @@ def checksum(attributes: Json) -> int:
 def checksum_of(file: Path, n_bytes: int) -> int:
     """crc32c of the first n_bytes of a file, read in pieces (bytes, so that other threads go on meanwhile). Raises
     EOFError when it is shorter."""
-    crc = 0
     with file.open("rb", buffering=0) as stream:
-        while n_bytes:
-            piece = stream.read(min(PIECE_BYTES, n_bytes))
-            if not piece:
-                raise EOFError(f"{file} ends early")
-            crc = google_crc32c.extend(crc, piece)
-            n_bytes -= len(piece)
+        return checksum_in(stream, n_bytes)
+
+
+def checksum_in(stream: io.FileIO, n_bytes: int) -> int:
+    """The same of an open file, from where it stands."""
+    crc = 0
+    while n_bytes:
+        piece = stream.read(min(PIECE_BYTES, n_bytes))
+        if not piece:
+            raise EOFError(f"{stream.name} ends early")
+        crc = google_crc32c.extend(crc, piece)
+        n_bytes -= len(piece)
     return int(crc)
+
+
+def read_into(stream: io.FileIO, offset: int, out: NDArray[Any]) -> None:
+    """Bytes of an open file from `offset` on into a contiguous array. Raises EOFError when it ends early."""
+    flat = out.reshape(-1).view(np.uint8).data
+    stream.seek(offset)
+    done = 0
+    while done < flat.nbytes:
+        n = stream.readinto(flat[done:])
+        if not n:
+            raise EOFError(f"{stream.name} ends early")
+        done += n
 
 
 def canonical(value: Json) -> bytes:
@@ -249,7 +341,7 @@ def total_bytes(specs: dict[str, Spec]) -> int:
 
 def token_bytes(specs: dict[str, Spec]) -> int:
     """Of a training row, before compression."""
-    return sum(int(np.prod(specs[name].shape[1:])) * np.dtype(specs[name].dtype).itemsize for name in STORED)
+    return sum(int(np.prod(specs[name].shape[1:])) * np.dtype(specs[name].dtype).itemsize for name in stored(specs))
 
 
 def gb(n_bytes: int) -> str:

@@ -3,9 +3,11 @@
 1. An epoch visits the shards in a seeded order, and the rows of each in a seeded order. Epochs follow one another
    without end, and batch b is rows [b*B, (b+1)*B) of that stream, so a position in it is one integer.
 2. One thread brings shards: as memory maps, or read into buffers that are used again (`cache.read`). A second one
-   gathers rows from them into batches, in buffers that are used again. Both run ahead by a fixed number.
+   gathers rows from them into batches, in buffers that are used again. Both run ahead by a fixed number. Of a remote
+   cache the files of more shards are fetched ahead, several at a time (`data/readahead.py`).
 
 Since rows are stored in an order that is random over the whole cache, a batch mixes contexts as an ideal shuffle would.
+A shard of a merged cache holds a share of each part (`merged.py`), so that this is so there too.
 """
 
 import logging
@@ -15,17 +17,17 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, NamedTuple, Self, TypeVar
+from typing import Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.cache import Cache, Shard
+from pipeline.data.cache import Cache
 from pipeline.data.codecs import COMPRESSED
-from pipeline.data.layout import STORED, little
-from pipeline.data.options import CacheOptions, Read
+from pipeline.data.options import CacheOptions, Codec, Read
+from pipeline.data.pieces import Shard, Source, take
+from pipeline.data.readahead import HoldAhead, n_ahead
 from pipeline.data.shuffle import Permutation, derive
 from pipeline.errors import UserError
 
@@ -35,8 +37,8 @@ BATCHES_AHEAD = 2
 """Batches that are being gathered, or wait, while the trainer has one."""
 
 T = TypeVar("T")
-Stored = list[NDArray[Any]]
-"""The rows of a shard in each of the stored arrays: uint16 or int8 [n, L, D]"""
+Stored = list[list[Source]]
+"""The rows of a shard in each of the stored arrays."""
 
 
 class Batch(NamedTuple):
@@ -44,8 +46,8 @@ class Batch(NamedTuple):
 
     resid_mid: Tensor
     """bfloat16 [B, L, D]"""
-    mlp_out: Tensor
-    """bfloat16 [B, L, D]"""
+    mlp_out: Tensor | None
+    """bfloat16 [B, L, D]; None where it is recomputed (cache.targets=recompute)"""
     rows: Tensor
     """int64 [B], row numbers in the cache"""
 
@@ -84,19 +86,19 @@ class Loader:
         self._buffers = [
             Batch(
                 torch.empty(shape, dtype=torch.bfloat16, pin_memory=pin),
-                torch.empty(shape, dtype=torch.bfloat16, pin_memory=pin),
+                torch.empty(shape, dtype=torch.bfloat16, pin_memory=pin) if "mlp_out" in cache.stored else None,
                 torch.empty(batch_tokens, dtype=torch.int64, pin_memory=pin),
             )
             for _ in range(BATCHES_AHEAD + 1)
         ]
-        spec = cache.specs[STORED[0]]
         n_shard_buffers = shards_ahead + 1 if self.read is Read.readinto else 0
-        self._shard_buffers = [
-            [np.empty(spec.chunk_shape, little(spec.dtype)) for _ in STORED] for _ in range(n_shard_buffers)
-        ]
-        self._codes = [cache.code(name) for name in STORED]
-        self._gathered = np.empty(shape if self._codes[0] else 0, np.int8)
-        """Rows of a batch that are yet to be decoded."""
+        self._shard_buffers = [[cache.buffer(name) for name in cache.stored] for _ in range(n_shard_buffers)]
+        several = any(len(shard.pieces) > 1 for shard in self._shards)
+        stored = np.int8 if cache.codec is Codec["int8"] else np.uint16
+        self._gathered = np.empty(shape if several or cache.codec is Codec["int8"] else 0, stored)
+        """Rows of a batch that are yet to be decoded, or put where they belong."""
+        n_held = n_ahead(cache, shards_ahead)
+        self._visited = HoldAhead(self._visits(), lambda visit: cache.hold(visit[0]), n_held)
         self._reader = _Ahead(self._bring_shards(), shards_ahead, "shards")
         self._gatherer = _Ahead(self._gather(), BATCHES_AHEAD, "batches")
 
@@ -104,7 +106,7 @@ class Loader:
     def buffer_bytes(self) -> int:
         """Memory of the buffers: BATCHES_AHEAD + 1 batches and, when shards are read into memory,
         shards_ahead + 1 shards. Of maps, the system keeps in memory what it has room for."""
-        batches = sum(t.nbytes for batch in self._buffers for t in batch) + self._gathered.nbytes
+        batches = sum(t.nbytes for batch in self._buffers for t in batch if t is not None) + self._gathered.nbytes
         return batches + sum(array.nbytes for arrays in self._shard_buffers for array in arrays)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -127,6 +129,7 @@ class Loader:
         """Stop the threads."""
         self._reader.stop()
         self._gatherer.stop()
+        self._visited.close()
 
     def _visits(self) -> Iterator[tuple[Shard, Permutation, int]]:
         """(shard, order of its rows, first of them to take) from the start position on, without end."""
@@ -136,44 +139,33 @@ class Loader:
             for number in order.forward(np.arange(len(self._shards))):
                 shard = self._shards[number]
                 if skip < shard.n_rows:
-                    yield shard, Permutation(shard.n_rows, derive(self._seed, "rows", epoch, shard.chunk)), skip
+                    yield shard, Permutation(shard.n_rows, derive(self._seed, "rows", epoch, shard.number)), skip
                 skip = max(0, skip - shard.n_rows)
             epoch += 1
 
     def _bring_shards(self) -> Iterator[tuple[Shard, Permutation, int, Stored]]:
-        for turn, (shard, order, skip) in enumerate(self._visits()):
-            if self.read is Read.mmap:
-                arrays = [self.cache.map_chunk(name, shard.chunk) for name in STORED]
-            else:
-                buffers = self._shard_buffers[turn % len(self._shard_buffers)]
-                arrays = [self.cache.read_chunk(n, shard.chunk, out) for n, out in zip(STORED, buffers, strict=True)]
-            yield shard, order, skip, arrays
+        names = self.cache.stored
+        for turn, (shard, order, skip) in enumerate(self._visited):
+            buffers = self._shard_buffers[turn % len(self._shard_buffers)] if self._shard_buffers else None
+            stored = [self.cache.bring(shard, n, buffers[i] if buffers else None) for i, n in enumerate(names)]
+            yield shard, order, skip, stored
 
     def _gather(self) -> Iterator[Batch]:
         turn, filled = 0, 0
         while True:
-            shard, order, done, arrays = self._reader.get()
+            shard, order, done, stored = self._reader.get()
             while done < shard.n_rows:
                 batch = self._buffers[turn % len(self._buffers)]
                 n = min(shard.n_rows - done, self._batch_tokens - filled)
                 index = order.forward(np.arange(done, done + n))
-                for source, code, target in zip(arrays, self._codes, batch, strict=False):
-                    rows = target[filled : filled + n]
-                    if code is None:
-                        _take(source, index, rows.view(torch.uint16).numpy())
-                    else:
-                        _take(source, index, self._gathered[:n])
-                        code.decode(torch.from_numpy(self._gathered[:n]), rows)
-                batch.rows.numpy()[filled : filled + n] = shard.first + index
+                for sources, target in zip(stored, batch, strict=False):
+                    assert target is not None
+                    take(sources, index, target[filled : filled + n], self._gathered)
+                batch.rows.numpy()[filled : filled + n] = shard.rows(index)
                 done, filled = done + n, filled + n
                 if filled == self._batch_tokens:
                     yield batch
                     turn, filled = turn + 1, 0
-
-
-def _take(source: NDArray[Any], index: NDArray[np.int64], out: NDArray[Any]) -> None:
-    """out = source[index]. `clip` because numpy goes through a copy of `out` otherwise; the index is in range."""
-    np.take(source, index, axis=0, out=out, mode="clip")
 
 
 def choose_read(cache: Cache, asked: Read) -> Read:

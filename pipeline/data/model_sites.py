@@ -25,6 +25,8 @@ class Sites(NamedTuple):
     """Within a layer: the norm in front of the MLP, whose input is resid_mid."""
     mlp_out: str
     """Within a layer: the module whose output is added to the residual stream."""
+    mlp: str | None
+    """Within a layer: the MLP. None where it is no module of its own."""
     is_rms: bool
     """RMSNorm; else LayerNorm."""
     gain_offset: float
@@ -47,6 +49,7 @@ def sites_of(options: ModelOptions, weights: "PreTrainedModel") -> Sites:
         blocks=block.name,
         norm=block.submodules["ln2"].name,
         mlp_out=_name_of(block, added),
+        mlp=block.submodules["mlp"].name if "mlp" in block.submodules else None,
         is_rms=bool(cfg.uses_rms_norm),
         gain_offset=float(bool(getattr(cfg, "rmsnorm_uses_offset", False))),
     )

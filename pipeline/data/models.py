@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.normalize import MlpNorm
+from pipeline.data.mlps import Mlps
 from pipeline.data.model_files import check_files, fetch, weights_hash
 from pipeline.data.model_loading import load_tokenizer, load_weights, resolve_device, resolve_dtype
 from pipeline.data.model_sites import sites_of
@@ -176,6 +177,20 @@ class LanguageModel:
                     found = f"{type(module).__name__} of {self.architecture}"
                     raise UserError(f"model={self.name}: {found} is no plain LayerNorm or RMSNorm; use another model")
         return norm
+
+    def mlps(self) -> Mlps:
+        """The norm and the MLP of each layer that is read (in Gemma-2 the norm behind it too): this model's own
+        modules, on its device, so that their arithmetic is its own. Raises UserError where an MLP is no module."""
+        names = [self._sites.norm, self._sites.mlp, self._sites.mlp_out]
+        if self._sites.mlp is None:
+            raise UserError(
+                f"model={self.name}: the MLP of {self.architecture} is no module that can be run alone; "
+                "use cache.targets=stored"
+            )
+        if f"{self._sites.mlp_out}.".startswith(f"{self._sites.mlp}."):
+            names.pop()  # the MLP's own output is what is added
+        layers = [[self._module(layer, name) for name in names if name is not None] for layer in self.layers]
+        return Mlps(layers, self.d_model, self.dtype, self.device, f"model={self.name}")
 
     def weights_hash(self) -> str:
         """sha256 of the weights as they are stored, whatever dtype and device they were loaded to."""

@@ -58,6 +58,11 @@ Codec = StrEnum(
 """How rows are stored (`data/codecs.py`). Hydra names the members of an enum, so they are called what they are."""
 
 
+class Targets(StrEnum):
+    stored = "stored"
+    recompute = "recompute"
+
+
 class Write(StrEnum):
     auto = "auto"
     scatter = "scatter"
@@ -197,6 +202,10 @@ class DatasetOptions(SourceOptions):
     separator: Separator = Separator.eos
     """What stands between documents: the end-of-text token, or nothing (none), for rows that were packed before."""
 
+    skip_tokens: str = "0"
+    """Training rows that are left out at the start, a count as n_tokens is, rounded up to whole contexts: what an
+    earlier cache of that n_tokens holds. Held-out contexts are the same with and without."""
+
     sources: dict[str, MemberOptions] = field(default_factory=dict)
     """Of a mixture: its members by name. Null options of theirs mean what they mean in a data set."""
 
@@ -204,10 +213,20 @@ class DatasetOptions(SourceOptions):
 @dataclass
 class CacheOptions:
     dir: str = "cache"
-    """Where caches live: one directory for each (model, dataset, codec) request, named by its content."""
+    """Where caches live: one directory for each (model, dataset, codec) request, named by its content. A folder, or an
+    address in an object store (s3://bucket/prefix, gs://, az://; docs/remote.md)."""
+
+    path: str | None = None
+    """Train on this very cache: its directory, or the beginning of its name or key as for `clt cache info`. Null: the
+    one of the model and the dataset that are named, or the newest."""
 
     codec: Codec = Codec.raw
-    """How rows are stored: raw is bfloat16 bits, memory-mapped."""
+    """How rows are stored: raw is bfloat16 bits, memory-mapped; int8 is half of that; blosc-lz4-bitshuffle and pcodec
+    lose nothing and need room for raw while they are extracted."""
+
+    targets: Targets = Targets.stored
+    """Whether the training rows hold mlp_out: stored, or recompute for half the disk. With recompute the trainer
+    computes mlp_out from resid_mid by the base model's own MLPs, which it loads."""
 
     shard_mb: str = "auto"
     """Size of a shard file in MB (2^20 bytes). auto is 32, doubled while there would be more than 16,384 shards."""
@@ -222,6 +241,14 @@ class CacheOptions:
 
     shards_ahead: int = 1
     """Shards that are being read, or wait, while the trainer takes the rows of one. No effect on the result."""
+
+    local_dir: str | None = None
+    """Folder of this machine for files of remote caches, and for a cache that is extracted to a remote place. Null:
+    clt under $XDG_CACHE_HOME or ~/.cache. Not used by a cache.dir that is a folder."""
+
+    local_gb: float = 50.0
+    """Most GB (10^9 bytes) of files of remote caches that are kept in local_dir; those that were not used for longest
+    go first. A cache that is being extracted comes on top."""
 
 
 @dataclass

@@ -82,13 +82,20 @@ class Marks(NamedTuple):
 
 
 class Stream:
-    """Tokens of one split, four bytes each, up to `limit` of them (None: no limit). With `at_most` fewer will do, as
-    many full contexts as there are."""
+    """Tokens of one split, four bytes each, up to `limit` of them (None: no limit), behind the first `skip`, which are
+    not kept. With `at_most` fewer will do, as many full contexts as there are."""
 
-    def __init__(self, limit: int | None, at_most: bool = False) -> None:
+    def __init__(self, limit: int | None, at_most: bool = False, skip: int = 0) -> None:
         self.limit = limit
         self.at_most = at_most
+        self.skip = skip
+        self.skipped = 0
         self.tokens: array[int] = array("i")
+
+    @property
+    def n_seen(self) -> int:
+        """Tokens that came, kept or not."""
+        return self.skipped + len(self.tokens)
 
     def trim(self, cut: Cut) -> int:
         """Drop what fills no context, where only full ones count. -> rows that are left"""
@@ -107,6 +114,8 @@ class Stream:
         return self.limit is not None and len(self.tokens) < self.limit and not self.at_most
 
     def add(self, ids: list[int]) -> None:
-        self.tokens.extend(ids)
+        n = min(self.skip - self.skipped, len(ids))
+        self.skipped += n
+        self.tokens.extend(ids[n:])
         if self.limit is not None:
             del self.tokens[self.limit :]

@@ -36,7 +36,9 @@ from pipeline.data.layout import (
     is_conversion,
     prefix,
     spec_of,
+    stored,
     sums_shape,
+    targets_of,
     token_bytes,
     total_bytes,
     with_codec,
@@ -87,7 +89,7 @@ class Plan(NamedTuple):
 
     @property
     def bytes_per_token(self) -> int:
-        """Before compression."""
+        """Of a training row, before compression."""
         return token_bytes(self.specs)
 
     @property
@@ -134,7 +136,7 @@ class Plan(NamedTuple):
         return [block for block in self.blocks if block.number in wanted]
 
     def _unfinished_rows(self, split: Split) -> Iterator[NDArray[np.int64]]:
-        for name in (prefix(split) + name for name in STORED):
+        for name in (prefix(split) + name for name in stored(self.specs, split)):
             spec, done = self.specs[name], self.finished.get(name, {})
             for chunk in set(range(spec.n_chunks)) - set(done):
                 yield np.arange(chunk * spec.chunk_rows, chunk * spec.chunk_rows + spec.rows_in(chunk))
@@ -152,6 +154,7 @@ def describe(
     names = ("torch", "transformers", "transformer-lens", "datasets", "zarr", "numpy")
     fields = ("name", "path", "revision", "architecture", "n_layers", "d_model", "vocab_size")
     norm = model.mlp_norm()
+    targets = {"targets": request["targets"]} if "targets" in request else {}
     return {
         "kind": KIND,
         "schema": SCHEMA,
@@ -163,6 +166,7 @@ def describe(
         "dataset": json.loads(json.dumps(asdict(dataset)))
         | {"fingerprint": tokens.fingerprint(packed), "resolved": tokens.resolved(dataset)},
         "hooks": HOOKS,
+        **targets,
         "norm": {"kind": norm.kind, "eps": norm.eps},
         "context": dataset.context,
         "bos_token_id": bos_token_id,
@@ -182,7 +186,8 @@ def make_plan(path: Path, about: Json, norm: MlpNorm, packed: dict[Split, Packed
     sizes = {split: Size(len(packed[split].contexts), packed[split].n_rows) for split in Split}
     n_layers, d_model = norm.gain.shape
     codec = _codec_of(about)
-    specs = with_codec(hierarchy(n_layers, d_model, about["context"], sizes, shard_mb), codec)
+    raw = hierarchy(n_layers, d_model, about["context"], sizes, shard_mb, targets_of(about["request"]))
+    specs = with_codec(raw, codec)
     before = read_attributes(path) if (path / "zarr.json").exists() else read_state(path)
     if before is not None and is_conversion(before):
         fix = f"go on with {command_to_go_on(before, path.parent)}, or remove it"
@@ -217,7 +222,7 @@ def check_space(plan: Plan, more: int = 0) -> None:
     free, needed = free_bytes(plan.path), plan.missing_bytes + more
     if needed > free:
         sizes = f"{gb(needed)} to write, {gb(free)} free on {disk_of(plan.path)}"
-        fix = "use a smaller dataset.n_tokens, or cache.dir= on another disk"
+        fix = "use a smaller dataset.n_tokens, or cache.dir= (of a remote cache: cache.local_dir=) on another disk"
         spilled = ", which wait uncompressed until they are sorted" if plan.codec in COMPRESSED else ""
         raise UserError(f"the cache does not fit: {sizes} ({plan.bytes_per_token:,} bytes a token{spilled}); {fix}")
 

@@ -25,17 +25,23 @@ logger = logging.getLogger(__name__)
 def publish(path: Path, specs: dict[str, Spec], about: Json, crcs: Mapping[str, Mapping[int, int]]) -> None:
     """All chunks are there, with these checksums: then it is a cache. about: the attributes but for the manifest, the
     date and the checksum."""
+    data = metadata_of(path, specs, about, crcs)
+    sync(Path(place, name) for place, _, names in os.walk(path) for name in [".", *names])
+    root.write(path, data)
+
+
+def metadata_of(path: Path, specs: dict[str, Spec], about: Json, crcs: Mapping[str, Mapping[int, int]]) -> bytes:
+    """Writes the metadata of all arrays. -> that of the root, which is to be written when all else is on disk"""
     children = zarr_metadata(specs, {})
     del children[root.NAME]
     for name, data in children.items():
         (path / name).write_bytes(data)
-    sync(Path(place, name) for place, _, names in os.walk(path) for name in [".", *names])
     metadata = {name: google_crc32c.value(data) for name, data in children.items()}
     attributes = {key: value for key, value in about.items() if key not in ("manifest", "created", "checksum")}
     attributes |= {"manifest": {"arrays": manifest(path, specs, crcs), "metadata": metadata}}
     attributes = json.loads(json.dumps(attributes | {"created": datetime.now(UTC).isoformat()}))
     attributes["checksum"] = checksum(attributes)
-    root.write(path, zarr_metadata({}, attributes)[root.NAME])
+    return zarr_metadata({}, attributes)[root.NAME]
 
 
 def manifest(path: Path, specs: dict[str, Spec], crcs: Mapping[str, Mapping[int, int]]) -> Json:

@@ -88,7 +88,7 @@ def prepare(plan: Plan, sample: Sample | None) -> Codes:
     return Codes(plan._replace(finished=finished, about=about), codes, changed)
 
 
-def stored(split: Split, rows: Rows, norm: MlpNorm, codes: dict[str, Int8]) -> tuple[Rows, Tensor]:
+def as_stored(split: Split, rows: Rows, norm: MlpNorm, codes: dict[str, Int8]) -> tuple[Rows, Tensor]:
     """Rows as they are stored, and their sums, float64 [n, 2, L, D] (`Plan.sums_shape`; of held-out rows, which are
     never encoded, without what a code loses). norm and codes on the rows' device."""
     total = sums(rows, norm)

@@ -29,7 +29,8 @@ def too_short(options: DatasetOptions, rows: dict[Split, int], unfinished: Unfin
     if found := nothing(unfinished):
         return f"{named(options)}: {found}"
     held_out = {split: rows[split] // (options.context - 1) for split in (Split.calibration, Split.evaluation)}
-    found = f"{rows[Split.train]} training rows, " + " and ".join(
+    skips = unfinished.streams[Split.train].skip > 0
+    found = f"{rows[Split.train]} training rows{' behind what is skipped' * skips}, " + " and ".join(
         f"{n} {split} contexts" for split, n in held_out.items()
     )
     fixes = []
@@ -40,6 +41,8 @@ def too_short(options: DatasetOptions, rows: dict[Split, int], unfinished: Unfin
     if options.held_out is not None and 0 < smallest < options.held_out:
         fixes.append(f"dataset.held_out={smallest}")
     fix = "use " + " ".join(fixes) if fixes and smallest else "give more text"
+    if skips and not rows[Split.train]:
+        fix += " or a smaller dataset.skip_tokens"
     if not smallest:
         n = _counts(unfinished)["packed"]
         fix += (
@@ -47,6 +50,7 @@ def too_short(options: DatasetOptions, rows: dict[Split, int], unfinished: Unfin
             f"documents, a twentieth of them each, and there {'is' if n == 1 else 'are'} {n:,}"
         )
     asked = f"dataset.n_tokens={options.n_tokens} dataset.held_out={options.held_out}"
+    asked += f" dataset.skip_tokens={options.skip_tokens}" if skips else ""
     end = "the text ends"
     if mixture:
         n = (unfinished.members or {})[unfinished.ended]["n_tokens"]

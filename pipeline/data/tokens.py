@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MOST_HELD_OUT", "Packed", "Split", "bos_of", "check", "count", "documents", "fingerprint", "pack", "pack_other",
-    "resolved", "sizes", "source_identity", "split_of", "texts",
+    "resolved", "sizes", "skipped", "source_identity", "split_of", "texts",
 ]  # fmt: skip
 
 Json = dict[str, Any]
@@ -58,10 +58,17 @@ def count(text: str) -> int:
     return int(value)
 
 
+def skipped(options: DatasetOptions) -> int:
+    """Training rows that dataset.skip_tokens leaves out, before they are rounded to contexts. Raises UserError for what
+    is no count."""
+    return 0 if re.fullmatch(r"\s*0+\s*", options.skip_tokens, re.ASCII) else count(options.skip_tokens)
+
+
 def check(options: DatasetOptions) -> None:
     """Raises UserError for options that contradict one another, before anything is read."""
     if options.n_tokens != "all":
         count(options.n_tokens)
+    skipped(options)
     checks.check(options)
 
 
@@ -83,14 +90,15 @@ def pack(
     bos_token_id: int | None,
     workspace: Path | None = None,
 ) -> dict[Split, Packed]:
-    """All three splits of a data set: exactly `n_tokens` training rows (or all there are), and `held_out` full contexts
-    each for calibration and evaluation. With `workspace`, a directory of the caller's, an interrupted call goes on, and
-    a finished one costs nothing a second time. Raises UserError when the text ends first, with what it holds and the
-    fix."""
+    """All three splits of a data set: exactly `n_tokens` training rows (or all there are) behind those of
+    `skip_tokens`, and `held_out` full contexts each for calibration and evaluation. With `workspace`, a directory of
+    the caller's, an interrupted call goes on, and a finished one costs nothing a second time. Raises UserError when the
+    text ends first, with what it holds and the fix."""
     check(options)
     cut, marks = _layout(options, tokenizer, bos_token_id)
     n_train = None if options.n_tokens == "all" else cut.n_tokens(count(options.n_tokens))
-    streams = {split: Stream(n_train) if split is Split.train else _held_out(options, cut) for split in Split}
+    train = Stream(n_train, skip=cut.n_contexts(skipped(options)) * cut.width)
+    streams = {split: train if split is Split.train else _held_out(options, cut) for split in Split}
     unfinished = Unfinished(workspace, _key(options, tokenizer, bos_token_id) if workspace else "", streams)
     fill(options, streams, tokenizer, marks, unfinished)
     rows = {split: cut.n_rows(len(stream.tokens)) for split, stream in streams.items()}
@@ -103,8 +111,10 @@ def pack_other(
     options: DatasetOptions, tokenizer: "PreTrainedTokenizerBase", bos_token_id: int | None, split: Split | None
 ) -> Packed:
     """`held_out` full contexts of one split, or of all documents (None): evaluation on another text, which needs no
-    training rows (`n_tokens` plays no part). Raises UserError when the text ends first."""
+    training rows (`n_tokens` plays no part). Raises UserError when the text ends first, and for `skip_tokens`."""
     check(options)
+    if skipped(options):
+        raise UserError("dataset.skip_tokens leaves out training text, of which an evaluation takes none; drop it")
     cut, marks = _layout(options, tokenizer, bos_token_id)
     wanted = _held_out(options, cut)
     streams = {part: wanted if split in (part, None) else Stream(0) for part in Split}
@@ -184,6 +194,8 @@ def fingerprint(packed: dict[Split, Packed]) -> str:
 
 def _check_text(options: DatasetOptions) -> None:
     check(options)
+    if skipped(options):
+        raise UserError("dataset.skip_tokens counts tokens, of which there are none before a tokenizer; drop it")
     for label, source in sources_of(options).values():
         if source.content is Content.tokens:
             raise UserError(f"{label}.content=tokens holds no text for a tokenizer; give text or chats")

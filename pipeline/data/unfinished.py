@@ -56,7 +56,9 @@ class Unfinished:
             self._saved[split] = len(stream.tokens)
         sync([*(self._file(split) for split in self.streams), self.directory])
         lengths = {split.value: n for split, n in self._saved.items()}
+        skipped = {split.value: stream.skipped for split, stream in self.streams.items()}
         state = {"key": self.key, "complete": complete, "ended": ended, "lengths": lengths, "members": members}
+        state["skipped"] = skipped
         write_aside(self.directory / "state.json", json.dumps(state).encode())
         self._last = time.monotonic()
 
@@ -75,6 +77,7 @@ class Unfinished:
                 stream.tokens = _little(array("i", stored.read()))
             assert len(stream.tokens) == n, f"{self._file(split)} is shorter than recorded"
             self._saved[split] = n
+            stream.skipped = state["skipped"][split.value] if state else 0
         if state is not None:
             self.members, self.complete, self.ended = state["members"], state["complete"], state["ended"]
             done = sum(self._saved.values())

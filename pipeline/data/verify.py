@@ -2,13 +2,18 @@
 
 import shlex
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import google_crc32c
 
 from pipeline.data import root
+from pipeline.data.address import Place, Remote
+from pipeline.data.chunk_files import repair, wrong
 from pipeline.data.layout import CRC_BYTES, PIECE_BYTES, Json, command_of, file_bytes, spec_of
+from pipeline.data.remote import Store
 
 Report = Callable[[int], object]
 """Told the bytes that have been dealt with since the last time."""
@@ -17,7 +22,7 @@ Report = Callable[[int], object]
 class Problem(NamedTuple):
     """A file that is not what was written."""
 
-    file: Path
+    file: Place
     array: str
     """"" for Zarr's metadata"""
     chunk: int
@@ -29,14 +34,19 @@ class Problem(NamedTuple):
         return f"chunk {self.chunk} of {self.array}" if self.array else str(self.file)
 
 
-def n_files(attributes: Json) -> int:
+def n_files(path: Place, attributes: Json) -> int:
     manifest = attributes["manifest"]
-    return 1 + len(manifest["metadata"]) + sum(len(entry["crc32c"]) for entry in manifest["arrays"].values())
+    copies = int(_has_copy(path, attributes))
+    return copies + len(manifest["metadata"]) + sum(len(entry["crc32c"]) for entry in manifest["arrays"].values())
 
 
-def problems(path: Path, attributes: Json, report: Report) -> Iterator[Problem]:
+def problems(path: Place, attributes: Json, report: Report) -> Iterator[Problem]:
     """Every chunk of every array, Zarr's metadata and the copy of the root's, read and compared. The size of each chunk
-    is reported when it is dealt with, whether it is there or not."""
+    is reported when it is dealt with, whether it is there or not. Of a cache in a store every object is read from
+    there, several at a time, whatever copies there are on this machine."""
+    if isinstance(path, Remote):
+        yield from _in_store(path, attributes, report)
+        return
     for name, entry in attributes["manifest"]["arrays"].items():
         spec = spec_of(entry)
         for chunk in range(spec.n_chunks):
@@ -48,14 +58,51 @@ def problems(path: Path, attributes: Json, report: Report) -> Iterator[Problem]:
         what = _metadata(path / name, expected)
         if what is not None:
             yield Problem(path / name, "", 0, what)
-    if (what := _copy(path)) is not None:
+    if _has_copy(path, attributes) and (what := _copy(path)) is not None:
         yield Problem(path / root.COPY, "", 0, what)
 
 
-def mend(found: list[Problem], request: Json, cache_dir: Path) -> str:
-    """The command that makes these files again, and nothing else."""
-    there = [shlex.quote(str(problem.file)) for problem in found if problem.file.exists()]
-    command = command_of(request, cache_dir)
+def _in_store(path: Remote, attributes: Json, report: Report) -> Iterator[Problem]:
+    store = Store(path, "later")
+    arrays = attributes["manifest"]["arrays"]
+    chunks = [(name, chunk, n) for name, entry in arrays.items() for chunk, n in enumerate(_sizes(entry))]
+
+    def look(where: tuple[str, int, int]) -> Problem | None:
+        name, chunk, n_bytes = where
+        key = spec_of(arrays[name]).file(Path(), name, chunk).as_posix()
+        what = _object(store, key, lambda data: wrong(data, n_bytes, arrays[name]["crc32c"][chunk]))
+        return Problem(path / key, name, chunk, what) if what is not None else None
+
+    with ThreadPoolExecutor(max(1, min(8, (1 << 29) // max(n for *_, n in chunks)))) as threads:
+        try:
+            for (*_, n_bytes), problem in zip(chunks, threads.map(look, chunks), strict=True):
+                report(n_bytes)
+                if problem is not None:
+                    yield problem
+        finally:
+            threads.shutdown(cancel_futures=True)
+    for key, expected in attributes["manifest"]["metadata"].items():
+        if (what := _object(store, key, partial(_wrong_metadata, expected=expected))) is not None:
+            yield Problem(path / key, "", 0, what)
+
+
+def _object(store: Store, key: str, compare: Callable[[bytes], str | None]) -> str | None:
+    try:
+        return compare(store.get(key))
+    except FileNotFoundError:
+        return "is missing"
+
+
+def _sizes(entry: Json) -> list[int]:
+    return [file_bytes(entry, chunk) for chunk in range(spec_of(entry).n_chunks)]
+
+
+def mend(found: list[Problem], request: Json, path: Place) -> str:
+    """What makes these files of the cache at `path` again, and nothing else."""
+    if isinstance(path, Remote):
+        return repair(path, request)
+    there = [shlex.quote(str(problem.file)) for problem in found if Path(str(problem.file)).exists()]
+    command = command_of(request, path.parent)
     return f"rm {' '.join(there)} && {command}" if there else command
 
 
@@ -89,6 +136,11 @@ def _chunk(file: Path, whole: int, expected: int, report: Report) -> str | None:
     return None if stored == expected else "ends with a checksum that is not its own"
 
 
+def _has_copy(path: Place, attributes: Json) -> bool:
+    """Of zarr.json: in stores there is none, and a merged cache is soon merged again."""
+    return not isinstance(path, Remote) and "parts" not in attributes
+
+
 def _copy(path: Path) -> str | None:
     """Of the copy of zarr.json."""
     if not (path / root.COPY).exists():
@@ -104,4 +156,8 @@ def _metadata(file: Path, expected: int) -> str | None:
         return "is missing"
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
+    return _wrong_metadata(data, expected)
+
+
+def _wrong_metadata(data: bytes, expected: int) -> str | None:
     return None if google_crc32c.value(data) == expected else "does not hold what was written (wrong checksum)"

@@ -33,7 +33,7 @@ from pipeline.data.cache import read_attributes
 from pipeline.data.codecs import Int8, told
 from pipeline.data.harvest import Rows, statistics
 from pipeline.data.journal import Journal
-from pipeline.data.layout import JOURNAL, SITES, STORED, Json, prefix
+from pipeline.data.layout import JOURNAL, SITES, STORED, Json, prefix, stored
 from pipeline.data.options import Write
 from pipeline.data.parts import Part
 from pipeline.data.plan import Block, Plan, planned_again
@@ -128,9 +128,10 @@ class Writer:
             index = self._order.forward(index)
         by_place = np.argsort(index)
         with disk_errors(self.plan.path):
-            for name, values in zip(STORED, (rows.resid_mid, rows.mlp_out), strict=True):
-                stored = values.cpu()
-                bits = (stored.view(torch.uint16) if stored.dtype is torch.bfloat16 else stored).numpy()
+            sites = {"resid_mid": rows.resid_mid, "mlp_out": rows.mlp_out}
+            for name in stored(self.plan.specs, split):
+                values = sites[name].cpu()
+                bits = (values.view(torch.uint16) if values.dtype is torch.bfloat16 else values).numpy()
                 put = self._scatter if self._spill is None else self._spill.put
                 put(prefix(split) + name, index[by_place], bits, by_place)
 
@@ -164,12 +165,13 @@ class Writer:
                 self._sealed = self._spill.sort()
         return True
 
-    def publish(self) -> None:
-        """Checksums, small arrays, metadata: then it is a cache. `finish` must have said so."""
+    def publish(self, found: Json | None = None) -> None:
+        """Checksums, small arrays, metadata: then it is a cache. `finish` must have said so. found: attributes that
+        were not known before."""
         plan = self.plan
         with disk_errors(plan.path):
             small, about = self._write_small_arrays()
-            publish(plan.path, plan.specs, about, self._crcs | self._seal() | small)
+            publish(plan.path, plan.specs, about | (found or {}), self._crcs | self._seal() | small)
         self._journal.remove()
 
     def _check_unchanged(self) -> None:

@@ -27,7 +27,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.layout import STORED, gb
+from pipeline.data.address import folder_of
+from pipeline.data.layout import STORED, gb, stored
+from pipeline.data.options import Targets
 from pipeline.data.plan import disk_of, free_bytes
 from pipeline.errors import UserError
 from pipeline.files import existing, write_aside
@@ -47,14 +49,14 @@ ALLOWANCE = 32 << 20
 def run(cfg: BenchCacheConfig) -> Path:
     """Measures, prints a table and writes it as JSON. -> the file"""
     bench = cfg.bench
-    row_bytes = 2 * len(STORED) * bench.n_layers * bench.d_model
+    row_bytes = row_bytes_of(cfg)
     if min(bench.mb, bench.n_layers, bench.d_model, bench.write_tokens, bench.batch_tokens) < 1 or bench.rounds < 3:
         raise UserError("bench.rounds >= 3 is needed, and the sizes in bench.* from 1 on; mend the one that is below")
     if (n_rows := (bench.mb << 20) // row_bytes) < max(bench.batch_tokens, passes.CONTEXT):
         fix = f"use more bench.mb, or a smaller bench.batch_tokens (now {bench.batch_tokens})"
         raise UserError(f"bench.mb={bench.mb} holds {n_rows} rows of {row_bytes:,} bytes, no batch; {fix}")
     speed = _trainer_speed(cfg.run)
-    with tempfile.TemporaryDirectory(prefix=".bench-", dir=existing(Path(cfg.cache.dir))) as folder:
+    with tempfile.TemporaryDirectory(prefix=".bench-", dir=existing(folder_of(cfg.cache, "clt bench cache"))) as folder:
         report = _measure(cfg, Path(folder), n_rows // (passes.CONTEXT - 1))
     report["trainer_tokens_per_s"] = speed
     for line in _table(report):
@@ -86,7 +88,11 @@ def _measure(cfg: BenchCacheConfig, folder: Path, n_contexts: int) -> dict[str, 
     shape = {"rows": spec.shape[0], "n_layers": bench.n_layers, "d_model": bench.d_model}
     return {
         "shape": shape
-        | {"bytes": plan.total_bytes, "shards": len(STORED) * spec.n_chunks, "shard_bytes": spec.file_bytes},
+        | {
+            "bytes": plan.total_bytes,
+            "shards": len(stored(plan.specs)) * spec.n_chunks,
+            "shard_bytes": spec.file_bytes,
+        },
         "batch_tokens": bench.batch_tokens,
         "write_tokens": bench.write_tokens,
         "rounds": bench.rounds,
@@ -96,9 +102,15 @@ def _measure(cfg: BenchCacheConfig, folder: Path, n_contexts: int) -> dict[str, 
         "bytes_per_s": {name: statistics.median(values) for name, values in (bare | rates).items()},
         "over_bare": {name: _ratio(rates[name], base[name]) for name in rates},
         "memory": memory,
-        "row_bytes": 2 * len(STORED) * bench.n_layers * bench.d_model,
+        "row_bytes": row_bytes_of(cfg),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def row_bytes_of(cfg: BenchCacheConfig) -> int:
+    """Of a row of the scratch caches, in all of its arrays."""
+    n_arrays = len(STORED) if cfg.cache.targets is Targets.stored else 1
+    return 2 * n_arrays * cfg.bench.n_layers * cfg.bench.d_model
 
 
 def _time(variants: passes.Variants, n_rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:

@@ -44,7 +44,7 @@ def plan_of(cfg: BenchCacheConfig, path: Path, n_contexts: int) -> Plan:
     about = {
         "kind": KIND,
         "schema": SCHEMA,
-        "request": {},
+        "request": {"targets": cfg.cache.targets.value},
         "norm": {"kind": norm.kind, "eps": norm.eps},
         "seed": 0,
         "context": CONTEXT,
@@ -77,7 +77,7 @@ def reading(path: Path, batch_tokens: int) -> Variants:
     """Every way of reading, hot and cold."""
     cache = Cache.open(path)
     spec, n_batches = cache.specs[STORED[0]], cache.n_rows // batch_tokens
-    files = [spec.file(path, name, shard.chunk) for shard in cache.shards() for name in STORED]
+    files = [spec.file(path, name, shard.chunk) for shard in cache.shards() for name in cache.stored]
     buffer = np.empty(spec.file_bytes, np.uint8)
     buffer.fill(1)  # its pages are there before anything is timed
 
@@ -118,7 +118,8 @@ def _read_all(files: list[Path], buffer: NDArray[np.uint8]) -> int:
 
 
 def _consume(loader: Loader, n_batches: int) -> int:
-    return sum(batch.resid_mid.nbytes + batch.mlp_out.nbytes for batch in islice(loader, n_batches))
+    sites = ((batch.resid_mid, batch.mlp_out) for batch in islice(loader, n_batches))
+    return sum(site.nbytes for both in sites for site in both if site is not None)
 
 
 def _forget(files: list[Path]) -> None:

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from pipeline.data import models
+from pipeline.data.address import folder_of
 from pipeline.data.conveyor import Conveyor, n_buffers
 from pipeline.data.harvest import Buffers, harvest, sums
 from pipeline.data.layout import gb
@@ -54,7 +55,9 @@ def run(cfg: BenchExtractConfig) -> Path:
     model = models.load(cfg.model) if cfg.model is not None else _random_gpt2(bench.device)
     model.check_context(bench.context)
     with (
-        tempfile.TemporaryDirectory(prefix=".bench-", dir=existing(Path(cfg.cache.dir))) as folder,
+        tempfile.TemporaryDirectory(
+            prefix=".bench-", dir=existing(folder_of(cfg.cache, "clt bench extract"))
+        ) as folder,
         _scratch_cache(cfg, model, Path(folder)) as (writer, blocks),
     ):
         seconds = _time(model, writer, blocks, cfg)

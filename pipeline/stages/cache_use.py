@@ -1,7 +1,8 @@
 """Which runs use which cache: what the commands on caches ask before they answer, or remove anything.
 
 A finished run names its cache's key in final/config.json, an unfinished one in its newest checkpoint. Before the first
-checkpoint there is config.yaml alone: it names the options, and every cache of the same options counts as used.
+checkpoint there is config.yaml alone: it names the options, and every cache of the same options counts as used; or
+`cache.path`, and every cache of that name does.
 """
 
 import json
@@ -14,7 +15,8 @@ import yaml
 
 from pipeline.data.asking import asked
 from pipeline.data.inventory import Found
-from pipeline.data.options import DatasetOptions
+from pipeline.data.layout import MERGED, targets_of
+from pipeline.data.options import DatasetOptions, Targets
 from pipeline.errors import UserError
 from pipeline.plain import from_plain
 from pipeline.train import checkpoint
@@ -23,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 Use = str | Json
-"""The key of a cache, or the options of one: model, dataset, codec."""
+"""The key of a cache, or the options of one: model, dataset, codec, targets; or its path."""
 
 
 class Runs:
@@ -74,15 +76,26 @@ def _use(directory: Path) -> Use | None:
     settings = yaml.safe_load((directory / "config.yaml").read_bytes())
     if not {"model", "dataset", "cache"} <= settings.keys():
         return None
+    if settings["cache"].get("path") is not None:
+        return {"path": settings["cache"]["path"]}
     dataset = asked(from_plain(DatasetOptions, settings["dataset"]))
-    return {"model": settings["model"], "dataset": dataset, "codec": settings["cache"]["codec"]}
+    cache = settings["cache"]
+    return {
+        "model": settings["model"],
+        "dataset": dataset,
+        "codec": cache["codec"],
+        "targets": cache.get("targets", Targets.stored),
+    }
 
 
 def _names(use: Use, found: Found) -> bool:
     if isinstance(use, str):
         return use == found.key
+    if "path" in use:
+        return Path(use["path"]).name == found.path.name
     request = found.request
-    if request is None:
+    if request is None or MERGED in request:
         return False
     same_model = all(use["model"].get(key) == value for key, value in request["model"].items())
-    return same_model and use["dataset"] == request["dataset"] and use["codec"] == request["codec"]
+    same_form = use["codec"] == request["codec"] and use["targets"] == targets_of(request)
+    return same_model and use["dataset"] == request["dataset"] and same_form

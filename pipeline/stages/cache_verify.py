@@ -5,9 +5,9 @@ Nothing is mended: every damaged chunk is named, with the command that makes it 
 
 import logging
 import time
-from pathlib import Path
 
-from pipeline.data import inventory, models, verify
+from pipeline.data import inventory, merged, models, verify
+from pipeline.data.address import Place, Remote, resolved
 from pipeline.data.cache import Cache
 from pipeline.data.inventory import Found, State
 from pipeline.data.layout import gb, stored_bytes
@@ -23,10 +23,10 @@ N_CONTEXTS = 8
 """Training contexts that --against-model computes again."""
 
 
-def run(names: list[str], cache_dir: Path, against_model: bool = False, device: str = "auto") -> str:
+def run(names: list[str], cache_dir: Place, against_model: bool = False, device: str = "auto") -> str:
     """Verifies the caches that are named, or all finished ones. -> a line for each. Raises UserError when anything is
     wrong with one of them, after all have been read and everything wrong has been said."""
-    chosen = [inventory.find(cache_dir, name) for name in names] or _finished(cache_dir)
+    chosen = _with_parts([inventory.find(cache_dir, name) for name in names] or _finished(cache_dir))
     lines, wrong = [], []
     for found in chosen:
         try:
@@ -40,7 +40,21 @@ def run(names: list[str], cache_dir: Path, against_model: bool = False, device: 
     return "\n".join(lines)
 
 
-def _finished(cache_dir: Path) -> list[Found]:
+def _with_parts(chosen: list[Found]) -> list[Found]:
+    """And the parts of merged ones, each cache once. A part that is missing is said by the merged cache."""
+    places = {resolved(found.path) for found in chosen}
+    for found in list(chosen):
+        if isinstance(found.path, Remote):  # nothing merged is read there
+            continue
+        for place in merged.places_of(found.path, found.about):
+            part = inventory.look(place)
+            if part is not None and resolved(place) not in places:
+                places.add(resolved(place))
+                chosen.append(part)
+    return chosen
+
+
+def _finished(cache_dir: Place) -> list[Found]:
     """Whole or damaged. What is being made is passed over with a word."""
     there = inventory.caches(cache_dir)
     for found in there:
@@ -61,10 +75,14 @@ def _verify(found: Found, against_model: bool, device: str) -> str:
     n_bytes = stored_bytes(found.about["manifest"]["arrays"])
     with Progress(n_bytes, unit="B", desc=f"verify {found.path.name}") as progress:
         problems = list(verify.problems(found.path, found.about, progress.update))
-    n_files = verify.n_files(found.about)
+    n_files = verify.n_files(found.path, found.about)
     if problems:
         raise UserError(_say(found, problems, n_files))
-    again = f"; {_against_model(found, device)}" if against_model else ""
+    if places := merged.places_of(found.path, found.about):
+        merged.open_parts(found.path, found.about)
+        again = f"; its rows are those of {', '.join(map(str, places))}"
+    else:
+        again = f"; {_against_model(found, device)}" if against_model else ""
     seconds = time.monotonic() - start
     return f"{found.path}: all {n_files:,} checksums are right, {gb(n_bytes)} in {seconds:.1f} s{again}"
 
@@ -72,12 +90,11 @@ def _verify(found: Found, against_model: bool, device: str) -> str:
 def _say(found: Found, problems: list[verify.Problem], n_files: int) -> str:
     """Every problem as a line of its own. -> the last line"""
     assert found.request is not None
-    cache_dir = found.path.parent
     for problem in problems:
-        fix = verify.mend([problem], found.request, cache_dir)
+        fix = verify.mend([problem], found.request, found.path)
         where = problem.where if problem.array == "" else f"{found.path}: {problem.where}"
         logger.error("%s %s; make it again: %s", where, problem.what, fix)
-    fix = verify.mend(problems, found.request, cache_dir)
+    fix = verify.mend(problems, found.request, found.path)
     all_at_once = f"; make all of it again: {fix}" if len(problems) > 1 else ""
     return f"{found.path}: {len(problems):,} of {n_files:,} files are not what was written{all_at_once}"
 

@@ -16,6 +16,7 @@ from pipeline.arch.options import Site
 from pipeline.core.normalize import MlpNorm
 from pipeline.data import cache as caches
 from pipeline.data import models, tokens
+from pipeline.data.address import cache_place
 from pipeline.data.harvest import Buffers, harvest
 from pipeline.data.model_files import BUILTIN
 from pipeline.data.models import LanguageModel
@@ -86,7 +87,7 @@ def _measure(cfg: EvalConfig, trained: Trained, lm: LanguageModel, held_out: Hel
 def _cached(cfg: EvalConfig, trained: Trained) -> tuple[HeldOut, str]:
     """The evaluation split of the cache that the run was trained on."""
     key, request = trained.config["cache"]["key"], trained.config["cache"]["request"]
-    cache = caches.with_key(Path(cfg.cache.dir), key, request)
+    cache = caches.with_key(cache_place(cfg.cache), key, request)
     contexts, resid_mid, mlp_out = cache.held_out(Split.evaluation)
     x = _site(trained.site, resid_mid.float(), cache.norm)
     return HeldOut(contexts, x.shape[0], x, mlp_out.float()), Split.evaluation

@@ -27,18 +27,20 @@ from pathlib import Path
 import torch
 
 from pipeline.data import models, tokens
+from pipeline.data.address import Place, Remote, cache_place
 from pipeline.data.cache import Cache, damage, newest, read_attributes
 from pipeline.data.convert import describe as describe_codec
 from pipeline.data.conveyor import Conveyor, n_buffers
 from pipeline.data.harvest import Buffers, harvest
 from pipeline.data.journal import tidy
-from pipeline.data.layout import JOURNAL, PACKING, STORED, Json, directory_of, gb, overrides_of, request_of
+from pipeline.data.layout import JOURNAL, PACKING, STORED, Json, directory_of, gb, overrides_of, request_of, stored
 from pipeline.data.models import LanguageModel
-from pipeline.data.options import Codec
+from pipeline.data.options import Codec, Targets
 from pipeline.data.parts import Part, local_rank, one_voice, part_of, speak
 from pipeline.data.plan import Block, Plan, describe, free_bytes, make_plan
 from pipeline.data.publish import mend_root
-from pipeline.data.scales import sample_of, stored
+from pipeline.data.recompute import try_out
+from pipeline.data.scales import as_stored, sample_of
 from pipeline.data.spill import check as check_write
 from pipeline.data.spot_check import spot_check
 from pipeline.data.tokens import Packed, Split
@@ -46,54 +48,64 @@ from pipeline.data.writer import Writer
 from pipeline.errors import UserError
 from pipeline.files import remove_empty, take_lock
 from pipeline.progress import Progress
-from pipeline.stages import estimate
+from pipeline.stages import estimate, extract_remote
 from pipeline.stages.options import ExtractConfig
 
 logger = logging.getLogger(__name__)
 
 
-def run(cfg: ExtractConfig) -> Path:
+def run(cfg: ExtractConfig) -> Place:
     """Make the cache, or go on with it, or say that it is there. -> its directory, which a dry run does not make. A
     part (`extract.part`, or a rank of torchrun) makes its blocks, and the cache when it is the last to end."""
     if cfg.extract.batch_tokens < 1:
         raise UserError(f"extract.batch_tokens={cfg.extract.batch_tokens} must be at least 1")
     check_write(cfg.cache.write, cfg.cache.codec)
     part = part_of(cfg.extract.part, os.environ)
+    place = cache_place(cfg.cache)
     with one_voice(os.environ):
-        return _run(cfg, part)
+        return extract_remote.run(cfg, place, part, _make) if isinstance(place, Remote) else _run(cfg, place, part)
 
 
-def _run(cfg: ExtractConfig, part: Part | None) -> Path:
-    request = request_of(cfg.model, cfg.dataset, cfg.cache.codec)
-    path = directory_of(Path(cfg.cache.dir), request)
+def _run(cfg: ExtractConfig, place: Path, part: Part | None) -> Path:
+    request = request_of(cfg.model, cfg.dataset, cfg.cache.codec, cfg.cache.targets)
+    path = directory_of(place, request)
     mend_root(path, request)
     if _is_there(path):
         logger.info("already there, nothing to do: %s\n%s", _summary(Cache.open(path)), _next(path, request))
-        return path
+    elif _make(cfg, part, request, path):
+        logger.info("%s\n%s", _summary(Cache.open(path)), _next(path, request))
+    return path
+
+
+def _make(cfg: ExtractConfig, part: Part | None, request: Json, path: Path) -> bool:
+    """Make the cache or a part of it, unless it is there or this is a dry run. -> whether it is finished"""
+    if _is_there(path):
+        return True
     model = models.load(replace(cfg.model, device=_device(cfg)))
     model.check_context(cfg.dataset.context)
     bos = tokens.bos_of(cfg.dataset, model.tokenizer)
+    if cfg.cache.targets is Targets.recompute:
+        try_out(model)
     if cfg.dry_run:
         estimate.say(cfg, model, bos, path)
-        return path
+        return False
     with _workspace(path) as folder:
         packed = _pack(cfg, model, bos, folder, path, part)
         _check_vocabulary(model, packed)
         about = describe(model, cfg.dataset, packed, request, bos)
         plan = make_plan(path, about, model.mlp_norm(), packed, cfg.cache.shard_mb)
         _say(cfg, model, plan)
-        is_finished = _make(cfg, model, plan, part)
+        is_finished = _fill(cfg, model, plan, part)
         if is_finished:
             _discard(folder, path)
             tidy(path)
             cache = Cache.open(path)
             for line in describe_codec(cache) if cache.codec is not Codec.raw else ():
                 logger.info(line)
-            logger.info("%s\n%s", _summary(cache), _next(path, request))
-    return path
+    return is_finished
 
 
-def _make(cfg: ExtractConfig, model: LanguageModel, plan: Plan, part: Part | None) -> bool:
+def _fill(cfg: ExtractConfig, model: LanguageModel, plan: Plan, part: Part | None) -> bool:
     """Extract what is this process's to extract, and finish the cache if it is the last. -> whether it is finished"""
     sample = partial(sample_of, model, plan)
     with Writer(plan, part=part, write=cfg.cache.write, sample=sample) as writer:
@@ -105,8 +117,9 @@ def _make(cfg: ExtractConfig, model: LanguageModel, plan: Plan, part: Part | Non
         publishes = writer.finish()
         if publishes:
             speak()
-            logger.info("spot check: %s", spot_check(model, writer.plan))
-            writer.publish()
+            check = spot_check(model, writer.plan)
+            logger.info("spot check: %s", check)
+            writer.publish({} if check.recomputed is None else {"recompute": check.recomputed.attributes})
         logger.info("%s, %s", "all blocks" if part is None else f"part {part}", rate)
     if not publishes and not writer.is_finished:
         n_done = f"{writer.n_done} of {len(writer.plan.blocks)} blocks of the cache are"
@@ -190,7 +203,7 @@ def _extract(model: LanguageModel, writer: Writer, batch_tokens: int) -> int:
     ):
         for block in writer.todo:
             for rows in harvest(model, packed[block.split], block.contexts, buffers):
-                conveyor.put(block, *stored(block.split, rows, norm, codes))
+                conveyor.put(block, *as_stored(block.split, rows, norm, codes))
                 progress.update(len(rows.resid_mid))
             conveyor.finish(block)
     return n_left
@@ -212,24 +225,26 @@ def _check_vocabulary(model: LanguageModel, packed: dict[Split, Packed]) -> None
 def _say(cfg: ExtractConfig, model: LanguageModel, plan: Plan) -> None:
     """What will be done, before it is done."""
     train, *held_out = (plan.packed[split] for split in Split)
-    spec = plan.specs[STORED[0]]
+    spec, arrays = plan.specs[STORED[0]], stored(plan.specs)
     most = "at most " if spec.compressor else ""
     lines = {
         "model": str(model),
         "dataset": f"{cfg.dataset.name}, {train.n_rows:,} tokens in {len(train.contexts):,} contexts of "
         f"{cfg.dataset.context}; {' + '.join(f'{len(p.contexts):,}' for p in held_out)} contexts held out",
         "cache": f"{plan.codec}, {most}{plan.bytes_per_token:,} bytes a token, {gb(plan.total_bytes)} in all, "
-        f"{len(STORED)} x {spec.n_chunks:,} shards of {spec.file_bytes / 2**20:.3g} MB; "
+        f"{len(arrays)} x {spec.n_chunks:,} shards of {spec.file_bytes / 2**20:.3g} MB; "
         f"{gb(free_bytes(plan.path))} free",
         "path": str(plan.path),
     }
+    if cfg.cache.targets is Targets.recompute:
+        lines["targets"] = estimate.recomputing(model)
     for name, text in lines.items():
         logger.info("%-10s %s", name, text)
 
 
 def _summary(cache: Cache) -> str:
     n_shards = len(cache.shards())
-    return f"{cache.path}: {cache.n_rows:,} rows in {len(STORED)} x {n_shards:,} shards, {gb(cache.n_bytes)}"
+    return f"{cache.path}: {cache.n_rows:,} rows in {len(cache.stored)} x {n_shards:,} shards, {gb(cache.n_bytes)}"
 
 
 def _next(path: Path, request: Json) -> str:

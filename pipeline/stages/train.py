@@ -5,6 +5,7 @@ clt train +experiment=batchtopk_across name=demo
 
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,23 @@ from pipeline.arch.base import Dims, Transcoder
 from pipeline.arch.options import Init
 from pipeline.core import activations
 from pipeline.data import cache as caches
+from pipeline.data import inventory
+from pipeline.data.address import Place, cache_place, is_address, local_of, resolved
 from pipeline.data.cache import Cache
-from pipeline.data.layout import gb
+from pipeline.data.layout import MERGED, directory_of, gb, request_of
 from pipeline.data.loader import Loader
+from pipeline.data.mlps import Mlps
 from pipeline.data.models import resolve_device
-from pipeline.data.options import DatasetOptions, ModelOptions
+from pipeline.data.options import Codec, DatasetOptions, ModelOptions, Targets
 from pipeline.data.plan import disk_of, free_bytes
+from pipeline.data.recompute import mlps_of
 from pipeline.data.tokens import Split, count
 from pipeline.errors import UserError
 from pipeline.plain import from_plain, to_plain
 from pipeline.stages.options import TrainConfig
 from pipeline.train import artifact, calibrate, checkpoint, inputs, optim
 from pipeline.train import run as runs
-from pipeline.train.inputs import Inputs, Statistics
+from pipeline.train.inputs import Inputs, Recompute, Statistics
 from pipeline.train.loop import Plan, Trainer
 from pipeline.train.objective import Objective
 
@@ -41,13 +46,16 @@ def run(cfg: TrainConfig) -> Path:
     cache = _find_cache(cfg)
     plan = _plan(cfg, cache)
     device = resolve_device(cfg.train.device)
+    done = runs.finished(runs.RUNS / cfg.name)
+    mlps = mlps_of(cache, device) if cache.targets is Targets.recompute and not done else None
     dims = Dims(cache.n_layers, cache.d_model)
     torch.manual_seed(cfg.train.seed)
     model = table.build(
         cfg.arch, dims, activations.build(cfg.activation, table.n_sources(cfg.arch, dims), cfg.arch.d_features)
     ).to(device)
     maps = inputs.scaling(cfg.train.norm, _statistics(cache, cfg.arch.site), _statistics(cache, "mlp_out"))
-    prepare = inputs.build(cache.norm, cfg.arch.site, maps, device)
+    recompute = None if mlps is None else Recompute(mlps, device)
+    prepare = inputs.build(cache.norm, cfg.arch.site, maps, device, recompute)
     objective = Objective(cfg.loss, model, inputs.variance(_statistics(cache, "mlp_out"), maps), plan.n_steps)
     optimizer = optim.build(model.parameters(), cfg.optim)
     if cfg.arch.init == Init.data and cache.n_rows < cfg.arch.d_features:
@@ -66,6 +74,8 @@ def run(cfg: TrainConfig) -> Path:
     trainer.about = {"cache": cache.key}
     last = checkpoint.newest(directory)
     _say(cfg, cache, plan, model, device, last)
+    if mlps is not None:
+        _say_targets(cache, mlps, plan.batch_tokens)
     if last is not None:
         trainer.resume(last)
     else:
@@ -73,31 +83,68 @@ def run(cfg: TrainConfig) -> Path:
     start, ahead = trainer.state.step, cfg.cache.shards_ahead
     with Loader(cache, plan.batch_tokens, cfg.train.seed, cfg.cache.read, start, shards_ahead=ahead) as batches:
         metrics = trainer.fit(iter(batches))
+    if mlps is not None:
+        _say_share(directory)
     _finish(cfg, cache, trainer, metrics or _last_metrics(directory))
     logger.info("%s\nnext: clt eval run=%s", directory, directory)
     return directory
 
 
 def _find_cache(cfg: TrainConfig) -> Cache:
-    """The cache that the settings name; with `newest_cache` that of the unfinished run of this name, or the newest.
+    """The cache that the settings name; with `newest_cache` (neither a model nor a dataset named) `cache.path`, that of
+    the unfinished run of this name, or the newest.
 
-    The settings take on the cache's model and dataset, so that config.yaml says what was used, in one spelling.
+    The settings take on the cache's model, dataset, codec and targets, so that config.yaml says what was used, in one
+    spelling.
     """
-    root = Path(cfg.cache.dir)
+    root = cache_place(cfg.cache)
     assert cfg.name is not None
     before = runs.saved(runs.RUNS / cfg.name) if cfg.newest_cache else None
     if before is not None:
         _take_on(cfg, before)
-    if before is not None or not cfg.newest_cache:
-        cache = caches.find(root, cfg.model, cfg.dataset, cfg.cache.codec)
+        cfg.cache.path = cfg.cache.path or before["cache"].get("path")
+        cfg.cache.codec = Codec(before["cache"]["codec"]) if cfg.cache.codec is Codec.raw else cfg.cache.codec
+        if cfg.cache.targets is Targets.stored:  # the default: nothing was said
+            cfg.cache.targets = Targets(before["cache"].get("targets", Targets.stored))
+    if cfg.cache.path is not None:
+        cache = _named_cache(cfg, root, cfg.cache.path)
+    elif before is not None or not cfg.newest_cache:
+        cache = caches.find(root, cfg.model, cfg.dataset, cfg.cache.codec, cfg.cache.targets)
     else:
-        newest = caches.newest(root)
+        asked = cfg.cache.targets if cfg.cache.targets is not Targets.stored else None
+        newest = caches.newest(root, asked)
         if newest is None:
-            raise UserError(f"no finished cache under {root}/; make one with clt extract model={cfg.model.name}")
+            kind, word = (f" with cache.targets={asked}", f" cache.targets={asked}") if asked else ("", "")
+            fix = f"make one with clt extract model={cfg.model.name}{word}"
+            raise UserError(f"no finished cache{kind} under {root}/; {fix}")
         logger.info("no model or dataset named: using the newest cache, %s", newest.path)
         cache = newest
     _take_on(cfg, cache.request)
+    cfg.cache.path, cfg.cache.codec, cfg.cache.targets = _spelled(cache, root), cache.codec, cache.targets
     return cache
+
+
+def _named_cache(cfg: TrainConfig, root: Place, name: str) -> Cache:
+    """Of `cache.path`. Raises UserError where a model, a dataset or a codec is named as well, and is another."""
+    local = local_of(cfg.cache) if is_address(name) else None
+    cache = Cache.open(inventory.find(root, name, local).path)
+    if not cfg.newest_cache:
+        asked = request_of(cfg.model, cfg.dataset)
+        differ = [part for part in ("model", "dataset") if asked[part] != cache.request[part]]
+        if differ:
+            what = f"cache.path={name}: {cache.path} is of another {' and another '.join(differ)} than named"
+            raise UserError(f"{what}; leave model and dataset out")
+    if cfg.cache.codec not in (Codec.raw, cache.codec):
+        raise UserError(f"cache.path={name}: {cache.path} is stored as {cache.codec}; leave cache.codec out")
+    return cache
+
+
+def _spelled(cache: Cache, root: Place) -> str | None:
+    """`cache.path` as config.yaml has it: null for the cache that model, dataset and codec name."""
+    path = resolved(cache.path)
+    if path == resolved(directory_of(root, cache.request)) and MERGED not in cache.request:
+        return None
+    return path.name if path.parent == resolved(root) else str(path)
 
 
 def _take_on(cfg: TrainConfig, saved: dict[str, Any]) -> None:
@@ -173,6 +220,32 @@ def _say(
     )
     if last is not None:
         logger.info("continuing from %s", last)
+
+
+def _say_targets(cache: Cache, mlps: Mlps, batch_tokens: int) -> None:
+    """What recomputing costs, timed on a batch of random rows."""
+    rows = torch.randn(batch_tokens, cache.n_layers, cache.d_model, dtype=torch.bfloat16).to(mlps.device)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        mlps(rows)[-1, -1, -1].item()  # waits for the device
+        return time.perf_counter() - start
+
+    seconds()
+    logger.info(
+        "targets    recomputed from resid_mid: %s MFLOP a token, %s tokens/s alone, %s of weights, %s",
+        f"{mlps.flops / 1e6:,.3g}",
+        f"{batch_tokens / min(seconds() for _ in range(3)):,.0f}",
+        gb(mlps.n_bytes),
+        str(mlps.dtype).removeprefix("torch."),
+    )
+
+
+def _say_share(directory: Path) -> None:
+    lines = [json.loads(line) for line in (directory / "timings.jsonl").read_text().splitlines()]
+    targets, steps = (sum(line[key] for line in lines if "targets_ms" in line) for key in ("targets_ms", "step_ms"))
+    if steps:
+        logger.info("targets    recomputing them took %.0f %% of the training steps", 100 * targets / steps)
 
 
 def _initialise(cfg: TrainConfig, model: Transcoder, cache: Cache, prepare: Inputs) -> None:

@@ -1,5 +1,7 @@
 """From what a cache stores to what a transcoder is trained on."""
 
+import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,22 +20,64 @@ class Statistics(NamedTuple):
     rms: Tensor
 
 
+class Recompute:
+    """The base model's MLPs as a function, resid_mid [B, L, D] -> mlp_out [B, L, D], and the time that it takes."""
+
+    def __init__(self, mlps: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        self._mlps, self._is_cuda = mlps, device.type == "cuda"
+        self._calls: list[float | tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __call__(self, resid_mid: Tensor) -> Tensor:
+        """Nothing waits for a GPU here: it notes the time itself."""
+        if self._is_cuda:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            mlp_out = self._mlps(resid_mid)
+            end.record()
+            self._calls.append((begin, end))
+        else:
+            start = time.perf_counter()
+            mlp_out = self._mlps(resid_mid)
+            self._calls.append(time.perf_counter() - start)
+        return mlp_out
+
+    def take_ms(self) -> float:
+        """Milliseconds of a call, the mean since this was asked last. Waits for a GPU."""
+        total = 0.0
+        for call in self._calls:
+            if isinstance(call, float):
+                total += 1e3 * call
+            else:
+                call[1].synchronize()
+                total += call[0].elapsed_time(call[1])
+        n, self._calls = len(self._calls), []
+        return total / max(1, n)
+
+
 class Inputs(NamedTuple):
     """The frozen norm of the base model, if the transcoder reads behind it, then the transcoder's units."""
 
     norm: MlpNorm | None
     scaling: Scaling
     device: torch.device
+    recompute: Recompute | None = None
+    """Of a cache whose training rows hold no mlp_out."""
 
-    def __call__(self, resid_mid: Tensor, mlp_out: Tensor) -> tuple[Tensor, Tensor]:
-        """Stored rows [B, L, D] -> x, y [B, L, D] float32 in the transcoder's units, on the device."""
+    def __call__(self, resid_mid: Tensor, mlp_out: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Stored rows [B, L, D] -> x, y [B, L, D] float32 in the transcoder's units, on the device. mlp_out None: it is
+        recomputed."""
         x, y = self.raw(resid_mid, mlp_out)
         return self.scaling.x(x), self.scaling.y(y)
 
-    def raw(self, resid_mid: Tensor, mlp_out: Tensor) -> tuple[Tensor, Tensor]:
+    def raw(self, resid_mid: Tensor, mlp_out: Tensor | None) -> tuple[Tensor, Tensor]:
         """The same in the model's units."""
-        x = resid_mid.to(self.device, non_blocking=True).float()
-        y = mlp_out.to(self.device, non_blocking=True).float()
+        stored = resid_mid.to(self.device, non_blocking=True)
+        if mlp_out is None:
+            assert self.recompute is not None
+            y = self.recompute(stored).float()
+        else:
+            y = mlp_out.to(self.device, non_blocking=True).float()
+        x = stored.float()
         return (self.norm(x) if self.norm else x), y
 
 
@@ -50,9 +94,9 @@ def scaling(norm: Norm, x: Statistics, y: Statistics) -> Scaling:
     return Scaling(*(t.float().contiguous() for t in maps))
 
 
-def build(norm: MlpNorm, site: Site, maps: Scaling, device: torch.device) -> Inputs:
+def build(norm: MlpNorm, site: Site, maps: Scaling, device: torch.device, recompute: Recompute | None = None) -> Inputs:
     on_device = Scaling(*(t.to(device) for t in maps))
-    return Inputs(norm.to(str(device)) if site == Site.mlp_in else None, on_device, device)
+    return Inputs(norm.to(str(device)) if site == Site.mlp_in else None, on_device, device, recompute)
 
 
 def variance(y: Statistics, maps: Scaling) -> float:

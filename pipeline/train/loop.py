@@ -86,7 +86,10 @@ class Trainer:
                 if state.step % plan.log_steps == 0 or state.step == plan.n_steps:
                     record = self.record(out, y, terms, rate)
                     _append(self.directory / "metrics.jsonl", record)
-                    _append(self.directory / "timings.jsonl", clock.record(state.step, plan.batch_tokens))
+                    times = clock.record(state.step, plan.batch_tokens)
+                    if self.inputs.recompute is not None:
+                        times["targets_ms"] = self.inputs.recompute.take_ms()
+                    _append(self.directory / "timings.jsonl", times)
                     fields = _bar_fields(record)
                 bar.update(plan.batch_tokens, **fields)
                 if state.step % plan.checkpoint_steps == 0 or state.step == plan.n_steps or requested():

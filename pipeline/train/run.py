@@ -11,8 +11,14 @@ from pipeline.plain import to_plain
 
 RUNS = Path("runs")
 
-NO_EFFECT = {"cache.dir", "cache.read", "cache.shards_ahead", "newest_cache", "train.keep_checkpoints", "experiment"}
+NO_EFFECT = {
+    "cache.dir", "cache.read", "cache.shards_ahead", "cache.local_dir", "cache.local_gb", "newest_cache",
+    "train.keep_checkpoints", "experiment",
+}  # fmt: skip
 """Settings that do not change what a run computes, so they may differ when it is continued."""
+
+ADDED = {"dataset.skip_tokens": "0"}
+"""Settings that the config.yaml of an older run lacks, and what they were then."""
 
 
 def start(name: str, config: Any) -> Path:
@@ -69,6 +75,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _refuse_difference(name: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    old = {key: value for key, value in ADDED.items() if key in new} | old
     keys = sorted(old.keys() | new.keys())
     differ = [key for key in keys if old.get(key) != new.get(key) and key not in NO_EFFECT]
     if differ:

@@ -18,14 +18,14 @@ from torch import Tensor
 from pipeline.core.normalize import MlpNorm
 from pipeline.data.cache import Cache
 from pipeline.data.harvest import Buffers, harvest
-from pipeline.data.layout import SITES, STORED, directory_of
+from pipeline.data.layout import SITES, directory_of
 from pipeline.data.models import LanguageModel
 from pipeline.data.options import Codec, DatasetKind, DatasetOptions, Write
 from pipeline.data.parts import part_of
 from pipeline.data.plan import Block, Plan, describe, make_plan
 from pipeline.data.publish import mend_root
 from pipeline.data.root import COPY, sealed
-from pipeline.data.scales import sample_of, stored
+from pipeline.data.scales import as_stored, sample_of
 from pipeline.data.tokens import Packed, Split
 from pipeline.data.writer import Writer
 
@@ -96,6 +96,10 @@ def request(**changes: Any) -> dict[str, Any]:
     return {"schema": 1, "model": model, "dataset": dataset, "codec": "raw", "source": {}}
 
 
+def _asked(seed: int, context: int, codec: Codec, targets: str | None) -> dict[str, Any]:
+    return request(seed=seed, context=context) | {"codec": codec.value} | ({"targets": targets} if targets else {})
+
+
 def plan_of(
     cache_dir: Path,
     model: FakeModel,
@@ -104,10 +108,11 @@ def plan_of(
     block_contexts: int,
     seed: int,
     codec: Codec = Codec.raw,
+    targets: str | None = None,
 ) -> Plan:
     options = DatasetOptions("text", DatasetKind.text, "244", path="x.txt", context=T, held_out=3, seed=seed)
     options.context = packed[Split.train].contexts.shape[1]
-    asked = request(seed=seed, context=options.context) | {"codec": codec.value}
+    asked = _asked(seed, options.context, codec, targets)
     about = describe(as_model(model), options, packed, asked, bos_token_id=0) | {"block_contexts": block_contexts}
     return make_plan(directory_of(cache_dir, asked), about, model.mlp_norm(), packed, shard_mb)
 
@@ -125,13 +130,14 @@ def extract(
     part: str | None = None,
     write: Write = Write.auto,
     codec: Codec = Codec.raw,
+    targets: str | None = None,
 ) -> Path:
     """What the extract stage does, without its model, text and words. Where a test steps in after a block, the block
-    is in the journal."""
+    is in the journal. targets: as in the request."""
     model, packed = model or FakeModel(), packed or pack()
-    asked = request(seed=seed, context=packed[Split.train].contexts.shape[1]) | {"codec": codec.value}
+    asked = _asked(seed, packed[Split.train].contexts.shape[1], codec, targets)
     mend_root(directory_of(cache_dir, asked), asked)
-    plan = plan_of(cache_dir, model, packed, shard_mb, block_contexts, seed, codec)
+    plan = plan_of(cache_dir, model, packed, shard_mb, block_contexts, seed, codec, targets)
     if commit_seconds is None:
         commit_seconds = 1e9 if after_block is None else 0
     with Writer(plan, commit_seconds, part_of(part, {}), write, partial(sample_of, as_model(model), plan)) as writer:
@@ -150,7 +156,7 @@ def fill(writer: Writer, model: FakeModel, block: Block, batch_tokens: int = 2 *
     buffers = Buffers(as_model(model), packed.contexts.shape[1], batch_tokens, n=1)
     total = np.zeros(writer.plan.sums_shape)
     for rows in harvest(as_model(model), packed, block.contexts, buffers):
-        rows, own = stored(block.split, rows, writer.plan.norm, writer.codes)
+        rows, own = as_stored(block.split, rows, writer.plan.norm, writer.codes)
         writer.write(block.split, rows)
         total[: len(own)] += own.numpy()
     writer.finish_block(block, total)
@@ -159,7 +165,8 @@ def fill(writer: Writer, model: FakeModel, block: Block, batch_tokens: int = 2 *
 def stored_files(path: Path) -> dict[str, bytes]:
     """Content of every file of a cache but for its date and the copy of zarr.json, which has to be one."""
     files = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
-    assert files.pop(COPY) == sealed(files["zarr.json"])
+    if "tokens/zarr.json" in files:  # a merged cache has neither
+        assert files.pop(COPY) == sealed(files["zarr.json"])
     root = json.loads(files["zarr.json"])
     del root["attributes"]["created"], root["attributes"]["checksum"]
     files["zarr.json"] = json.dumps(root).encode()
@@ -176,7 +183,7 @@ def read_everything(path: Path) -> None:
     for split in (Split.calibration, Split.evaluation):
         cache.held_out(split)
     for shard in cache.shards():
-        for name in STORED:
+        for name in cache.stored:
             cache.map_chunk(name, shard.chunk)
 
 

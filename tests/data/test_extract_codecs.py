@@ -245,7 +245,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(
         time.sleep(4 + moments.random())
         os.kill(process.pid, signal.SIGKILL)
         n_killed += process.wait() == -signal.SIGKILL
-        if n_killed == 5:
+        if n_killed == 3:
             fake.extract(tmp_path, codec=codec)
     assert stored_files(fake.extract(tmp_path, codec=codec)) == whole
 
@@ -382,3 +382,17 @@ def test_the_disk_holds_no_more_than_the_codec_or_what_is_spilled(
         assert rows == 2 * 244 * (width + 8)
         with Writer(fake.plan_of(tmp_path, FakeModel(), fake.pack(), "0.0015", 6, 7, codec)) as writer:
             assert not writer.todo
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("codec", "write"), WAYS)
+def test_parts_at_the_same_time_give_the_same_bytes(
+    tmp_path: Path, codec: Codec, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real processes: one fits the codes, the other finds them."""
+    monkeypatch.undo()
+    whole = stored_files(fake.extract(tmp_path / "whole", codec=codec))
+    command = [sys.executable, "-m", "tests.data.fake", str(tmp_path), "0.02"]
+    at_work = [subprocess.Popen([*command, f"{i}/2", write, codec], cwd=Path(__file__).parents[2]) for i in range(2)]
+    assert [process.wait() for process in at_work] == [0, 0]
+    assert stored_files(tmp_path / name_of(codec)) == whole

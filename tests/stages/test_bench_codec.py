@@ -42,7 +42,7 @@ def test_a_channel_loses_no_more_than_half_a_step_and_what_is_clipped(seed: int)
         assert row["lost"] <= row["fitted"] <= row["bound"] + row["lost"]
         assert (row["clipped"] == 0) == (row["lost"] == 0)
     assert report["normal"]["fitted"] < 2e-4
-    assert report["normal"]["fitted"] < 0.8 * report["normal"]["99.9 %"]
+    assert report["normal"]["fitted"] < report["normal"]["99.9 %"]
     for name in bench_codec.OUTLIERS:  # a percentile throws outliers away; they are most of the variance
         assert report[name]["fitted"] <= report[name]["99.9 %"] * 1.01
 
