@@ -1,6 +1,7 @@
 """`clt train`: cache -> run directory.
 
 clt train +experiment=batchtopk_across name=demo
+clt train arch=tied --dry-run
 """
 
 import json
@@ -25,6 +26,7 @@ from pipeline.data.plan import disk_of, free_bytes
 from pipeline.data.tokens import Split, count
 from pipeline.errors import UserError
 from pipeline.plain import from_plain, to_plain
+from pipeline.stages import train_estimate
 from pipeline.stages.options import TrainConfig
 from pipeline.train import artifact, calibrate, checkpoint, inputs, optim
 from pipeline.train import run as runs
@@ -36,26 +38,31 @@ logger = logging.getLogger(__name__)
 
 
 def run(cfg: TrainConfig) -> Path:
-    """Train, calibrate, fold and save; or continue, or say that the run is finished. -> runs/NAME"""
+    """Train, calibrate, fold and save; or continue, or say that the run is finished. -> runs/NAME, which a dry run does
+    not make."""
     assert cfg.name is not None
     cache = _find_cache(cfg)
     plan = _plan(cfg, cache)
     device = resolve_device(cfg.train.device)
-    dims = Dims(cache.n_layers, cache.d_model)
-    torch.manual_seed(cfg.train.seed)
-    model = table.build(
-        cfg.arch, dims, activations.build(cfg.activation, table.n_sources(cfg.arch, dims), cfg.arch.d_features)
-    ).to(device)
-    maps = inputs.scaling(cfg.train.norm, _statistics(cache, cfg.arch.site), _statistics(cache, cfg.arch.writes))
-    prepare = inputs.build(cache.norm, cfg.arch.site, maps, device, cfg.arch.target)
-    objective = Objective(cfg.loss, model, inputs.variance(_statistics(cache, cfg.arch.writes), maps), plan.n_steps)
-    optimizer = optim.build(model.parameters(), cfg.optim)
     if cfg.arch.init == Init.data and cache.n_rows < cfg.arch.d_features:
         raise UserError(
             f"arch.init=data draws {cfg.arch.d_features} different rows, the cache has {cache.n_rows}; "
             "use arch.init=uniform or a larger dataset.n_tokens"
         )
-
+    torch.manual_seed(cfg.train.seed)
+    maps = inputs.scaling(cfg.train.norm, _statistics(cache, cfg.arch.site), _statistics(cache, cfg.arch.writes))
+    variance = inputs.variance(_statistics(cache, cfg.arch.writes), maps)
+    optim.check(cfg.optim)
+    if cfg.dry_run:
+        with torch.device("meta"):  # shapes alone
+            model = _build(cfg, cache)
+        objective = Objective(cfg.loss, model, variance, plan.n_steps)
+        train_estimate.say(cfg, cache, plan, model, objective.needs_pre_acts)
+        return runs.RUNS / cfg.name
+    model = _build(cfg, cache).to(device)
+    prepare = inputs.build(cache.norm, cfg.arch.site, maps, device, cfg.arch.target)
+    objective = Objective(cfg.loss, model, variance, plan.n_steps)
+    optimizer = optim.build(model.parameters(), cfg.optim)
     _check_space(model, plan)
 
     directory = runs.start(cfg.name, cfg)
@@ -76,6 +83,13 @@ def run(cfg: TrainConfig) -> Path:
     _finish(cfg, cache, trainer, metrics or _last_metrics(directory))
     logger.info("%s\nnext: clt eval run=%s", directory, directory)
     return directory
+
+
+def _build(cfg: TrainConfig, cache: Cache) -> Transcoder:
+    """The transcoder, its weights zero."""
+    dims = Dims(cache.n_layers, cache.d_model)
+    rule = activations.build(cfg.activation, table.n_sources(cfg.arch, dims), cfg.arch.d_features)
+    return table.build(cfg.arch, dims, rule)
 
 
 def _find_cache(cfg: TrainConfig) -> Cache:
@@ -140,9 +154,7 @@ def _plan(cfg: TrainConfig, cache: Cache) -> Plan:
 
 def _check_space(model: Transcoder, plan: Plan) -> None:
     """UserError when the run's checkpoints and its result would not fit on the disk."""
-    weights = sum(4 * p.numel() for p in model.parameters())
-    # Weights and two moments in each checkpoint, one more of them while it is being written, and the result.
-    needed = weights * (3 * (plan.keep_checkpoints + 1) + 1)
+    needed = train_estimate.disk_bytes(model, plan)
     free = free_bytes(runs.RUNS)
     if needed > free:
         sizes = f"{gb(needed)} to write, {gb(free)} free on {disk_of(runs.RUNS)}"

@@ -11,7 +11,15 @@ from pipeline.plain import to_plain
 
 RUNS = Path("runs")
 
-NO_EFFECT = {"cache.dir", "cache.read", "cache.shards_ahead", "newest_cache", "train.keep_checkpoints", "experiment"}
+NO_EFFECT = {
+    "cache.dir",
+    "cache.read",
+    "cache.shards_ahead",
+    "newest_cache",
+    "train.keep_checkpoints",
+    "experiment",
+    "dry_run",
+}
 """Settings that do not change what a run computes, so they may differ when it is continued."""
 
 
