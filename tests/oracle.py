@@ -278,9 +278,11 @@ def normwise(got: Tensor, expected: Tensor) -> float:
 
 
 def activation_options(name: str) -> ActivationOptions:
-    """Settings for any entry of the table of activations, each option that it reads set."""
-    values = {"k": 2, "threshold": 0.3, "bandwidth": 1.0, "theta_grad": ThetaGrad.anthropic}
-    return ActivationOptions(name, **{option: values[option] for option in activations.USES[name]})
+    """Settings for any entry of the table of activations, each option that it needs set."""
+    # The usual F = 11 is prime: a group is a feature, or all of them are one group.
+    k = 1 if name == "groupmax" else 2
+    values = {"k": k, "threshold": 0.3, "bandwidth": 1.0, "theta_grad": ThetaGrad.anthropic}
+    return ActivationOptions(name, **{option: values[option] for option in activations.USES[name] - activations.OPTIONAL})
 
 
 def transcoder(

@@ -55,6 +55,11 @@ def build(norm: MlpNorm, site: Site, maps: Scaling, device: torch.device) -> Inp
     return Inputs(norm.to(str(device)) if site == Site.mlp_in else None, on_device, device)
 
 
+def layer_variance(y: Statistics, maps: Scaling) -> Tensor:
+    """mean_n |y^m - mean y^m|^2 of each layer in the transcoder's units. -> float64 [L]"""
+    return (y.std / maps.y_scale.double()).square().sum(dim=1)
+
+
 def variance(y: Statistics, maps: Scaling) -> float:
-    """V = sum_m mean_n |y^m - mean y^m|^2 in the transcoder's units."""
-    return float((y.std / maps.y_scale.double()).square().sum())
+    """V, their sum."""
+    return float(layer_variance(y, maps).sum())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.arch.base import Output, Transcoder
 from pipeline.core.activations import ACTIVATIONS
-from pipeline.core.options import LossOptions, PreActForm, Schedule
+from pipeline.core.options import LossOptions, PreActForm, Ramp, Shape
 from pipeline.core.sparse import Sparse
 from pipeline.errors import UserError
 from pipeline.train.objective import Objective, explain_error
