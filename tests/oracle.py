@@ -117,25 +117,37 @@ def decoder_norms(W_dec: Sequence[Tensor]) -> Tensor:
 # Activations: which pairs are active, and with what value
 
 
-def top_k(h: Tensor, k: int) -> Pairs:
+def top_k(h: Tensor, k: int | Sequence[int]) -> Pairs:
     """For each token and layer the k largest of relu(h); ties to the lowest index; never a value that is not > 0."""
     chosen: Pairs = set()
     for b in range(h.shape[0]):
         for l in range(h.shape[1]):
             row = h[b, l].tolist()
             order = sorted(range(len(row)), key=lambda i: (-row[i], i))
-            chosen |= {(b, l, i) for i in order[:k] if row[i] > 0}
+            chosen |= {(b, l, i) for i in order[: _of(k, l)] if row[i] > 0}
     return chosen
 
 
-def batch_top_k(h: Tensor, k: int) -> Pairs:
+def group_max(h: Tensor, k: int | Sequence[int]) -> Pairs:
+    """For each token, layer and one of k groups of neighbours the largest of relu(h); ties to the lowest index."""
+    chosen: Pairs = set()
+    for b in range(h.shape[0]):
+        for l in range(h.shape[1]):
+            row, size = h[b, l].tolist(), h.shape[2] // _of(k, l)
+            for start in range(0, len(row), size):
+                best = max(range(start, start + size), key=lambda i: (row[i], -i))
+                chosen |= {(b, l, best)} if row[best] > 0 else set()
+    return chosen
+
+
+def batch_top_k(h: Tensor, k: int | Sequence[int]) -> Pairs:
     """For each layer the k B largest of relu(h) over the batch; ties to the lowest (token, feature)."""
     n_tokens, n_layers, _ = h.shape
     values = h.tolist()
     chosen: Pairs = set()
     for l in range(n_layers):
         pairs = [(-value, b, i) for b in range(n_tokens) for i, value in enumerate(values[b][l])]
-        chosen |= {(b, l, i) for value, b, i in sorted(pairs)[: k * n_tokens] if value < 0}
+        chosen |= {(b, l, i) for value, b, i in sorted(pairs)[: _of(k, l) * n_tokens] if value < 0}
     return chosen
 
 
@@ -145,6 +157,10 @@ def batch_top_k_across(h: Tensor, k: int) -> Pairs:
     tokens = enumerate(h.tolist())
     pairs = [(-value, b, l, i) for b, token in tokens for l, row in enumerate(token) for i, value in enumerate(row)]
     return {(b, l, i) for value, b, l, i in sorted(pairs)[: k * n_tokens * n_layers] if value < 0}
+
+
+def _of(k: int | Sequence[int], l: int) -> int:
+    return k if isinstance(k, int) else k[l]
 
 
 SELECTIONS = {"topk": top_k, "batchtopk": batch_top_k, "batchtopk_across": batch_top_k_across}
@@ -195,6 +211,37 @@ def reconstruction(y_hat: Tensor, y: Tensor) -> Tensor:
     n_tokens, n_layers, _ = y.shape
     per_layer = [sum((y[n, m] - y_hat[n, m]).pow(2).sum() for n in range(n_tokens)) / n_tokens for m in range(n_layers)]
     return torch.stack([torch.as_tensor(term) for term in per_layer]).sum()
+
+
+def weighted_reconstruction(y_hat: Tensor, y: Tensor, weights: Sequence[float]) -> Tensor:
+    """sum_m w_m mean_n |y^m - y_hat^m|^2"""
+    layers = [w * reconstruction(y_hat[:, m : m + 1], y[:, m : m + 1]) for m, w in enumerate(weights)]
+    return torch.stack(layers).sum()
+
+
+def l1_sparsity(features: Tensor, norms: Tensor) -> Tensor:
+    """mean_n sum_{l,i} |W_dec,i^l| a_i^l"""
+    total = torch.zeros((), dtype=features.dtype)
+    for n in range(features.shape[0]):
+        for l in range(features.shape[1]):
+            for i in range(features.shape[2]):
+                total = total + norms[l, i] * features[n, l, i]
+    return total / features.shape[0]
+
+
+def l0_target(h: Tensor, theta: Tensor, eps: float, target: float) -> tuple[float, Tensor]:
+    """(L0 / target - 1)^2, and its derivative by t = log theta, with d 1[h > theta] / dt = -theta K / eps.
+
+    h [B, L, F], theta [L, F] -> (value, [L, F])
+    """
+    mean = sum(l0(above(h, theta))) / h.shape[0]
+    slope = torch.zeros_like(theta)
+    for n in range(h.shape[0]):
+        for l in range(h.shape[1]):
+            for i in range(h.shape[2]):
+                if abs(float(h[n, l, i] - theta[l, i])) < eps / 2:
+                    slope[l, i] -= theta[l, i] / eps / h.shape[0]
+    return (mean / target - 1) ** 2, 2 * (mean / target - 1) / target * slope
 
 
 def tanh_sparsity(features: Tensor, norms: Tensor, c: float) -> Tensor:
@@ -333,9 +380,13 @@ def normwise(got: Tensor, expected: Tensor) -> float:
 
 
 def activation_options(name: str) -> ActivationOptions:
-    """Settings for any entry of the table of activations, each option that it reads set."""
-    values = {"k": 2, "threshold": 0.3, "bandwidth": 1.0, "theta_grad": ThetaGrad.anthropic}
-    return ActivationOptions(name, **{option: values[option] for option in activations.USES[name]})
+    """Settings for any entry of the table of activations, each option that it needs set."""
+    # The usual F = 11 is prime: a group is a feature, or all of them are one group.
+    k = 1 if name == "groupmax" else 2
+    values = {"k": k, "threshold": 0.3, "bandwidth": 1.0, "theta_grad": ThetaGrad.anthropic}
+    return ActivationOptions(
+        name, **{option: values[option] for option in activations.USES[name] - activations.OPTIONAL}
+    )
 
 
 def arch_options(architecture: str, **options: Any) -> ArchOptions:

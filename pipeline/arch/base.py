@@ -177,7 +177,7 @@ class Transcoder(nn.Module):
         inputs = self.inputs(x)
         with torch.no_grad():
             pre_acts = (self.encode_layer(h, layer) for layer, h in enumerate(inputs))
-            chosen = list(self.activation.choose(pre_acts))
+            chosen = list(self.activation.choose(pre_acts, self.rank_norms()))
         values = [
             chosen_features(pattern, taken, h, self.encoders[layer], self.b_enc[layer])
             for layer, ((pattern, taken), h) in enumerate(zip(chosen, inputs, strict=True))
@@ -213,7 +213,7 @@ class Transcoder(nn.Module):
 
     def layer_features(self, x: Tensor, layer: int) -> tuple[Pattern, Tensor]:
         """One layer's features, for activations that look at nothing else. x [B, D] -> (pattern, values [nnz])"""
-        dense = self.activation.layer(self.encode_layer(x, layer), layer)
+        dense = self.activation.layer(self.encode_layer(x, layer), layer, self.rank_norms())
         pattern = from_mask(dense > 0)
         return pattern, dense[pattern.tokens, pattern.indices]
 
@@ -223,7 +223,7 @@ class Transcoder(nn.Module):
             chosen = self.choose(x)
             return Output(None, chosen, self.decode(chosen, x))
         pre_acts = self.encode(x)
-        features = self.activation(pre_acts)
+        features = self.activation(pre_acts, self.rank_norms())
         return Output(pre_acts, features, self.decode(features, x))
 
     def decoder_norms(self) -> Tensor:
@@ -235,6 +235,13 @@ class Transcoder(nn.Module):
         # The derivative of the root at 0 is infinite, and infinity times the inner 0 would be NaN.
         nonzero = square > 0
         return torch.where(nonzero, square.where(nonzero, 1.0).sqrt(), 0.0)
+
+    def rank_norms(self) -> Tensor | None:
+        """The decoder norms for a rule that ranks by them, without gradient. -> [L, F] or None"""
+        if not self.activation.by_norm:
+            return None
+        with torch.no_grad():
+            return self.decoder_norms()
 
     @torch.no_grad()
     def fold(self, scaling: Scaling) -> None:

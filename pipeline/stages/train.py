@@ -36,6 +36,9 @@ from pipeline.train.objective import Objective
 
 logger = logging.getLogger(__name__)
 
+TOLERANCE = 0.05
+"""How far held-out L0 may lie from loss.target_l0 before the run says so."""
+
 
 def run(cfg: TrainConfig) -> Path:
     """Train, calibrate, fold and save; or continue, or say that the run is finished. -> runs/NAME, which a dry run does
@@ -51,17 +54,19 @@ def run(cfg: TrainConfig) -> Path:
         )
     torch.manual_seed(cfg.train.seed)
     maps = inputs.scaling(cfg.train.norm, _statistics(cache, cfg.arch.site), _statistics(cache, cfg.arch.writes))
-    variance = inputs.variance(_statistics(cache, cfg.arch.writes), maps)
+    y_statistics = _statistics(cache, cfg.arch.writes)
+    variances = inputs.variance(y_statistics, maps), inputs.layer_variance(y_statistics, maps)
     optim.check(cfg.optim)
     if cfg.dry_run:
         with torch.device("meta"):  # shapes alone
             model = _build(cfg, cache)
-        objective = Objective(cfg.loss, model, variance, plan.n_steps)
+        objective = Objective(cfg.loss, model, variances[0], plan.n_steps, variances[1])
         train_estimate.say(cfg, cache, plan, model, objective.needs_pre_acts)
         return runs.RUNS / cfg.name
     model = _build(cfg, cache).to(device)
+    activations.check_batch(model.activation, plan.batch_tokens)
     prepare = inputs.build(cache.norm, cfg.arch.site, maps, device, cfg.arch.target)
-    objective = Objective(cfg.loss, model, variance, plan.n_steps)
+    objective = Objective(cfg.loss, model, variances[0], plan.n_steps, variances[1])
     optimizer = optim.build(model.parameters(), cfg.optim)
     _check_space(model, plan)
 
@@ -141,6 +146,7 @@ def _plan(cfg: TrainConfig, cache: Cache) -> Plan:
         raise UserError(f"train.keep_checkpoints={options.keep_checkpoints} must be at least 1")
     if cfg.log.every < 1:
         raise UserError(f"log.every={cfg.log.every} must be at least 1")
+    resample_steps = _resampling(cfg, n_steps, window)
     return Plan(
         n_steps=n_steps,
         batch_tokens=options.batch_tokens,
@@ -148,8 +154,30 @@ def _plan(cfg: TrainConfig, cache: Cache) -> Plan:
         checkpoint_steps=max(1, every // options.batch_tokens),
         keep_checkpoints=options.keep_checkpoints,
         log_steps=cfg.log.every,
+        resample_steps=resample_steps,
+        last_resample=int(cfg.loss.resample_until * n_steps),
+        seed=options.seed,
         y_variance=_statistics(cache, cfg.arch.writes).std.square(),
     )
+
+
+def _resampling(cfg: TrainConfig, n_steps: int, window: int) -> int:
+    """Steps between resamplings, 0 for none. UserError when none would ever come or find a dead feature."""
+    every, batch = cfg.loss.resample_every, cfg.train.batch_tokens
+    if every is None:
+        return 0
+    steps, last = max(1, count(every) // batch), int(cfg.loss.resample_until * n_steps)
+    if steps > last:
+        raise UserError(
+            f"loss.resample_every={every} never comes in the {last * batch:,} tokens up to loss.resample_until="
+            f"{cfg.loss.resample_until} of the run; use a smaller one or a longer run"
+        )
+    if window > last * batch:
+        raise UserError(
+            f"loss.resample_every={every}: no feature counts as dead before train.dead_window={window:,} tokens, and "
+            f"resampling ends at {last * batch:,}; use a smaller train.dead_window"
+        )
+    return steps
 
 
 def _check_space(model: Transcoder, plan: Plan) -> None:
@@ -204,6 +232,7 @@ def _finish(cfg: TrainConfig, cache: Cache, trainer: Trainer, metrics: dict[str,
     """Thresholds from the calibration split, their L0 and FVU on the evaluation split, folding, runs/NAME/final."""
     model, prepare, batch = trainer.model.eval(), trainer.inputs, trainer.plan.batch_tokens
     x, _ = _held_out(cache, Split.calibration, prepare)
+    rank_norms = model.rank_norms()
     threshold = calibrate.thresholds(model, x, batch, cfg.train.seed)
     measured_x, measured_y = _held_out(cache, Split.evaluation, prepare)
     y_scale = prepare.scaling.y_scale
@@ -212,6 +241,7 @@ def _finish(cfg: TrainConfig, cache: Cache, trainer: Trainer, metrics: dict[str,
     after = calibrate.measure(model, measured_x, measured_y, y_scale, batch, cfg.train.seed)
     logger.info("held out   %s: L0 %.2f, FVU %.4f", cfg.activation.name, before["l0"], before["fvu"])
     logger.info("           fixed thresholds: L0 %.2f, FVU %.4f", after["l0"], after["fvu"])
+    _compare(cfg.loss.target_l0, after["l0"])
     model.fold(prepare.scaling)
     y_mean = _statistics(cache, "mlp_out").mean  # ablation is of the MLPs, whatever is reconstructed
     config = {
@@ -230,7 +260,13 @@ def _finish(cfg: TrainConfig, cache: Cache, trainer: Trainer, metrics: dict[str,
         },
         "metrics": metrics,
     }
-    artifact.save(trainer.directory, model, threshold, y_mean, config)
+    artifact.save(trainer.directory, model, threshold, y_mean, config, rank_norms)
+
+
+def _compare(target: float | None, l0: float | None) -> None:
+    """Say so when a run missed the L0 that it aimed at."""
+    if target is not None and l0 is not None and abs(l0 / target - 1) > TOLERANCE:
+        logger.warning("held-out L0 is %.1f, loss.target_l0 was %g: a longer run settles better", l0, target)
 
 
 def _held_out(cache: Cache, split: Split, prepare: Inputs) -> tuple[Tensor, Tensor]:

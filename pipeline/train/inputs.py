@@ -66,6 +66,11 @@ def build(norm: MlpNorm, site: Site, maps: Scaling, device: torch.device, target
     return Inputs(norm.to(str(device)), on_device, device, site, target)
 
 
+def layer_variance(y: Statistics, maps: Scaling) -> Tensor:
+    """mean_n |y^m - mean y^m|^2 of each layer in the transcoder's units. -> float64 [L]"""
+    return (y.std / maps.y_scale.double()).square().sum(dim=1)
+
+
 def variance(y: Statistics, maps: Scaling) -> float:
-    """V = sum_m mean_n |y^m - mean y^m|^2 in the transcoder's units."""
-    return float((y.std / maps.y_scale.double()).square().sum())
+    """V, their sum."""
+    return float(layer_variance(y, maps).sum())

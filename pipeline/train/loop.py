@@ -12,17 +12,20 @@ import torch
 from torch import Tensor
 
 from pipeline.arch.base import Output, Transcoder
+from pipeline.core.activations import Choosing
 from pipeline.core.sparse import Sparse
 from pipeline.data.loader import Batch
+from pipeline.data.shuffle import derive
 from pipeline.errors import UserError
 from pipeline.files import write_aside
 from pipeline.progress import Progress
-from pipeline.train import checkpoint
+from pipeline.train import checkpoint, controller
 from pipeline.train.checkpoint import State
 from pipeline.train.inputs import Inputs
 from pipeline.train.interrupt import stop_requests
 from pipeline.train.objective import Objective
 from pipeline.train.options import OptimOptions
+from pipeline.train.resample import resample
 from pipeline.train.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
@@ -39,6 +42,11 @@ class Plan:
     checkpoint_steps: int
     keep_checkpoints: int
     log_steps: int
+    resample_steps: int
+    """Steps between resamplings of dead features; 0 for none."""
+    last_resample: int
+    """No resampling after so many steps."""
+    seed: int
     y_variance: Tensor
     """[L, D] variance of the targets over the cache, in the model's units."""
 
@@ -59,7 +67,7 @@ class Trainer:
         self.directory, self.model, self.optimizer = directory, model, optimizer
         self.objective, self.inputs, self.plan, self.optim = objective, inputs, plan, optim
         never = torch.zeros(model.n_sources, model.d_features, dtype=torch.int64, device=inputs.device)
-        self.state = State(0, never)
+        self.state = State(0, never, controller.first(objective.options) if objective.controlled else None)
         self.about: dict[str, object] = {}
 
     def resume(self, path: Path) -> None:
@@ -88,19 +96,23 @@ class Trainer:
                     _append(self.directory / "metrics.jsonl", record)
                     _append(self.directory / "timings.jsonl", clock.record(state.step, plan.batch_tokens))
                     fields = _bar_fields(record)
+                self._steer(out)
                 bar.update(plan.batch_tokens, **fields)
                 if state.step % plan.checkpoint_steps == 0 or state.step == plan.n_steps or requested():
                     self.save()
                 if requested():
                     logger.info("stopped at step %d of %d; the same command continues", state.step, plan.n_steps)
                     raise KeyboardInterrupt
+        self.model.activation.at(1.0)
         return record
 
     def step(self, batch: Batch, rate: float) -> tuple[Output, Tensor, dict[str, Tensor]]:
         """One optimiser step, and the counters that follow from it."""
         x, y = self.inputs(batch.resid_mid, batch.mlp_out)
+        state = self.state
+        self.model.activation.at(state.step / self.plan.n_steps)
         out: Output = self.model(x, self.objective.needs_pre_acts)
-        terms = self.objective(self.model, out, x, y, self.dead(), self.state.step)
+        terms = self.objective(self.model, out, x, y, self.dead(), state.step, state.log_lambda)
         loss = torch.stack(list(terms.values())).sum()
         terms = {name: term.detach() for name, term in terms.items()}
         if not math.isfinite(loss.item()):
@@ -110,9 +122,29 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        self.state.tokens_since_fired += y.shape[0]
-        self.state.tokens_since_fired[fired(out)] = 0
+        state.tokens_since_fired += y.shape[0]
+        state.tokens_since_fired[fired(out)] = 0
+        self._resample(out, x, y)
         return out, y, terms
+
+    def _steer(self, out: Output) -> None:
+        """The controller's move after a step."""
+        state, target = self.state, self.objective.options.target_l0
+        if state.log_lambda is not None:
+            assert target is not None
+            l0 = active(out) / out.y_hat.shape[0]
+            state.log_lambda = controller.steered(state.log_lambda, l0, target, state.step - 1, self.plan.n_steps)
+
+    def _resample(self, out: Output, x: Tensor, y: Tensor) -> None:
+        """Restart dead features, when it is time to."""
+        plan, done = self.plan, self.state.step + 1
+        if not plan.resample_steps or done % plan.resample_steps or done > plan.last_resample:
+            return
+        generator = torch.Generator().manual_seed(derive(plan.seed, "resample", done))
+        error = (y - out.y_hat).detach()
+        restarted = resample(self.model, self.optimizer, x, error, self.dead(), generator)
+        self.state.tokens_since_fired[restarted] = 0
+        logger.info("step %d: %d dead features begin again", done, int(restarted.sum()))
 
     def dead(self) -> Tensor:
         """Features that have not fired for `dead_window` tokens. [L, F] bool; none before that many were seen."""
@@ -136,7 +168,18 @@ class Trainer:
             "l0": active(out) / y.shape[0],
             "dead_fraction": float(self.dead().float().mean()) if tokens >= self.plan.dead_window else None,
             "lr": rate,
+            **self._in_force(),
         }
+
+    def _in_force(self) -> dict[str, object]:
+        """What changes over the run in the settings of this one: lambda of the sparsity penalty, an annealed k."""
+        changing: dict[str, object] = {}
+        if self.objective.penalises:
+            changing["lambda"] = self.objective.lambda_at(self.state.step - 1, self.state.log_lambda)
+        rule = self.model.activation
+        if isinstance(rule, Choosing) and rule.k_start is not None:
+            changing["k"] = sum(rule.k) / len(rule.k)
+        return changing
 
     def _diverged(self, terms: dict[str, Tensor]) -> str:
         bad = ", ".join(name for name, term in terms.items() if not math.isfinite(float(term)))
