@@ -4,7 +4,7 @@ Inputs of the layers are independent: x^l is a sum of a few of 12 directions wit
 what the same coefficients times the true decoders give. Recovered is the mean, over true features, of the largest
 cosine between their decoder rows, concatenated over the targets, and those of a learned feature of the same source.
 
-A skip transcoder is left out: with fewer true features than dimensions y is linear in x, so that its path alone does it.
+A skip transcoder is left out: with fewer true features than dimensions y is linear in x, and its path alone does it.
 """
 
 from typing import Any
