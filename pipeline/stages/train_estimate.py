@@ -39,8 +39,8 @@ def say(cfg: TrainConfig, cache: Cache, plan: Plan, model: Transcoder, needs_pre
         "FLOPs a token": f"encode {_count(cost.encode)}, decode dense {_count(cost.decode_dense)}{sparse}",
         "FLOPs a step": f"{_count(cost.step * plan.batch_tokens)} forward and backward "
         f"({_count(cost.step)} a token), {_count(cost.step * tokens)} in all; a multiply-add is 2",
-        "memory": f"weights {gb(weights)}, gradients {gb(weights)}, optimiser {gb(2 * weights)}; about {gb(peak)} at the "
-        f"peak, on {cfg.train.device}",
+        "memory": f"weights {gb(weights)}, gradients {gb(weights)}, optimiser {gb(2 * weights)}; "
+        f"about {gb(peak)} at the peak, on {cfg.train.device}",
         "disk": f"{gb(needed)}, {gb(free)} free on {disk_of(runs.RUNS)}" + ("" if free >= needed else ": NOT ENOUGH"),
         "run": f"runs/{cfg.name}: {plan.n_steps:,} steps of {plan.batch_tokens:,} tokens, "
         f"{tokens / cache.n_rows:.2f} passes over the cache",
