@@ -119,6 +119,7 @@ def test_training_on_planted_features_lands_at_the_target_on_fresh_data(
         optimizer.step()
         log_lambda = controller.steered(log_lambda, active(out) / batch, target, step, n_steps)
     x, y = data(8192)
-    out = model(x)
+    with torch.no_grad():
+        out = model(x)
     assert active(out) / x.shape[0] == pytest.approx(target, rel=0.05)
     assert float((out.y_hat - y).square().sum() / (y - y.mean(dim=0)).square().sum()) < 0.9
