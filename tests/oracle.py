@@ -8,6 +8,7 @@ writes layer l + j.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from pipeline.core.options import ActivationOptions, ThetaGrad
 
 Pairs = set[tuple[int, int, int]]
 """(token, layer, feature)"""
+
+Maps = Sequence[Sequence[Tensor]]
+"""By layer and transform."""
 
 
 # Encoder and decoder
@@ -57,6 +61,25 @@ def decode(features: Tensor, W_dec: Sequence[Tensor], b_dec: Tensor) -> Tensor:
 def decoder_norms(W_dec: Sequence[Tensor]) -> Tensor:
     """|W_dec,i^l|: L2 norm of feature i's rows, concatenated over its targets. -> [L, F]"""
     return torch.stack([torch.stack([row.reshape(-1).norm() for row in W]) for W in W_dec])
+
+
+def decode_molt(features: Tensor, x: Tensor, U: Maps, V: Maps, offset: Maps, b_dec: Tensor) -> Tensor:
+    """y_hat^l = b_dec^l + sum_t a_t^l U_t (V_t x^l + offset_t), transform by transform.
+
+    U[l][t] [D, r_t], V[l][t] [r_t, D], offset[l][t] [r_t].  [B, L, F], [B, L, D] -> [B, L, D]
+    """
+    values = features.tolist()
+    tokens = []
+    for b in range(x.shape[0]):
+        layers = []
+        for l in range(x.shape[1]):
+            y = b_dec[l]
+            for t, value in enumerate(values[b][l]):
+                if value != 0:
+                    y = y + features[b, l, t] * (U[l][t] @ (V[l][t] @ x[b, l] + offset[l][t]))
+            layers.append(y)
+        tokens.append(torch.stack(layers))
+    return torch.stack(tokens)
 
 
 # Activations: which pairs are active, and with what value
@@ -283,6 +306,13 @@ def activation_options(name: str) -> ActivationOptions:
     return ActivationOptions(name, **{option: values[option] for option in activations.USES[name]})
 
 
+def arch_options(name: str, d_features: int = 11) -> ArchOptions:
+    """Settings for any entry of the table of architectures, those that it must have set."""
+    # 2 transforms of rank 6, 3 of rank 4, 6 of rank 2.
+    needs: dict[str, dict[str, Any]] = {"molt": {"ranks": [6, 4, 2]}}
+    return ArchOptions(name, d_features=d_features, **needs.get(name, {}))
+
+
 def transcoder(
     architecture: str = "clt",
     activation: str | Activation = "topk",
@@ -295,7 +325,7 @@ def transcoder(
     """Every parameter random, in float64 unless told otherwise, in evaluation mode."""
     if isinstance(activation, str):
         activation = activations.build(activation_options(activation), n_layers, d_features)
-    options = ArchOptions(architecture, d_features=d_features)
+    options = arch_options(architecture, d_features)
     model = table.build(options, Dims(n_layers, d_model), activation).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -41,6 +41,8 @@ class Output(NamedTuple):
     """[B, L, F], or sparse."""
     y_hat: Tensor
     """[B, L, D]"""
+    shorter: tuple[Tensor, ...] = ()
+    """Reconstructions [B, L, D] from shorter prefixes of the features, where an architecture nests them."""
 
 
 class Transcoder(nn.Module):
@@ -48,6 +50,9 @@ class Transcoder(nn.Module):
 
     causal = True
     """Whether layer l's features depend on inputs of layers <= l alone, so that it can replace MLPs in a live model."""
+
+    linear: ClassVar[bool] = True
+    """Whether a feature writes a fixed direction, its row of W_dec; without that there is no W_dec."""
 
     uses: ClassVar[frozenset[str]] = frozenset()
     """The options that this architecture reads, beyond those that all read."""
@@ -61,11 +66,17 @@ class Transcoder(nn.Module):
         self.d_features = d_features = options.d_features
         n_layers, d_model = dims
         self.encoders = nn.ParameterList(torch.zeros(d_features, d_model) for _ in range(n_layers))
-        self.decoders = nn.ModuleList(
-            nn.ParameterList(torch.zeros(d_features, d_model) for _ in self.targets(layer)) for layer in range(n_layers)
-        )
+        self.decoders = nn.ModuleList(nn.ParameterList(self.new_tables(layer)) for layer in range(n_layers))
         self.b_enc = nn.Parameter(torch.zeros(n_layers, d_features))
         self.b_dec = nn.Parameter(torch.zeros(n_layers, d_model))
+
+    @classmethod
+    def check(cls, options: ArchOptions) -> None:
+        """UserError for options that this architecture cannot be built from."""
+
+    def new_tables(self, layer: int) -> list[Tensor]:
+        """Decoder tables [F, D] of a layer, zero, one for each target."""
+        return [torch.zeros(self.d_features, self.dims.d_model) for _ in self.targets(layer)]
 
     @staticmethod
     def sources(dims: Dims) -> int:
@@ -134,8 +145,13 @@ class Transcoder(nn.Module):
                 rows[target] = part if so_far is None else so_far + part
         return torch.stack([row for row in rows if row is not None], dim=1) + self.b_dec
 
-    def decode_layer(self, features: Sparse, layer: int) -> Tensor:
-        """What layer `layer`'s MLP output becomes, from the features of layers <= layer. -> [B, D]"""
+    def write_rows(self, z: Tensor, ids: Tensor, layer: int, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """What features `ids` [n] of a layer write with activations z [B, n] on x [B, D]: (target, [B, D]), no bias."""
+        for target, table in zip(self.targets(layer), self.tables(layer), strict=True):
+            yield target, z @ table[ids]
+
+    def decode_layer(self, features: Sparse, layer: int, x: Tensor) -> Tensor:
+        """What layer `layer`'s MLP output becomes: its input x [B, D], features of layers <= layer -> [B, D]"""
         y_hat = self.b_dec[layer]
         for source in range(len(features.patterns)):
             if layer in self.targets(source):
@@ -151,20 +167,20 @@ class Transcoder(nn.Module):
 
     def forward(self, x: Tensor, need_pre_acts: bool = False) -> Output:
         """x [B, L, D] -> Output. Sparse where the activation chooses, unless a loss needs the pre-activations."""
-        if self.activation.chooses and not need_pre_acts:
-            chosen = self.choose(x)
-            return Output(None, chosen, self.decode(chosen, x))
-        pre_acts = self.encode(x)
-        features = self.activation(pre_acts)
+        pre_acts, features = self.activate(x, need_pre_acts)
         return Output(pre_acts, features, self.decode(features, x))
+
+    def activate(self, x: Tensor, need_pre_acts: bool) -> tuple[Tensor | None, Features]:
+        """The first two fields of `forward`'s Output."""
+        if self.activation.chooses and not need_pre_acts:
+            return None, self.choose(x)
+        pre_acts = self.encode(x)
+        return pre_acts, self.activation(pre_acts)
 
     def decoder_norms(self) -> Tensor:
         """L2 norm of each feature's decoder rows, concatenated over its targets; gradient 0 at 0. -> [L, F]"""
         squares = [sum(table.square().sum(dim=1) for table in self.tables(i)) for i in range(self.n_sources)]
-        square = torch.stack([s for s in squares if isinstance(s, Tensor)])
-        # The derivative of the root at 0 is infinite, and infinity times the inner 0 would be NaN.
-        nonzero = square > 0
-        return torch.where(nonzero, square.where(nonzero, 1.0).sqrt(), 0.0)
+        return safe_root(torch.stack([s for s in squares if isinstance(s, Tensor)]))
 
     @torch.no_grad()
     def fold(self, scaling: Scaling) -> None:
@@ -200,3 +216,10 @@ class Transcoder(nn.Module):
         if isinstance(features, Sparse):
             return bag(features.patterns[layer], features.values[layer], table)
         return features[:, layer] @ table
+
+
+def safe_root(square: Tensor) -> Tensor:
+    """The root of sums of squares, with gradient 0 at 0."""
+    # The derivative of the root at 0 is infinite, and infinity times the inner 0 would be NaN.
+    nonzero = square > 0
+    return torch.where(nonzero, square.where(nonzero, 1.0).sqrt(), 0.0)

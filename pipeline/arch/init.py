@@ -6,6 +6,8 @@ CPU whatever the model's device, so that a seed means the same everywhere.
     data    directions of inputs,     own layer: those tokens'       centres the inputs  mean target
             drawn apart               targets; later layers: 0
 
+A MOLT has transforms in place of decoders: `arch/molt.py` says how they begin.
+
 `data`: with u_i the direction of the drawn input x_i - mean x, feature i starts at h_i = u_i . (x - mean x), so that it
 looks for inputs like x_i, and it writes what the MLP made of x_i: W_dec,i = g (y_i - mean y) / |x_i - mean x|, g the
 number for each layer that fits the sample best. Drawing apart (each next row is the input that is least like the rows
@@ -20,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.arch.base import Transcoder
+from pipeline.arch.molt import MOLT
 from pipeline.core.activations import JumpReLU
 
 FIRING = 32
@@ -38,6 +41,9 @@ def uniform(model: Transcoder, generator: torch.Generator) -> None:
         _draw_uniform(weight, model.d_features**-0.5, generator)
         for table in model.tables(layer):
             _draw_uniform(table, (n_layers * d_model) ** -0.5, generator)
+        if isinstance(model, MOLT):
+            _draw_uniform(model.V[layer], (3 / d_model) ** 0.5, generator)
+            _draw_uniform(model.U[layer], (n_layers * d_model) ** -0.5, generator)
 
 
 @torch.no_grad()
@@ -52,6 +58,9 @@ def from_data(model: Transcoder, x: Tensor, y: Tensor, generator: torch.Generato
         if not model.activation.chooses:
             model.b_enc[layer] = _firing_bias(model, inputs, layer)
         model.b_dec[layer] = outputs.mean(dim=0)
+        if isinstance(model, MOLT):
+            model.start(layer, inputs, outputs, rows, generator)
+            continue
         own = next(model.tables(layer))
         own.copy_((outputs[rows] - outputs.mean(dim=0)) / centred[rows].norm(dim=1, keepdim=True))
     _fit_gain(model, x, y)
@@ -99,4 +108,5 @@ def _fit_gain(model: Transcoder, x: Tensor, y: Tensor) -> None:
     y = y[:n] - model.b_dec
     gain = (y_hat * y).sum(dim=(0, 2)) / y_hat.square().sum(dim=(0, 2)).clamp(min=1e-12)
     for layer, factor in enumerate(gain):
-        next(model.tables(layer)).mul_(factor)
+        own = model.U[layer] if isinstance(model, MOLT) else next(model.tables(layer))
+        own.mul_(factor)

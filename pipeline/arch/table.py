@@ -4,11 +4,13 @@ import dataclasses
 
 from pipeline.arch.base import Dims, Transcoder
 from pipeline.arch.clt import CLT
+from pipeline.arch.matryoshka import Matryoshka
+from pipeline.arch.molt import MOLT
 from pipeline.arch.options import ArchOptions
 from pipeline.core.activations import Activation
 from pipeline.errors import UserError
 
-ARCHS: dict[str, type[Transcoder]] = {"clt": CLT}
+ARCHS: dict[str, type[Transcoder]] = {"clt": CLT, "matryoshka": Matryoshka, "molt": MOLT}
 
 COMMON = frozenset({"name", "d_features", "site", "init"})
 """The options that every architecture reads."""
@@ -23,6 +25,7 @@ def check(options: ArchOptions) -> None:
     for field in dataclasses.fields(options):
         if field.name not in COMMON | ARCHS[options.name].uses and getattr(options, field.name) != field.default:
             raise UserError(f"arch.{field.name} has no meaning for arch={options.name}; leave it out")
+    ARCHS[options.name].check(options)
 
 
 def n_sources(options: ArchOptions, dims: Dims) -> int:

@@ -37,9 +37,10 @@ class ReplacementModel:
 
         def mlp(layer: int, resid: Tensor, own: Tensor) -> Tensor:
             x = self.norm.layer(resid, layer) if self.site == Site.mlp_in else resid.float()
-            chosen.append(self.transcoder.layer_features(x.flatten(0, 1), layer))
+            x = x.flatten(0, 1)
+            chosen.append(self.transcoder.layer_features(x, layer))
             so_far = Sparse([pattern for pattern, _ in chosen], [values for _, values in chosen])
-            y_hat = self.transcoder.decode_layer(so_far, layer).view(own.shape).to(own.dtype)
+            y_hat = self.transcoder.decode_layer(so_far, layer, x).view(own.shape).to(own.dtype)
             return keep_position_0(own, y_hat)
 
         return self.lm.logits(tokens, mlp)

@@ -48,7 +48,8 @@ def run(cfg: TrainConfig) -> Path:
     ).to(device)
     maps = inputs.scaling(cfg.train.norm, _statistics(cache, cfg.arch.site), _statistics(cache, "mlp_out"))
     prepare = inputs.build(cache.norm, cfg.arch.site, maps, device)
-    objective = Objective(cfg.loss, model, inputs.variance(_statistics(cache, "mlp_out"), maps), plan.n_steps)
+    variance = inputs.variance(_statistics(cache, "mlp_out"), maps)
+    objective = Objective(cfg.loss, model, variance, plan.n_steps, cfg.train.seed)
     optimizer = optim.build(model.parameters(), cfg.optim)
     if cfg.arch.init == Init.data and cache.n_rows < cfg.arch.d_features:
         raise UserError(

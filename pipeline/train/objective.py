@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.arch.base import Output, Transcoder
+from pipeline.arch.matryoshka import Matryoshka
 from pipeline.core import losses
 from pipeline.core.activations import JumpReLU
 from pipeline.core.options import LossOptions, PreActForm
@@ -13,9 +14,10 @@ from pipeline.train.schedule import sparsity
 
 
 class Objective:
-    """A run's terms. `variance` is V = sum_m mean_n |y^m - mean y^m|^2 of the cache, in the transcoder's units."""
+    """A run's terms. `variance` is V = sum_m mean_n |y^m - mean y^m|^2 of the cache, in the transcoder's units; `seed`
+    decides what a term draws at a step."""
 
-    def __init__(self, options: LossOptions, model: Transcoder, variance: float, n_steps: int) -> None:
+    def __init__(self, options: LossOptions, model: Transcoder, variance: float, n_steps: int, seed: int = 0) -> None:
         for name in ("sparsity", "pre_act", "aux_k", "sparsity_ramp"):
             if getattr(options, name) < 0:
                 raise UserError(f"loss.{name}={getattr(options, name)} must not be negative")
@@ -24,12 +26,18 @@ class Objective:
         january = options.pre_act > 0 and options.pre_act_form == PreActForm.january
         if january and not isinstance(model.activation, JumpReLU):
             raise UserError("loss.pre_act_form=january needs thresholds; use activation=jumprelu or pre_act_form=clt")
-        self.options, self.variance, self.n_steps = options, variance, n_steps
+        self.options, self.variance, self.n_steps, self.seed = options, variance, n_steps, seed
 
     @property
     def needs_pre_acts(self) -> bool:
         """Whether a term reads every pre-activation, so that the sparse path cannot drop them."""
         return self.options.pre_act > 0
+
+    def forward(self, model: Transcoder, x: Tensor, step: int) -> Output:
+        """The model's output with all that the terms of this step read. x [B, L, D] in the transcoder's units."""
+        if isinstance(model, Matryoshka):
+            return model(x, self.needs_pre_acts, model.sizes(self.seed, step))
+        return model(x, self.needs_pre_acts)
 
     def __call__(
         self, model: Transcoder, out: Output, x: Tensor, y: Tensor, dead: Tensor, step: int
@@ -37,6 +45,9 @@ class Objective:
         """x, y [B, L, D] in the transcoder's units; dead [L, F] bool -> {term: []}."""
         options = self.options
         terms = {"reconstruction": losses.reconstruction(out.y_hat, y)}
+        if isinstance(model, Matryoshka) and model.nests:
+            assert out.shorter, "the output of Objective.forward has the shorter prefixes"
+            terms["prefixes"] = torch.stack([losses.reconstruction(part, y) for part in out.shorter]).sum()
         if options.sparsity > 0:
             penalty = losses.tanh_sparsity(out.features, model.decoder_norms(), options.sparsity_c)
             terms["sparsity"] = sparsity(options, step, self.n_steps) * penalty
@@ -71,6 +82,6 @@ def explain_error(model: Transcoder, x: Tensor, dead: Tensor) -> Tensor:
         pre_acts = F.linear(x[:, layer], model.encoders[layer][ids], model.b_enc[layer][ids])
         values, indices = pre_acts.topk(min(d_model // 2, ids.numel()), dim=1)
         z = torch.zeros_like(pre_acts).scatter(1, indices, values.relu())
-        for target, table in zip(model.targets(layer), model.tables(layer), strict=True):
-            rows[target] = rows[target] + z @ table[ids]
+        for target, part in model.write_rows(z, ids, layer, x[:, layer]):
+            rows[target] = rows[target] + part
     return torch.stack(rows, dim=1)

@@ -1,6 +1,7 @@
 """A finished transcoder survives the disk, in the model's units, and can say what rule it was trained with."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def write(
     """A random transcoder written as a finished run -> itself, its thresholds, the mean target."""
     theta, y_mean = torch.rand(L, F), oracle.normal(L, D, seed=4, dtype=torch.float32)
     model = oracle.transcoder(architecture, FixedThreshold(theta), dtype=torch.float32)
-    options = ArchOptions(architecture, d_features=F, site=Site.resid_mid)
+    options = replace(oracle.arch_options(architecture, F), site=Site.resid_mid)
     rule = activation or oracle.activation_options("topk")
     config: dict[str, Any] = {**artifact.describe(options, model.dims, rule), "metrics": {"fvu": 0.25}}
     assert artifact.save(run, model, theta, y_mean, config) == run / "final"
