@@ -91,8 +91,10 @@ class Matryoshka(CLT):
 
         Each feature's contribution is computed once: a prefix is the one before it and a slice of features.
         """
+        if not sizes:
+            return []
         widths = [b - a for a, b in itertools.pairwise([0, *sizes])]
-        rest = self.d_features - sizes[-1] if sizes else 0
+        rest = self.d_features - sizes[-1]
         zero = torch.zeros((), dtype=self.b_dec.dtype, device=self.b_dec.device)
         slices = [[zero] * self.dims.n_layers for _ in widths]
         for layer in range(self.n_sources):

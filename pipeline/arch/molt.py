@@ -123,11 +123,11 @@ class MOLT(Transcoder):
         return safe_root(torch.stack(squares))
 
     def start(self, layer: int, x: Tensor, y: Tensor, rows: Tensor, generator: torch.Generator) -> None:
-        """Begin as a transcoder. x, y [n, D]: a sample of the layer's inputs and targets; rows [F]: the x_t that transform
-        t's gate looks for.
+        """Begin as a transcoder. x, y [n, D]: a sample of the layer's inputs and targets; rows [F]: the x_t that
+        transform t's gate looks for.
 
-        Its first row maps x_t to what the MLP made of it, U V = (y_t - mean y) x_t^T / (|x_t|^2 |x_t - mean x|). The others
-        read directions in which inputs vary, x - mean x of other tokens, and write nothing yet (U = 0).
+        Its first row maps x_t to what the MLP made of it, U V = (y_t - mean y) x_t^T / (|x_t|^2 |x_t - mean x|). The
+        others read directions in which inputs vary, x - mean x of other tokens, and write nothing yet (U = 0).
         """
         U, V = self.U[layer], self.V[layer]
         centred = x - x.mean(dim=0)

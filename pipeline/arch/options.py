@@ -29,7 +29,7 @@ class ArchOptions:
     """data: encoder rows drawn apart from the inputs. uniform: U(+-1/sqrt F) and U(+-1/sqrt(L d)), zero biases."""
 
     max_reach: int | None = None
-    """matryoshka: features of layer l write layers l to l + max_reach; 0 is the own layer alone, null all later layers."""
+    """matryoshka: features of layer l write layers l to l + max_reach; 0 is the own layer alone, null all later."""
 
     ranks: list[int] | None = None
     """molt: ranks of the transforms, from large to small. Each takes the same share of the layer's total rank, so that
