@@ -15,11 +15,14 @@ from pipeline.arch.base import Dims
 from pipeline.arch.matryoshka import Matryoshka
 from pipeline.arch.options import ArchOptions
 from pipeline.core import activations
+from pipeline.core.normalize import Scaling
 from pipeline.core.options import ActivationOptions, LossOptions
 from pipeline.core.sparse import Sparse, sparsify
 from pipeline.errors import UserError
 from pipeline.train import checkpoint, optim
 from pipeline.train.checkpoint import State
+from pipeline.train.inputs import Inputs
+from pipeline.train.loop import Plan, Trainer
 from pipeline.train.objective import Objective
 from pipeline.train.options import OptimOptions
 from tests import oracle
@@ -255,6 +258,41 @@ def test_a_resumed_run_draws_the_prefixes_of_the_run_that_never_stopped(tmp_path
     for name, tensor in straight[0].state_dict().items():
         assert torch.equal(tensor, second[0].state_dict()[name]), name
     assert not torch.equal(straight[0].b_enc, first[0].b_enc)
+
+
+def test_the_objective_asks_for_the_prefixes_of_its_seed_and_step() -> None:
+    model, x = nested(random_prefixes=4), oracle.normal(B, L, D)
+    for seed, step in ((0, 0), (0, 7), (9, 7)):
+        out = Objective(MSE, model, 1.0, 8, seed).forward(model, x, step)
+        *sizes, _ = model.sizes(seed, step)
+        assert len(out.shorter) == 3
+        for got, expected in zip(out.shorter, model.nested(out.features, sizes), strict=True):
+            assert oracle.normwise(got, expected) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [({"prefixes": [2, 5, 11]}, [2, 5]), ({"random_prefixes": 3}, [1, 2, 5]), ({"prefixes": [11]}, [])],
+)
+def test_the_log_has_the_fvu_of_the_same_prefixes_at_every_step(
+    tmp_path: Path, options: dict[str, object], sizes: list[int]
+) -> None:
+    model = nested(**options)
+    objective, scale = Objective(MSE, model, 1.0, 8), oracle.normal(L, D, seed=23).abs() + 0.5
+    zero, variance = torch.zeros(L, D), oracle.normal(L, D, seed=24).square()
+    inputs = Inputs(None, Scaling(zero, scale, zero, scale), torch.device("cpu"))
+    plan = Plan(8, B, 10, 8, 1, 1, variance)
+    adam = optim.build(model.parameters(), OptimOptions("adam"))
+    trainer = Trainer(tmp_path, model, adam, objective, inputs, plan, OptimOptions("adam"))
+    x, y = oracle.normal(B, L, D, seed=5), oracle.normal(B, L, D, seed=6)
+    for step in range(2):
+        out = objective.forward(model, x, step)
+        line = trainer.record(out, y, {"reconstruction": torch.zeros(())}, 0.1)
+        assert [key for key in line if key.startswith("fvu/")] == [f"fvu/prefix_{m}" for m in sizes]
+        for m in sizes:
+            y_hat = oracle.decode(prefix(dense(out.features), m), model.W_dec, model.b_dec)
+            error = float(((y_hat - y) * scale).square().sum().detach()) / B
+            assert line[f"fvu/prefix_{m}"] == pytest.approx(error / float(variance.sum()))
 
 
 def concatenated(model: Matryoshka, layer: int) -> Tensor:
