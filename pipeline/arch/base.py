@@ -66,7 +66,10 @@ class Transcoder(nn.Module):
         self.d_features = d_features = options.d_features
         n_layers, d_model = dims
         self.encoders = nn.ParameterList(torch.zeros(d_features, d_model) for _ in range(n_layers))
-        self.decoders = nn.ModuleList(nn.ParameterList(self.new_tables(layer)) for layer in range(n_layers))
+        self.decoders = nn.ModuleList(
+            nn.ParameterList(torch.zeros(d_features, d_model) for _ in range(self.n_tables(layer)))
+            for layer in range(n_layers)
+        )
         self.b_enc = nn.Parameter(torch.zeros(n_layers, d_features))
         self.b_dec = nn.Parameter(torch.zeros(n_layers, d_model))
 
@@ -74,9 +77,9 @@ class Transcoder(nn.Module):
     def check(cls, options: ArchOptions) -> None:
         """UserError for options that this architecture cannot be built from."""
 
-    def new_tables(self, layer: int) -> list[Tensor]:
-        """Decoder tables [F, D] of a layer, zero, one for each target."""
-        return [torch.zeros(self.d_features, self.dims.d_model) for _ in self.targets(layer)]
+    def n_tables(self, source: int) -> int:
+        """Decoder tables [F, D] that are kept for a source."""
+        return len(self.targets(source))
 
     @staticmethod
     def sources(dims: Dims) -> int:

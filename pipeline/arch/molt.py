@@ -82,19 +82,27 @@ class MOLT(Transcoder):
         self.register_buffer("rank", rank, persistent=False)
         self.register_buffer("first", rank.cumsum(0) - rank, persistent=False)
 
-    @staticmethod
-    def n_parameters(options: ArchOptions, dims: Dims) -> int:
-        """Without building it: the formula at the head of the file."""
-        assert options.ranks is not None
-        rows = options.d_features // sum(_counts(options.ranks)) * math.lcm(*options.ranks) * len(options.ranks)
-        gates = options.d_features * (dims.d_model + 1)
-        return dims.n_layers * (gates + 2 * rows * dims.d_model + dims.d_model)
+    @property
+    def n_rows(self) -> int:
+        """G R: rows of U^T and of V in a layer."""
+        return len(self.ranks) * self.counts[0] * self.ranks[0]
+
+    @property
+    def n_parameters(self) -> int:
+        """Learned numbers, by the formula at the head of the file; those of the activation rule apart."""
+        n_layers, d_model = self.dims
+        return n_layers * (self.d_features * (d_model + 1) + 2 * self.n_rows * d_model + d_model)
+
+    def decode_flops(self, active: float) -> float:
+        """Of one token with so many transforms of each layer at work, of mean rank (d_features: dense)."""
+        n_layers, d_model = self.dims
+        return 4 * n_layers * d_model * active * self.n_rows / self.d_features
 
     def targets(self, layer: int) -> range:
         return range(layer, layer + 1)
 
-    def new_tables(self, layer: int) -> list[Tensor]:
-        return []
+    def n_tables(self, source: int) -> int:
+        return 0
 
     def groups(self, table: Tensor) -> list[Tensor]:
         """U or V of a layer [G R, D] by group of rank: [count, r, D] each, views."""

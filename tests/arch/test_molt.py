@@ -209,11 +209,11 @@ def test_the_number_of_parameters_is_the_documented_one(ranks: list[int], d_feat
     options = ArchOptions("molt", d_features=d_features, ranks=ranks)
     rule = activations.build(oracle.activation_options("topk"), L, d_features)
     model = table.build(options, Dims(L, D), rule)
+    assert isinstance(model, MOLT)
     n = sum(p.numel() for p in model.parameters())
-    assert MOLT.n_parameters(options, Dims(L, D)) == n
+    assert model.n_parameters == n
     each = d_features / sum(1 / r for r in ranks)  # the total rank R of a group, from F = sum R / r
     assert n == L * (d_features * (D + 1) + 2 * round(len(ranks) * each) * D + D)
-    assert isinstance(model, MOLT)
     assert [count * rank for count, rank in zip(model.counts, ranks, strict=True)] == [round(each)] * len(ranks)
 
 
