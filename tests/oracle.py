@@ -28,6 +28,9 @@ Weights = Mapping[str, Tensor]
 Pairs = set[tuple[int, int, int]]
 """(token, layer, feature)"""
 
+Maps = Sequence[Sequence[Tensor]]
+"""By layer and transform."""
+
 
 # Encoder and decoder
 
@@ -60,13 +63,13 @@ def decode(features: Tensor, W_dec: Sequence[Tensor], b_dec: Tensor) -> Tensor:
     return torch.stack(tokens)
 
 
-SUMS = {"clt", "per_layer", "skip", "tied", "sae", "crosscoder"}
+SUMS = {"clt", "per_layer", "skip", "tied", "sae", "crosscoder", "matryoshka"}
 """Architectures that `reconstruct` knows: sums over features of what each adds."""
 
 
 def writes(options: ArchOptions, l: int, m: int) -> bool:
     """Whether features of source l write layer m."""
-    if options.name == "clt":
+    if options.name in ("clt", "matryoshka"):
         return l <= m and (options.max_reach is None or m - l <= options.max_reach)
     return {"tied": l <= m, "crosscoder": True}.get(options.name, l == m)
 
@@ -112,6 +115,25 @@ def encode_all(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
 def decoder_norms(W_dec: Sequence[Tensor]) -> Tensor:
     """|W_dec,i^l|: L2 norm of feature i's rows, concatenated over its targets. -> [L, F]"""
     return torch.stack([torch.stack([row.reshape(-1).norm() for row in W]) for W in W_dec])
+
+
+def decode_molt(features: Tensor, x: Tensor, U: Maps, V: Maps, offset: Maps, b_dec: Tensor) -> Tensor:
+    """y_hat^l = b_dec^l + sum_t a_t^l U_t (V_t x^l + offset_t), transform by transform.
+
+    U[l][t] [D, r_t], V[l][t] [r_t, D], offset[l][t] [r_t].  [B, L, F], [B, L, D] -> [B, L, D]
+    """
+    values = features.tolist()
+    tokens = []
+    for b in range(x.shape[0]):
+        layers = []
+        for l in range(x.shape[1]):
+            y = b_dec[l]
+            for t, value in enumerate(values[b][l]):
+                if value != 0:
+                    y = y + features[b, l, t] * (U[l][t] @ (V[l][t] @ x[b, l] + offset[l][t]))
+            layers.append(y)
+        tokens.append(torch.stack(layers))
+    return torch.stack(tokens)
 
 
 # Activations: which pairs are active, and with what value
@@ -390,8 +412,11 @@ def activation_options(name: str) -> ActivationOptions:
 
 
 def arch_options(architecture: str, **options: Any) -> ArchOptions:
-    """An architecture's options, with those that it fixes, and a width of 11."""
-    return ArchOptions(architecture, **{"d_features": 11, **ARCHS[architecture].fixed, **options})
+    """An architecture's options, with those that it fixes or must have set, and a width of 11."""
+    # 2 transforms of rank 6, 3 of rank 4, 6 of rank 2.
+    needs: dict[str, dict[str, Any]] = {"molt": {"ranks": [6, 4, 2]}}
+    fixed = ARCHS[architecture].fixed | needs.get(architecture, {})
+    return ArchOptions(architecture, **{"d_features": 11, **fixed, **options})
 
 
 def transcoder(

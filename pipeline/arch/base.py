@@ -45,6 +45,8 @@ class Output(NamedTuple):
     """[B, S, F], or sparse."""
     y_hat: Tensor
     """[B, L, D]"""
+    shorter: tuple[Tensor, ...] = ()
+    """Reconstructions [B, L, D] from shorter prefixes of the features, where an architecture nests them."""
 
 
 class Transcoder(nn.Module):
@@ -53,8 +55,11 @@ class Transcoder(nn.Module):
     causal = True
     """Whether layer l's features depend on inputs of layers <= l alone, so that it can replace MLPs in a live model."""
 
-    linear = True
+    linear: bool = True
     """Whether y_hat is linear in the features (and x), so that attribution through it is exact."""
+
+    directions: ClassVar[bool] = True
+    """Whether a feature writes a fixed direction, its row of W_dec; without that there is no W_dec."""
 
     uses: ClassVar[frozenset[str]] = frozenset()
     """The options that this architecture reads, beyond those that all read."""
@@ -81,6 +86,10 @@ class Transcoder(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(n_layers, d_model))
         W_skip = nn.Parameter(torch.zeros(n_layers, d_model, d_model)) if options.skip else None
         self.register_parameter("W_skip", W_skip)
+
+    @classmethod
+    def check(cls, options: ArchOptions) -> None:
+        """UserError for options that this architecture cannot be built from."""
 
     @staticmethod
     def sources(dims: Dims) -> int:
@@ -203,6 +212,12 @@ class Transcoder(nn.Module):
         """What the features of one source write to one layer. -> [B, D]"""
         return self._write(features, source, self.table(source, target))
 
+    def write_rows(self, z: Tensor, ids: Tensor, source: int, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """What features `ids` [n] of a source write with activations z [B, n] on what it reads, x [B, width()], for
+        each target: (target, [B, D]), without a bias."""
+        for target in self.targets(source):
+            yield target, z @ self.table(source, target, ids)
+
     def decode_layer(self, features: Sparse, layer: int, x: Tensor) -> Tensor:
         """What layer `layer`'s MLP output becomes, from the features of layers <= layer. x [B, D] of it -> [B, D]"""
         y_hat = self.b_dec[layer]
@@ -219,22 +234,22 @@ class Transcoder(nn.Module):
 
     def forward(self, x: Tensor, need_pre_acts: bool = False) -> Output:
         """x [B, L, D] -> Output. Sparse where the activation chooses, unless a loss needs the pre-activations."""
-        if self.activation.chooses and not need_pre_acts:
-            chosen = self.choose(x)
-            return Output(None, chosen, self.decode(chosen, x))
-        pre_acts = self.encode(x)
-        features = self.activation(pre_acts, self.rank_norms())
+        pre_acts, features = self.activate(x, need_pre_acts)
         return Output(pre_acts, features, self.decode(features, x))
+
+    def activate(self, x: Tensor, need_pre_acts: bool) -> tuple[Tensor | None, Features]:
+        """The first two fields of `forward`'s Output."""
+        if self.activation.chooses and not need_pre_acts:
+            return None, self.choose(x)
+        pre_acts = self.encode(x)
+        return pre_acts, self.activation(pre_acts, self.rank_norms())
 
     def decoder_norms(self) -> Tensor:
         """L2 norm of each feature's decoder rows, concatenated over its targets; gradient 0 at 0. -> [S, F]"""
         squares = [
             sum(self.table(i, target).square().sum(dim=1) for target in self.targets(i)) for i in range(self.n_sources)
         ]
-        square = torch.stack([s for s in squares if isinstance(s, Tensor)])
-        # The derivative of the root at 0 is infinite, and infinity times the inner 0 would be NaN.
-        nonzero = square > 0
-        return torch.where(nonzero, square.where(nonzero, 1.0).sqrt(), 0.0)
+        return safe_root(torch.stack([s for s in squares if isinstance(s, Tensor)]))
 
     def rank_norms(self) -> Tensor | None:
         """The decoder norms for a rule that ranks by them, without gradient. -> [L, F] or None"""
@@ -301,3 +316,10 @@ class Transcoder(nn.Module):
         if isinstance(features, Sparse):
             return bag(features.patterns[layer], features.values[layer], table)
         return features[:, layer] @ table
+
+
+def safe_root(square: Tensor) -> Tensor:
+    """The root of sums of squares, with gradient 0 at 0."""
+    # The derivative of the root at 0 is infinite, and infinity times the inner 0 would be NaN.
+    nonzero = square > 0
+    return torch.where(nonzero, square.where(nonzero, 1.0).sqrt(), 0.0)

@@ -6,6 +6,8 @@ CPU whatever the model's device, so that a seed means the same everywhere.
     data    directions of inputs,     own layer: those tokens'       centres the inputs  mean target
             drawn apart               targets; later layers: 0
 
+A MOLT has transforms in place of decoders: `arch/molt.py` says how they begin.
+
 `data`: with u_i the direction of the drawn input x_i - mean x, feature i starts at h_i = u_i . (x - mean x), so that it
 looks for inputs like x_i, and it writes what the MLP made of x_i: W_dec,i = g (y_i - mean y) / |x_i - mean x|, g the
 number for each layer that fits the sample best. Drawing apart (each next row is the input that is least like the rows
@@ -25,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.arch.base import Transcoder
+from pipeline.arch.molt import MOLT
 from pipeline.arch.options import Tie
 from pipeline.arch.tied import Tied
 from pipeline.core.activations import JumpReLU
@@ -46,6 +49,8 @@ def uniform(model: Transcoder, generator: torch.Generator) -> None:
         _draw_uniform(weight, model.d_features**-0.5, generator)
         for table in model.tables(source):
             _draw_uniform(table, (n_layers * d_model) ** -0.5, generator)
+        if isinstance(model, MOLT):
+            _draw_uniform(model.V[source], (3 / d_model) ** 0.5, generator)
 
 
 @torch.no_grad()
@@ -60,6 +65,10 @@ def from_data(model: Transcoder, x: Tensor, y: Tensor, generator: torch.Generato
         model.b_enc[source] = -weight @ read.mean(dim=0)
         if not model.activation.chooses:
             model.b_enc[source] = _firing_bias(model, read, source)
+        if isinstance(model, MOLT):
+            model.b_dec[source] = y[:, source].float().mean(dim=0)
+            model.start(source, read, y[:, source].float(), rows, generator)
+            continue
         for target, table in model.start_tables(source).items():
             outputs = y[:, target].float()
             table.copy_((outputs[rows] - outputs.mean(dim=0)) / centred[rows].norm(dim=1, keepdim=True))

@@ -5,6 +5,8 @@ import dataclasses
 from pipeline.arch.base import Dims, Transcoder
 from pipeline.arch.clt import CLT
 from pipeline.arch.crosscoder import Crosscoder
+from pipeline.arch.matryoshka import Matryoshka
+from pipeline.arch.molt import MOLT
 from pipeline.arch.options import ArchOptions, Site, Target
 from pipeline.arch.per_layer import PerLayer
 from pipeline.arch.sae import SAE
@@ -20,6 +22,8 @@ ARCHS: dict[str, type[Transcoder]] = {
     "tied": Tied,
     "sae": SAE,
     "crosscoder": Crosscoder,
+    "molt": MOLT,
+    "matryoshka": Matryoshka,
 }
 
 COMMON = frozenset({"name", "d_features", "site", "init"})
@@ -51,6 +55,7 @@ def check(options: ArchOptions) -> None:
             f"arch.site=mlp_out is what arch={options.name} is to predict; read arch.site=mlp_in or resid_mid, or "
             "reconstruct what is read (arch=sae, or arch=crosscoder arch.target=site)"
         )
+    architecture.check(options)
 
 
 def n_sources(options: ArchOptions, dims: Dims) -> int:

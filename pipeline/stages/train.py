@@ -60,13 +60,13 @@ def run(cfg: TrainConfig) -> Path:
     if cfg.dry_run:
         with torch.device("meta"):  # shapes alone
             model = _build(cfg, cache)
-        objective = Objective(cfg.loss, model, variances[0], plan.n_steps, variances[1])
+        objective = Objective(cfg.loss, model, variances[0], plan.n_steps, variances[1], cfg.train.seed)
         train_estimate.say(cfg, cache, plan, model, objective.needs_pre_acts)
         return runs.RUNS / cfg.name
     model = _build(cfg, cache).to(device)
     activations.check_batch(model.activation, plan.batch_tokens)
     prepare = inputs.build(cache.norm, cfg.arch.site, maps, device, cfg.arch.target)
-    objective = Objective(cfg.loss, model, variances[0], plan.n_steps, variances[1])
+    objective = Objective(cfg.loss, model, variances[0], plan.n_steps, variances[1], cfg.train.seed)
     optimizer = optim.build(model.parameters(), cfg.optim)
     _check_space(model, plan)
 

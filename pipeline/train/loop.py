@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.arch.base import Output, Transcoder
+from pipeline.arch.matryoshka import Matryoshka
 from pipeline.core.activations import Choosing
 from pipeline.core.sparse import Sparse
 from pipeline.data.loader import Batch
@@ -111,7 +112,7 @@ class Trainer:
         x, y = self.inputs(batch.resid_mid, batch.mlp_out)
         state = self.state
         self.model.activation.at(state.step / self.plan.n_steps)
-        out: Output = self.model(x, self.objective.needs_pre_acts)
+        out = self.objective.forward(self.model, x, state.step)
         terms = self.objective(self.model, out, x, y, self.dead(), state.step, state.log_lambda)
         loss = torch.stack(list(terms.values())).sum()
         terms = {name: term.detach() for name, term in terms.items()}
@@ -158,13 +159,13 @@ class Trainer:
     def record(self, out: Output, y: Tensor, terms: dict[str, Tensor], rate: float) -> dict[str, object]:
         """A line of metrics.jsonl, of this step's batch. fvu: pooled, in the model's units, cache's variance."""
         tokens = self.state.step * self.plan.batch_tokens
-        error = ((out.y_hat - y) * self.inputs.scaling.y_scale).square().sum() / y.shape[0]
         return {
             "step": self.state.step,
             "tokens": tokens,
             "loss": float(torch.stack(list(terms.values())).sum()),
             **{f"loss/{name}": float(term) for name, term in terms.items()},
-            "fvu": float(error) / float(self.plan.y_variance.sum()),
+            "fvu": self._fvu(out.y_hat, y),
+            **self._prefix_fvu(out, y),
             "l0": active(out) / y.shape[0],
             "dead_fraction": float(self.dead().float().mean()) if tokens >= self.plan.dead_window else None,
             "lr": rate,
@@ -180,6 +181,18 @@ class Trainer:
         if isinstance(rule, Choosing) and rule.k_start is not None:
             changing["k"] = sum(rule.k) / len(rule.k)
         return changing
+
+    def _fvu(self, y_hat: Tensor, y: Tensor) -> float:
+        error = ((y_hat - y) * self.inputs.scaling.y_scale).square().sum() / y.shape[0]
+        return float(error) / float(self.plan.y_variance.sum())
+
+    def _prefix_fvu(self, out: Output, y: Tensor) -> dict[str, float]:
+        """The FVU of each shorter prefix, of the same sizes in every line of the log."""
+        if not isinstance(self.model, Matryoshka):
+            return {}
+        *sizes, _ = self.model.usual_sizes()
+        parts = self.model.nested(out.features, sizes)
+        return {f"fvu/prefix_{size}": self._fvu(part, y) for size, part in zip(sizes, parts, strict=True)}
 
     def _diverged(self, terms: dict[str, Tensor]) -> str:
         bad = ", ".join(name for name, term in terms.items() if not math.isfinite(float(term)))

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.arch.base import Output, Transcoder
+from pipeline.arch.matryoshka import Matryoshka
 from pipeline.core import activations, losses
 from pipeline.core.activations import Choosing, GroupMax, JumpReLU
 from pipeline.core.options import LayerWeighting, LossOptions, PreActForm, Ramp, Shape, SparsityForm
@@ -20,7 +21,8 @@ WIDER = 4
 
 class Objective:
     """A run's terms. `layer_variance` [M] is mean_n |y^m - mean y^m|^2 of the cache, in the transcoder's units, and
-    `variance` V its sum; only inverse-variance weighting needs the former."""
+    `variance` V its sum; only inverse-variance weighting needs the former. `seed` decides what a term
+    draws at a step."""
 
     def __init__(
         self,
@@ -29,9 +31,10 @@ class Objective:
         variance: float,
         n_steps: int,
         layer_variance: Tensor | None = None,
+        seed: int = 0,
     ) -> None:
         _check(options, model)
-        self.options, self.variance, self.n_steps = options, variance, n_steps
+        self.options, self.variance, self.n_steps, self.seed = options, variance, n_steps, seed
         self.weights = _layer_weights(options, model, layer_variance)
         self.wider: Choosing | None = None
         if options.multi_topk > 0:
@@ -55,6 +58,12 @@ class Objective:
         """Whether a term reads every pre-activation, so that the sparse path cannot drop them."""
         return self.options.pre_act > 0
 
+    def forward(self, model: Transcoder, x: Tensor, step: int) -> Output:
+        """The model's output with all that the terms of this step read. x [B, L, D] in the transcoder's units."""
+        if isinstance(model, Matryoshka):
+            return model(x, self.needs_pre_acts, model.sizes(self.seed, step))
+        return model(x, self.needs_pre_acts)
+
     def lambda_at(self, step: int, log_lambda: float | None) -> float:
         """Coefficient of the sparsity penalty: the controller's, or the schedule's."""
         if not self.controlled:
@@ -75,6 +84,10 @@ class Objective:
         """x, y [B, M, D] in the transcoder's units; dead [L, F] bool; log_lambda the controller's -> {term: []}."""
         options = self.options
         terms = {"reconstruction": losses.reconstruction(out.y_hat, y, self._weights_on(y))}
+        if isinstance(model, Matryoshka) and model.nests:
+            assert out.shorter, "the output of Objective.forward has the shorter prefixes"
+            parts = [losses.reconstruction(part, y, self._weights_on(y)) for part in out.shorter]
+            terms["prefixes"] = torch.stack(parts).sum()
         if self.penalises:
             terms["sparsity"] = self.lambda_at(step, log_lambda) * self._sparsity(model, out)
         if options.l0 > 0:
@@ -135,8 +148,12 @@ def _check(options: LossOptions, model: Transcoder) -> None:
     january = options.pre_act > 0 and options.pre_act_form == PreActForm.january
     if january and not isinstance(rule, JumpReLU):
         raise UserError("loss.pre_act_form=january needs thresholds; use activation=jumprelu or pre_act_form=clt")
-    if options.resample_every is not None and model.n_sources != model.dims.n_layers:
-        raise UserError("loss.resample_every needs an encoder for each layer; leave it out for this arch")
+    untied = all(model.n_tables(source) == len(model.targets(source)) for source in range(model.n_sources))
+    if options.resample_every is not None and (model.n_sources != model.dims.n_layers or not untied):
+        raise UserError(
+            "loss.resample_every needs an encoder for each layer and a decoder for each layer that it writes, which "
+            f"arch={model.options.name} has not; leave it out"
+        )
     if not 0 < options.resample_until <= 1:
         raise UserError(f"loss.resample_until={options.resample_until} is a share of the run and must lie in (0, 1]")
     if options.multi_topk > 0 and (not isinstance(rule, Choosing) or isinstance(rule, GroupMax)):
@@ -209,6 +226,6 @@ def explain_error(model: Transcoder, x: Tensor, dead: Tensor) -> Tensor:
         pre_acts = F.linear(read, model.encoders[source][ids], model.b_enc[source][ids])
         values, indices = pre_acts.topk(min(d_model // 2, ids.numel()), dim=1)
         z = torch.zeros_like(pre_acts).scatter(1, indices, values.relu())
-        for target in model.targets(source):
-            rows[target] = rows[target] + z @ model.table(source, target, ids)
+        for target, part in model.write_rows(z, ids, source, read):
+            rows[target] = rows[target] + part
     return torch.stack(rows, dim=1)

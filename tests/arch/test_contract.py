@@ -25,6 +25,8 @@ VARIANTS: dict[str, ArchOptions] = {
     "tied to target": oracle.arch_options("tied", tie=Tie.target),
     "tied to target, offset": oracle.arch_options("tied", tie=Tie.target, scale=False, offset=True),
     "tied to target, plain": oracle.arch_options("tied", tie=Tie.target, scale=False, skip=True),
+    "matryoshka, next layer": oracle.arch_options("matryoshka", max_reach=1, prefixes=[3, 11]),
+    "molt of one rank": oracle.arch_options("molt", ranks=[4]),
     "crosscoder of mlp_out": oracle.arch_options("crosscoder", target=Target.site, site=Site.mlp_out),
 }
 """Every architecture as its YAML has it, and others with its options."""
@@ -109,6 +111,8 @@ def test_the_rule_chooses_what_its_formula_says(architecture: str, activation: s
     h = model.encode(inputs()).detach()
     if activation in oracle.SELECTIONS:
         expected = oracle.at_pairs(h, oracle.SELECTIONS[activation](h, 2))
+    elif activation == "groupmax":
+        expected = oracle.at_pairs(h, oracle.group_max(h, 1))
     else:
         zero = torch.zeros(n_sources(architecture), F)
         expected = oracle.above(h, getattr(model.activation, "threshold", zero))
@@ -129,7 +133,8 @@ def test_shapes_are_those_of_the_contract(architecture: str, activation: str) ->
     assert model.W_enc.shape == (L, F, D)
     assert model.b_enc.shape == (model.n_sources, F)
     assert model.b_dec.shape == (L, D)
-    assert [W.shape for W in model.W_dec] == [(F, len(model.targets(l)), D) for l in range(model.n_sources)]
+    if model.directions:
+        assert [W.shape for W in model.W_dec] == [(F, len(model.targets(l)), D) for l in range(model.n_sources)]
 
 
 @each_pair
@@ -238,9 +243,28 @@ def test_folding_changes_the_units_and_nothing_else(architecture: str, activatio
 
 
 @each_arch
+def test_any_features_of_a_layer_can_be_written_alone(architecture: str) -> None:
+    model, x, ids = transcoder(architecture, "relu"), inputs(), torch.tensor([7, 2, 10])
+    if VARIANTS[architecture].offset:
+        pytest.skip("what an offset adds is not the feature's own value")
+    source = model.n_sources // 2
+    features = torch.zeros(B, model.n_sources, F, dtype=torch.float64)
+    z = oracle.normal(B, 3, seed=8)
+    features[:, source, ids] = z
+    expected = model.decode(features, x) - model.decode(torch.zeros_like(features), x)
+    got = torch.zeros_like(expected)
+    for target, part in model.write_rows(z, ids, source, model.inputs(x)[source]):
+        got[:, target] += part
+    assert expected.any()
+    assert oracle.normwise(got, expected) < 1e-12
+
+
+@each_arch
 def test_decoder_norms_and_their_gradient_at_zero(architecture: str) -> None:
     model = transcoder(architecture, "relu")
-    assert oracle.normwise(model.decoder_norms(), oracle.decoder_norms(model.W_dec)) < 1e-12
+    if model.directions:
+        assert oracle.normwise(model.decoder_norms(), oracle.decoder_norms(model.W_dec)) < 1e-12
+    assert model.decoder_norms().shape == (model.n_sources, F)
     fresh = blank(architecture, model)
     norms = fresh.decoder_norms()
     assert not norms.any()

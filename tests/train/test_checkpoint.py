@@ -44,7 +44,7 @@ def train(run: Run, steps: int) -> None:
         dtype = model.b_enc.dtype
         x = oracle.normal(B, L, D, seed=100 + state.step, dtype=dtype) + 0.1 * torch.randn(B, L, D)
         y = oracle.normal(B, L, D, seed=200 + state.step, dtype=dtype)
-        out = model(x, objective.needs_pre_acts)
+        out = objective.forward(model, x, state.step)
         dead = state.tokens_since_fired >= 2 * B
         terms = objective(model, out, x, y, dead, state.step)
         optimizer.zero_grad()

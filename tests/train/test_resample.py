@@ -5,8 +5,12 @@ import torch
 from torch import Tensor
 
 from pipeline.arch.base import Transcoder
+from pipeline.arch.table import ARCHS
 from pipeline.core.activations import ACTIVATIONS
+from pipeline.core.options import LossOptions
+from pipeline.errors import UserError
 from pipeline.train import resample as module
+from pipeline.train.objective import Objective
 from pipeline.train.resample import resample
 from tests import oracle
 
@@ -123,3 +127,18 @@ def test_without_a_choosing_rule_a_restarted_feature_fires_on_few_tokens(
     fires = (model.activation(model.encode(x)) > 0).sum(dim=0)[dead()]
     assert (fires >= 1).all()
     assert float(fires.double().mean()) < 0.3 * B
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHS))
+def test_every_architecture_resamples_or_is_refused_in_a_line(architecture: str) -> None:
+    model = oracle.transcoder(architecture, "relu")
+    options = LossOptions("mse", resample_every="1k")
+    if architecture in {"tied", "molt", "crosscoder"}:
+        with pytest.raises(UserError, match=f"loss.resample_every needs .* arch={architecture} has not; leave it out"):
+            Objective(options, model, 1.0, 10)
+        return
+    Objective(options, model, 1.0, 10)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    x, y = oracle.normal(B, L, D), oracle.normal(B, L, D, seed=2)
+    error = (y - model(x).y_hat).detach()
+    assert torch.equal(resample(model, optimizer, x, error, dead(), generator()), dead())
