@@ -7,20 +7,29 @@ writes layer l + j.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.arch import table
 from pipeline.arch.base import Dims, Transcoder
-from pipeline.arch.options import ArchOptions
+from pipeline.arch.options import ArchOptions, Tie
+from pipeline.arch.table import ARCHS
 from pipeline.core import activations
 from pipeline.core.activations import Activation
 from pipeline.core.options import ActivationOptions, ThetaGrad
 
+Weights = Mapping[str, Tensor]
+"""By their names in files."""
+
 Pairs = set[tuple[int, int, int]]
 """(token, layer, feature)"""
+
+Maps = Sequence[Sequence[Tensor]]
+"""By layer and transform."""
 
 
 # Encoder and decoder
@@ -54,33 +63,113 @@ def decode(features: Tensor, W_dec: Sequence[Tensor], b_dec: Tensor) -> Tensor:
     return torch.stack(tokens)
 
 
+SUMS = {"clt", "per_layer", "skip", "tied", "sae", "crosscoder", "matryoshka"}
+"""Architectures that `reconstruct` knows: sums over features of what each adds."""
+
+
+def writes(options: ArchOptions, l: int, m: int) -> bool:
+    """Whether features of source l write layer m."""
+    if options.name in ("clt", "matryoshka"):
+        return l <= m and (options.max_reach is None or m - l <= options.max_reach)
+    return {"tied": l <= m, "crosscoder": True}.get(options.name, l == m)
+
+
+def sent_row(options: ArchOptions, weights: Weights, l: int, m: int, i: int, a: Tensor) -> Tensor:
+    """What feature i of source l, with value a, adds to layer m. Names and shapes are those of the files."""
+    if options.name != "tied":
+        return a * weights[f"W_dec.{l}"][i, m if options.name == "crosscoder" else m - l]
+    sent = a * weights[f"scale.{l}"][i, m - l] if options.scale else a
+    if options.offset and a.item() > 0:
+        sent = sent + weights[f"offset.{l}"][i, m - l]
+    if options.tie == Tie.source:
+        return weights["y_scale"][m] * sent * weights["W_tied"][l, i]
+    return sent * weights["W_tied"][m, i]
+
+
+def reconstruct(options: ArchOptions, weights: Weights, features: Tensor, x: Tensor) -> Tensor:
+    """y_hat^m = b_dec^m + [W_skip^m x^m] + what each active feature adds, for any architecture that is a sum over its
+    features. features [B, S, F], x [B, L, D] -> [B, L, D]"""
+    b_dec, values = weights["b_dec"], features.tolist()
+    tokens = []
+    for b in range(features.shape[0]):
+        layers = []
+        for m in range(b_dec.shape[0]):
+            y = b_dec[m]
+            if options.skip:
+                y = y + torch.stack([row @ x[b, m] for row in weights["W_skip"][m]])
+            for l in range(features.shape[1]):
+                for i, value in enumerate(values[b][l]):
+                    if value != 0 and writes(options, l, m):
+                        y = y + sent_row(options, weights, l, m, i, features[b, l, i])
+            layers.append(y)
+        tokens.append(torch.stack(layers))
+    return torch.stack(tokens)
+
+
+def encode_all(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+    """A crosscoder: h_i = sum_l W_enc,i^l . x^l + b_i.  [B, L, D], [L, F, D], [1, F] -> [B, 1, F]"""
+    per_layer = encode(x, W_enc, torch.zeros(W_enc.shape[:2], dtype=x.dtype))
+    return (sum(h for h in per_layer.unbind(1)) + b_enc[0])[:, None]
+
+
 def decoder_norms(W_dec: Sequence[Tensor]) -> Tensor:
     """|W_dec,i^l|: L2 norm of feature i's rows, concatenated over its targets. -> [L, F]"""
     return torch.stack([torch.stack([row.reshape(-1).norm() for row in W]) for W in W_dec])
 
 
+def decode_molt(features: Tensor, x: Tensor, U: Maps, V: Maps, offset: Maps, b_dec: Tensor) -> Tensor:
+    """y_hat^l = b_dec^l + sum_t a_t^l U_t (V_t x^l + offset_t), transform by transform.
+
+    U[l][t] [D, r_t], V[l][t] [r_t, D], offset[l][t] [r_t].  [B, L, F], [B, L, D] -> [B, L, D]
+    """
+    values = features.tolist()
+    tokens = []
+    for b in range(x.shape[0]):
+        layers = []
+        for l in range(x.shape[1]):
+            y = b_dec[l]
+            for t, value in enumerate(values[b][l]):
+                if value != 0:
+                    y = y + features[b, l, t] * (U[l][t] @ (V[l][t] @ x[b, l] + offset[l][t]))
+            layers.append(y)
+        tokens.append(torch.stack(layers))
+    return torch.stack(tokens)
+
+
 # Activations: which pairs are active, and with what value
 
 
-def top_k(h: Tensor, k: int) -> Pairs:
+def top_k(h: Tensor, k: int | Sequence[int]) -> Pairs:
     """For each token and layer the k largest of relu(h); ties to the lowest index; never a value that is not > 0."""
     chosen: Pairs = set()
     for b in range(h.shape[0]):
         for l in range(h.shape[1]):
             row = h[b, l].tolist()
             order = sorted(range(len(row)), key=lambda i: (-row[i], i))
-            chosen |= {(b, l, i) for i in order[:k] if row[i] > 0}
+            chosen |= {(b, l, i) for i in order[: _of(k, l)] if row[i] > 0}
     return chosen
 
 
-def batch_top_k(h: Tensor, k: int) -> Pairs:
+def group_max(h: Tensor, k: int | Sequence[int]) -> Pairs:
+    """For each token, layer and one of k groups of neighbours the largest of relu(h); ties to the lowest index."""
+    chosen: Pairs = set()
+    for b in range(h.shape[0]):
+        for l in range(h.shape[1]):
+            row, size = h[b, l].tolist(), h.shape[2] // _of(k, l)
+            for start in range(0, len(row), size):
+                best = max(range(start, start + size), key=lambda i: (row[i], -i))
+                chosen |= {(b, l, best)} if row[best] > 0 else set()
+    return chosen
+
+
+def batch_top_k(h: Tensor, k: int | Sequence[int]) -> Pairs:
     """For each layer the k B largest of relu(h) over the batch; ties to the lowest (token, feature)."""
     n_tokens, n_layers, _ = h.shape
     values = h.tolist()
     chosen: Pairs = set()
     for l in range(n_layers):
         pairs = [(-value, b, i) for b in range(n_tokens) for i, value in enumerate(values[b][l])]
-        chosen |= {(b, l, i) for value, b, i in sorted(pairs)[: k * n_tokens] if value < 0}
+        chosen |= {(b, l, i) for value, b, i in sorted(pairs)[: _of(k, l) * n_tokens] if value < 0}
     return chosen
 
 
@@ -90,6 +179,10 @@ def batch_top_k_across(h: Tensor, k: int) -> Pairs:
     tokens = enumerate(h.tolist())
     pairs = [(-value, b, l, i) for b, token in tokens for l, row in enumerate(token) for i, value in enumerate(row)]
     return {(b, l, i) for value, b, l, i in sorted(pairs)[: k * n_tokens * n_layers] if value < 0}
+
+
+def _of(k: int | Sequence[int], l: int) -> int:
+    return k if isinstance(k, int) else k[l]
 
 
 SELECTIONS = {"topk": top_k, "batchtopk": batch_top_k, "batchtopk_across": batch_top_k_across}
@@ -140,6 +233,37 @@ def reconstruction(y_hat: Tensor, y: Tensor) -> Tensor:
     n_tokens, n_layers, _ = y.shape
     per_layer = [sum((y[n, m] - y_hat[n, m]).pow(2).sum() for n in range(n_tokens)) / n_tokens for m in range(n_layers)]
     return torch.stack([torch.as_tensor(term) for term in per_layer]).sum()
+
+
+def weighted_reconstruction(y_hat: Tensor, y: Tensor, weights: Sequence[float]) -> Tensor:
+    """sum_m w_m mean_n |y^m - y_hat^m|^2"""
+    layers = [w * reconstruction(y_hat[:, m : m + 1], y[:, m : m + 1]) for m, w in enumerate(weights)]
+    return torch.stack(layers).sum()
+
+
+def l1_sparsity(features: Tensor, norms: Tensor) -> Tensor:
+    """mean_n sum_{l,i} |W_dec,i^l| a_i^l"""
+    total = torch.zeros((), dtype=features.dtype)
+    for n in range(features.shape[0]):
+        for l in range(features.shape[1]):
+            for i in range(features.shape[2]):
+                total = total + norms[l, i] * features[n, l, i]
+    return total / features.shape[0]
+
+
+def l0_target(h: Tensor, theta: Tensor, eps: float, target: float) -> tuple[float, Tensor]:
+    """(L0 / target - 1)^2, and its derivative by t = log theta, with d 1[h > theta] / dt = -theta K / eps.
+
+    h [B, L, F], theta [L, F] -> (value, [L, F])
+    """
+    mean = sum(l0(above(h, theta))) / h.shape[0]
+    slope = torch.zeros_like(theta)
+    for n in range(h.shape[0]):
+        for l in range(h.shape[1]):
+            for i in range(h.shape[2]):
+                if abs(float(h[n, l, i] - theta[l, i])) < eps / 2:
+                    slope[l, i] -= theta[l, i] / eps / h.shape[0]
+    return (mean / target - 1) ** 2, 2 * (mean / target - 1) / target * slope
 
 
 def tanh_sparsity(features: Tensor, norms: Tensor, c: float) -> Tensor:
@@ -278,13 +402,25 @@ def normwise(got: Tensor, expected: Tensor) -> float:
 
 
 def activation_options(name: str) -> ActivationOptions:
-    """Settings for any entry of the table of activations, each option that it reads set."""
-    values = {"k": 2, "threshold": 0.3, "bandwidth": 1.0, "theta_grad": ThetaGrad.anthropic}
-    return ActivationOptions(name, **{option: values[option] for option in activations.USES[name]})
+    """Settings for any entry of the table of activations, each option that it needs set."""
+    # The usual F = 11 is prime: a group is a feature, or all of them are one group.
+    k = 1 if name == "groupmax" else 2
+    values = {"k": k, "threshold": 0.3, "bandwidth": 1.0, "theta_grad": ThetaGrad.anthropic}
+    return ActivationOptions(
+        name, **{option: values[option] for option in activations.USES[name] - activations.OPTIONAL}
+    )
+
+
+def arch_options(architecture: str, **options: Any) -> ArchOptions:
+    """An architecture's options, with those that it fixes or must have set, and a width of 11."""
+    # 2 transforms of rank 6, 3 of rank 4, 6 of rank 2.
+    needs: dict[str, dict[str, Any]] = {"molt": {"ranks": [6, 4, 2]}}
+    fixed = ARCHS[architecture].fixed | needs.get(architecture, {})
+    return ArchOptions(architecture, **{"d_features": 11, **fixed, **options})
 
 
 def transcoder(
-    architecture: str = "clt",
+    architecture: str | ArchOptions = "clt",
     activation: str | Activation = "topk",
     n_layers: int = 3,
     d_features: int = 11,
@@ -293,10 +429,12 @@ def transcoder(
     seed: int = 0,
 ) -> Transcoder:
     """Every parameter random, in float64 unless told otherwise, in evaluation mode."""
+    options = architecture if isinstance(architecture, ArchOptions) else arch_options(architecture)
+    options, dims = replace(options, d_features=d_features), Dims(n_layers, d_model)
     if isinstance(activation, str):
-        activation = activations.build(activation_options(activation), n_layers, d_features)
-    options = ArchOptions(architecture, d_features=d_features)
-    model = table.build(options, Dims(n_layers, d_model), activation).to(dtype)
+        n_sources = table.n_sources(options, dims)
+        activation = activations.build(activation_options(activation), n_sources, d_features)
+    model = table.build(options, dims, activation).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

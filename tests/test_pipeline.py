@@ -1,5 +1,6 @@
 """The whole pipeline on a tiny random GPT-2 and a local text: extract, train, eval, and what goes wrong on the way."""
 
+import itertools
 import json
 import os
 import shutil
@@ -152,15 +153,41 @@ def test_a_seed_gives_the_same_bytes_twice_and_another_seed_others(work: Path) -
     assert run_files("c")["final/transcoder.safetensors"] != first["final/transcoder.safetensors"]
 
 
-@pytest.mark.parametrize("experiment", ["topk", "batchtopk", "sparse", "jumprelu", "relu"])
+ANNEALED = ["activation.k=4", "activation.k_start=20", "activation.k_anneal=0.8", "activation.rank=norm"]
+RESAMPLED = ["loss.resample_every=384", "loss.resample_until=0.9", "train.dead_window=256"]
+CONTROLLED = ["loss.target_l0=9", "loss.sparsity_form=l1"]
+L0_TARGET = ["loss=l0", "loss.target_l0=9", "loss.schedule.l0.shape=delayed", "loss.schedule.l0.delay=0.2"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["+experiment=topk"],
+        ["+experiment=batchtopk"],
+        ["+experiment=sparse"],
+        ["+experiment=jumprelu"],
+        ["+experiment=relu"],
+        ["+experiment=topk", *ANNEALED, *RESAMPLED],
+        ["+experiment=batchtopk", *ANNEALED, "loss=multi_topk", "loss.layer_weighting=inverse_variance"],
+        ["+experiment=batchtopk_across", *ANNEALED, *RESAMPLED],
+        ["+experiment=topk", "activation=groupmax", "activation.k_per_layer=[3,11,1]", "activation.k=null"],
+        ["+experiment=jumprelu", *CONTROLLED, *RESAMPLED],
+        ["+experiment=jumprelu", *L0_TARGET],
+        ["+experiment=relu", *CONTROLLED],
+    ],
+    ids=" ".join,
+)
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
-    work: Path, experiment: str, monkeypatch: pytest.MonkeyPatch
+    work: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Stopped in mid-epoch, between two lines of the log, by Ctrl-C."""
     from pipeline.train.loop import Trainer
 
-    words = [f"+experiment={experiment}", *SHORT]
+    words = [*words, *SHORT]
+    caplog.set_level("INFO", logger="pipeline")
     train.run(compose("train", [*words, "name=whole"]))
+    restarts = [line for line in caplog.messages if "begin again" in line]
+    assert bool(restarts) == ("train.dead_window=256" in words)
 
     step = Trainer.step
 
@@ -180,6 +207,20 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     assert not Path("runs/stopped/final").exists()
     train.run(compose("train", [*words, "name=stopped"]))
     assert run_files("stopped") == run_files("whole")
+
+
+def test_the_log_says_what_lambda_and_k_were_in_force(work: Path) -> None:
+    train.run(compose("train", ["+experiment=topk", *ANNEALED, *SHORT, "log.every=1", "name=k"]))
+    lines = [json.loads(line) for line in Path("runs/k/metrics.jsonl").read_text().splitlines()]
+    assert [line["k"] for line in lines] == [20 - step for step in range(16)] + [4] * 4
+    assert all(line["l0"] <= 3 * line["k"] for line in lines)
+    words = ["+experiment=jumprelu", "loss.target_l0=9", "loss.sparsity=0.05"]
+    train.run(compose("train", [*words, *SHORT, "log.every=1", "name=lambda"]))
+    lines = [json.loads(line) for line in Path("runs/lambda/metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["lambda"] == pytest.approx(0.05)
+    for line, following in itertools.pairwise(lines[:17]):
+        assert (following["lambda"] > line["lambda"]) == (line["l0"] > 9)
+    assert len({line["lambda"] for line in lines[18:]}) == 1, "frozen"
 
 
 @pytest.mark.slow
@@ -289,6 +330,15 @@ def test_a_flipped_bit_stops_training_with_the_file_and_the_fix(work: Path) -> N
         (["arch.d_features=5000"], "draws 5000 different rows"),
         (["optim.lr=-1"], "must be above 0"),
         (["train.seed=-1"], "must not be negative"),
+        (["train.batch_tokens=1"], "leaves nothing to compete with; use activation=topk"),
+        (["loss.target_l0=30"], "use activation.k"),
+        (["activation.k_per_layer=[1,2]", "activation.k=null"], "has 2 numbers for 3 layers"),
+        (["activation.k_start=3", "activation.k_anneal=0.5"], "k_start=3 must lie between"),
+        (["loss.resample_every=2k"], "never comes in the 1,280 tokens"),
+        (["loss.resample_every=640", "train.dead_window=2000"], "no feature counts as dead before"),
+        (["loss.schedule.aux_k.shape=delayed", "loss.schedule.aux_k.delay=1"], "would never begin"),
+        (["loss.aux_k=-1"], "loss.aux_k=-1.0 must not be negative"),
+        (["activation=groupmax"], "equal groups of arch.d_features=33"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_before_anything_is_written(

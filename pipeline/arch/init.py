@@ -6,21 +6,32 @@ CPU whatever the model's device, so that a seed means the same everywhere.
     data    directions of inputs,     own layer: those tokens'       centres the inputs  mean target
             drawn apart               targets; later layers: 0
 
+A MOLT has transforms in place of decoders: `arch/molt.py` says how they begin.
+
 `data`: with u_i the direction of the drawn input x_i - mean x, feature i starts at h_i = u_i . (x - mean x), so that it
 looks for inputs like x_i, and it writes what the MLP made of x_i: W_dec,i = g (y_i - mean y) / |x_i - mean x|, g the
 number for each layer that fits the sample best. Drawing apart (each next row is the input that is least like the rows
 before) spreads features over rare inputs too, and leaves fewer of them dead.
 
+A crosscoder writes all layers from the start. A table that is shared starts as that of its own layer. With tie=target
+feature i of every layer looks for the same token, which is what its one decoder row writes.
+
 A rule that does not choose how many features fire (ReLU, JumpReLU) gets a bias for each feature in place of the
 centring one, such that it fires on the share `FIRING / F` of the sample.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.arch.base import Transcoder
+from pipeline.arch.molt import MOLT
+from pipeline.arch.options import Tie
+from pipeline.arch.tied import Tied
 from pipeline.core.activations import JumpReLU
+from pipeline.core.sparse import Features
 
 FIRING = 32
 """Active features of a token and layer at the start of a ReLU or JumpReLU run: enough to learn from, few enough that
@@ -34,26 +45,34 @@ BLOCK = 1024
 def uniform(model: Transcoder, generator: torch.Generator) -> None:
     """The bounds of the CLT recipe; biases stay 0."""
     n_layers, d_model = model.dims
-    for layer, weight in enumerate(model.encoders):
+    for source, weight in enumerate(model.encoders):
         _draw_uniform(weight, model.d_features**-0.5, generator)
-        for table in model.tables(layer):
+        for table in model.tables(source):
             _draw_uniform(table, (n_layers * d_model) ** -0.5, generator)
+        if isinstance(model, MOLT):
+            _draw_uniform(model.V[source], (3 / d_model) ** 0.5, generator)
 
 
 @torch.no_grad()
 def from_data(model: Transcoder, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
     """x, y [n, L, D]: a sample in the transcoder's units, n at least d_features."""
-    for layer, weight in enumerate(model.encoders):
-        inputs, outputs = x[:, layer].float(), y[:, layer].float()
-        centred = inputs - inputs.mean(dim=0)
-        rows = draw_apart(F.normalize(centred, dim=1), model.d_features, generator)
+    inputs = model.inputs(x.float())
+    every = _draw_shared(inputs, model.d_features, generator) if _tied_to(model, Tie.target) else None
+    for source, read in enumerate(inputs):
+        weight, centred = model.encoders[source], read - read.mean(dim=0)
+        rows = draw_apart(F.normalize(centred, dim=1), model.d_features, generator) if every is None else every
         weight.copy_(F.normalize(centred[rows], dim=1))
-        model.b_enc[layer] = -weight @ inputs.mean(dim=0)
+        model.b_enc[source] = -weight @ read.mean(dim=0)
         if not model.activation.chooses:
-            model.b_enc[layer] = _firing_bias(model, inputs, layer)
-        model.b_dec[layer] = outputs.mean(dim=0)
-        own = next(model.tables(layer))
-        own.copy_((outputs[rows] - outputs.mean(dim=0)) / centred[rows].norm(dim=1, keepdim=True))
+            model.b_enc[source] = _firing_bias(model, read, source)
+        if isinstance(model, MOLT):
+            model.b_dec[source] = y[:, source].float().mean(dim=0)
+            model.start(source, read, y[:, source].float(), rows, generator)
+            continue
+        for target, table in model.start_tables(source).items():
+            outputs = y[:, target].float()
+            table.copy_((outputs[rows] - outputs.mean(dim=0)) / centred[rows].norm(dim=1, keepdim=True))
+            model.b_dec[target] = outputs.mean(dim=0)
     _fit_gain(model, x, y)
 
 
@@ -80,7 +99,7 @@ def _draw_uniform(weight: Tensor, bound: float, generator: torch.Generator) -> N
 
 
 def _firing_bias(model: Transcoder, inputs: Tensor, layer: int) -> Tensor:
-    """Biases with which each feature exceeds its threshold on the share FIRING / F of the inputs [n, D]. -> [F]"""
+    """Biases with which each feature exceeds its threshold on the share FIRING / F of the inputs [n, width]. -> [F]"""
     share = min(0.5, FIRING / model.d_features)
     rank = max(1, round(share * inputs.shape[0]))
     blocks = model.encoders[layer].split(BLOCK)
@@ -90,13 +109,40 @@ def _firing_bias(model: Transcoder, inputs: Tensor, layer: int) -> Tensor:
 
 
 def _fit_gain(model: Transcoder, x: Tensor, y: Tensor) -> None:
-    """Scale each layer's own decoder by the least-squares factor of its reconstruction on the sample."""
+    """Scale the tables that were filled by the least-squares factors of the reconstruction on the sample: each target
+    has one, except where a table writes several targets; then the factors of all tables are found together."""
     n = min(x.shape[0], 1024)
     training = model.training
     # BatchTopK remembers thresholds of what it sees in training; this sample is none of it.
-    y_hat = model.eval()(x[:n].float()).y_hat - model.b_dec
+    out = model.eval()(x[:n].float())
     model.train(training)
-    y = y[:n] - model.b_dec
-    gain = (y_hat * y).sum(dim=(0, 2)) / y_hat.square().sum(dim=(0, 2)).clamp(min=1e-12)
-    for layer, factor in enumerate(gain):
-        next(model.tables(layer)).mul_(factor)
+    y_hat, y = out.y_hat - model.b_dec, y[:n] - model.b_dec
+    if _tied_to(model, Tie.source):
+        gain = _joint_gain(model, out.features, y)
+    else:
+        gain = (y_hat * y).sum(dim=(0, 2)) / y_hat.square().sum(dim=(0, 2)).clamp(min=1e-12)
+    for source in range(model.n_sources):
+        for target, table in model.start_tables(source).items():
+            table.mul_(gain[target])
+
+
+def _joint_gain(model: Transcoder, features: Features, y: Tensor) -> Tensor:
+    """The factors g of the sources for which sum_l g_l (what source l writes) is nearest to y [n, L, D]. -> [L]"""
+    parts = torch.zeros(model.n_sources, *y.shape, dtype=torch.float64, device=y.device)
+    for source in range(model.n_sources):
+        for target in model.targets(source):
+            parts[source, :, target] = model.write(features, source, target).double()
+    flat = parts.flatten(1)
+    gram = flat @ flat.T
+    gram.diagonal().clamp_(min=1e-12)
+    return torch.linalg.lstsq(gram, flat @ y.double().flatten()).solution.to(y.dtype)
+
+
+def _draw_shared(inputs: Sequence[Tensor], n: int, generator: torch.Generator) -> Tensor:
+    """Rows for all sources at once: what they read, each in its own direction, side by side."""
+    directions = [F.normalize(read - read.mean(dim=0), dim=1) for read in inputs]
+    return draw_apart(F.normalize(torch.cat(directions, dim=1), dim=1), n, generator)
+
+
+def _tied_to(model: Transcoder, tie: Tie) -> bool:
+    return isinstance(model, Tied) and model.options.tie == tie

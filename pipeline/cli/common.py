@@ -54,7 +54,7 @@ ShowCfg = Annotated[Cfg | None, typer.Option("--cfg", "-c", help="Print the conf
 Resolve = Annotated[bool, typer.Option("--resolve", help="With --cfg: resolve ${...}.")]
 ConfigDir = Annotated[Path | None, typer.Option("--config-dir", "-cd", help="Folder with YAML files of your own.")]
 ConfigName = Annotated[str | None, typer.Option("--config-name", "-cn", help="Root YAML to use instead.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the sizes and the time, write nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what it would cost, write nothing.")]
 ShowInfo = Annotated[Info | None, typer.Option("--info", help="Print what Hydra knows and leave.")]
 
 

@@ -59,17 +59,20 @@ def extract(
 @app.command()
 def train(
     overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
-    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None, dry_run: DryRun = False,
 ) -> None:  # fmt: skip
-    """Train a cross-layer transcoder on a cache; the newest one, when no model or dataset is named.
+    """Train a cross-layer transcoder, or another arch=, on a cache; the newest one, when no model or dataset is named.
 
     \b
     clt train +experiment=batchtopk_across              into runs/batchtopk_across-0
     clt train +experiment=topk name=mine optim.lr=1e-3  into runs/mine; again: continues it
     clt train -m name=sweep activation.k=8,16 optim.lr=1e-3,2e-3
                                                         four runs, runs/sweep/0 to runs/sweep/3, one cache
+    clt train arch=tied arch.d_features=16384 --dry-run   parameters, FLOPs, memory, batches; writes nothing
     clt train +experiment=sparse --cfg job              print the configuration, run nothing
     """
+    overrides = [*(overrides or []), *(["dry_run=true"] if dry_run else [])]
+    del dry_run
     launch("train", **locals())
 
 

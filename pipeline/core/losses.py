@@ -4,12 +4,16 @@ Everywhere: means over tokens, sums over layers, features and dimensions, so tha
 size. x, y are in the transcoder's units (`core/normalize.py`); |W_dec,i| is the L2 norm of feature i's decoder rows,
 concatenated over the layers that it writes.
 
-    reconstruction   sum_m mean_n |y^m - y_hat^m|^2
-    tanh sparsity    lambda mean_n sum_{l,i} tanh(c |W_dec,i^l| a_i^l)       (Ameisen et al. 2025, "Circuit Tracing")
+    reconstruction   sum_m w_m mean_n |y^m - y_hat^m|^2                         w_m = 1 unless set
+    tanh sparsity    mean_n sum_{l,i} tanh(c |W_dec,i^l| a_i^l)       (Ameisen et al. 2025, "Circuit Tracing")
+    L1 sparsity      mean_n sum_{l,i} |W_dec,i^l| a_i^l               (Anthropic, April 2024 update)
+    L0 target        (L0 / target - 1)^2,  L0 = mean_n sum_{l,i} 1[h > theta]    (Rajamanoharan et al. 2024)
     pre-activation   mean_n sum_{l,i} relu(-h)                    clt
                      mean_n sum_{l,i} relu(theta - h) |W_dec,i|   january   (Anthropic, January 2025 update)
-    AuxK             alpha min(1, n_dead / (d/2)) V |e - e_hat|^2 / |e - mean e|^2   (Gao et al. 2024, arXiv 2406.04093)
+    AuxK             min(1, n_dead / (d/2)) V |e - e_hat|^2 / |e - mean e|^2   (Gao et al. 2024, arXiv 2406.04093)
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,9 +21,12 @@ from torch import Tensor
 from pipeline.core.sparse import Features, Sparse
 
 
-def reconstruction(y_hat: Tensor, y: Tensor) -> Tensor:
-    """Squared error: mean over tokens, sum over layers and dimensions. [B, L, D], [B, L, D] -> []"""
-    return (y_hat - y).square().sum() / y.shape[0]
+def reconstruction(y_hat: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Squared error: mean over tokens, sum over layers and dimensions. [B, M, D], [B, M, D], weights [M] -> []"""
+    square = (y_hat - y).square()
+    if weights is not None:
+        square = square * weights[:, None]
+    return square.sum() / y.shape[0]
 
 
 def tanh_sparsity(features: Features, decoder_norms: Tensor, c: float) -> Tensor:
@@ -27,11 +34,20 @@ def tanh_sparsity(features: Features, decoder_norms: Tensor, c: float) -> Tensor
 
     features [B, L, F] or sparse, decoder_norms [L, F] -> []
     """
-    if isinstance(features, Sparse):
-        pairs = zip(features.patterns, features.values, decoder_norms, strict=True)
-        terms = [torch.tanh(c * norms[pattern.indices] * values).sum() for pattern, values, norms in pairs]
-        return torch.stack(terms).sum() / features.patterns[0].n_tokens
-    return torch.tanh(c * decoder_norms * features).sum() / features.shape[0]
+    return _over_written(features, decoder_norms, lambda written: torch.tanh(c * written))
+
+
+def l1_sparsity(features: Features, decoder_norms: Tensor) -> Tensor:
+    """sum_{l,i} |W_dec,i^l| a_i^l, mean over tokens. The gradient flows through the norms too.
+
+    features [B, L, F] or sparse, decoder_norms [L, F] -> []
+    """
+    return _over_written(features, decoder_norms, lambda written: written)
+
+
+def l0_target(active: Tensor, target: float) -> Tensor:
+    """(L0 / target - 1)^2. active [B, L, F] is 1 where a feature is active (`JumpReLU.active`) -> []"""
+    return (active.sum() / active.shape[0] / target - 1).square()
 
 
 def pre_activation(pre_acts: Tensor) -> Tensor:
@@ -54,3 +70,12 @@ def aux_k(error: Tensor, error_hat: Tensor, n_dead: int, variance: float) -> Ten
     scale = min(1.0, n_dead / (d_model / 2))
     spread = (error - error.mean(dim=0)).square().sum()
     return scale * variance * (error - error_hat).square().sum() / spread
+
+
+def _over_written(features: Features, decoder_norms: Tensor, penalty: Callable[[Tensor], Tensor]) -> Tensor:
+    """mean_n sum_{l,i} penalty(|W_dec,i^l| a_i^l), for a penalty that is 0 at 0."""
+    if isinstance(features, Sparse):
+        pairs = zip(features.patterns, features.values, decoder_norms, strict=True)
+        terms = [penalty(norms[pattern.indices] * values).sum() for pattern, values, norms in pairs]
+        return torch.stack(terms).sum() / features.patterns[0].n_tokens
+    return penalty(decoder_norms * features).sum() / features.shape[0]

@@ -58,6 +58,9 @@ class Sparse(NamedTuple):
         return torch.stack([_scatter(p, v) for p, v in zip(self.patterns, self.values, strict=True)], dim=1)
 
 
+_SUM = 0
+"""torch's number for mode="sum"."""
+
 Features = Tensor | Sparse
 """[B, L, F], or the same in sparse form."""
 
@@ -102,6 +105,14 @@ def bag(pattern: Pattern, values: Tensor, table: Tensor) -> Tensor:
     return _TableGradient.apply(rows, table, pattern, values.detach())
 
 
+def row_products(pattern: Pattern, x: Tensor, table: Tensor) -> Tensor:
+    """x[b] . table[i] at the pattern's pairs (b, i) alone. x [B, D], table [F, D] -> [nnz]
+
+    Differentiable in `table`. No gradient flows to x, which is data.
+    """
+    return _RowProducts.apply(table, x, pattern)
+
+
 def chosen_features(pattern: Pattern, values: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The features of the chosen pairs, differentiable in the encoder without keeping the other pre-activations.
 
@@ -139,6 +150,23 @@ class _TableGradient(torch.autograd.Function):
         (values,) = ctx.saved_tensors
         table_grad = _bag_of_tokens(ctx.pattern, values, grad.contiguous()) if ctx.needs_input_grad[1] else None
         return grad, table_grad, None, None
+
+
+class _RowProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.pattern = pattern
+        # The gradient of a bag's weights is this product, and torch has a kernel for it that gathers no rows. Called by
+        # its name, since autograd would first compute the bag, and there is no autograd under inference_mode.
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            x, table, pattern.indices, pattern.offsets, pattern.tokens, _SUM
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        return _bag_of_tokens(ctx.pattern, grad.contiguous(), x), None, None
 
 
 class _EncoderGradient(torch.autograd.Function):

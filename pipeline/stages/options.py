@@ -144,6 +144,9 @@ class TrainConfig:
     newest_cache: bool = False
     """Train on the newest complete cache. The command line sets it when it names neither model nor dataset."""
 
+    dry_run: bool = False
+    """Say what it would cost, and write nothing. `--dry-run` sets it."""
+
 
 @dataclass
 class EvalConfig:

@@ -1,6 +1,7 @@
 """`clt train`: cache -> run directory.
 
 clt train +experiment=batchtopk_across name=demo
+clt train arch=tied --dry-run
 """
 
 import json
@@ -30,6 +31,7 @@ from pipeline.data.recompute import mlps_of
 from pipeline.data.tokens import Split, count
 from pipeline.errors import UserError
 from pipeline.plain import from_plain, to_plain
+from pipeline.stages import train_estimate
 from pipeline.stages.options import TrainConfig
 from pipeline.train import artifact, calibrate, checkpoint, inputs, optim
 from pipeline.train import run as runs
@@ -39,31 +41,41 @@ from pipeline.train.objective import Objective
 
 logger = logging.getLogger(__name__)
 
+TOLERANCE = 0.05
+"""How far held-out L0 may lie from loss.target_l0 before the run says so."""
+
 
 def run(cfg: TrainConfig) -> Path:
-    """Train, calibrate, fold and save; or continue, or say that the run is finished. -> runs/NAME"""
+    """Train, calibrate, fold and save; or continue, or say that the run is finished. -> runs/NAME, which a dry run does
+    not make."""
     assert cfg.name is not None
     cache = _find_cache(cfg)
     plan = _plan(cfg, cache)
     device = resolve_device(cfg.train.device)
-    done = runs.finished(runs.RUNS / cfg.name)
-    mlps = mlps_of(cache, device) if cache.targets is Targets.recompute and not done else None
-    dims = Dims(cache.n_layers, cache.d_model)
-    torch.manual_seed(cfg.train.seed)
-    model = table.build(
-        cfg.arch, dims, activations.build(cfg.activation, table.n_sources(cfg.arch, dims), cfg.arch.d_features)
-    ).to(device)
-    maps = inputs.scaling(cfg.train.norm, _statistics(cache, cfg.arch.site), _statistics(cache, "mlp_out"))
-    recompute = None if mlps is None else Recompute(mlps, device)
-    prepare = inputs.build(cache.norm, cfg.arch.site, maps, device, recompute)
-    objective = Objective(cfg.loss, model, inputs.variance(_statistics(cache, "mlp_out"), maps), plan.n_steps)
-    optimizer = optim.build(model.parameters(), cfg.optim)
     if cfg.arch.init == Init.data and cache.n_rows < cfg.arch.d_features:
         raise UserError(
             f"arch.init=data draws {cfg.arch.d_features} different rows, the cache has {cache.n_rows}; "
             "use arch.init=uniform or a larger dataset.n_tokens"
         )
-
+    torch.manual_seed(cfg.train.seed)
+    maps = inputs.scaling(cfg.train.norm, _statistics(cache, cfg.arch.site), _statistics(cache, cfg.arch.writes))
+    y_statistics = _statistics(cache, cfg.arch.writes)
+    variances = inputs.variance(y_statistics, maps), inputs.layer_variance(y_statistics, maps)
+    optim.check(cfg.optim)
+    if cfg.dry_run:
+        with torch.device("meta"):  # shapes alone
+            model = _build(cfg, cache)
+        objective = Objective(cfg.loss, model, variances[0], plan.n_steps, variances[1], cfg.train.seed)
+        train_estimate.say(cfg, cache, plan, model, objective.needs_pre_acts)
+        return runs.RUNS / cfg.name
+    model = _build(cfg, cache).to(device)
+    activations.check_batch(model.activation, plan.batch_tokens)
+    done = runs.finished(runs.RUNS / cfg.name)
+    mlps = mlps_of(cache, device) if cache.targets is Targets.recompute and not done else None
+    recompute = None if mlps is None else Recompute(mlps, device)
+    prepare = inputs.build(cache.norm, cfg.arch.site, maps, device, cfg.arch.target, recompute)
+    objective = Objective(cfg.loss, model, variances[0], plan.n_steps, variances[1], cfg.train.seed)
+    optimizer = optim.build(model.parameters(), cfg.optim)
     _check_space(model, plan)
 
     directory = runs.start(cfg.name, cfg)
@@ -88,6 +100,13 @@ def run(cfg: TrainConfig) -> Path:
     _finish(cfg, cache, trainer, metrics or _last_metrics(directory))
     logger.info("%s\nnext: clt eval run=%s", directory, directory)
     return directory
+
+
+def _build(cfg: TrainConfig, cache: Cache) -> Transcoder:
+    """The transcoder, its weights zero."""
+    dims = Dims(cache.n_layers, cache.d_model)
+    rule = activations.build(cfg.activation, table.n_sources(cfg.arch, dims), cfg.arch.d_features)
+    return table.build(cfg.arch, dims, rule)
 
 
 def _find_cache(cfg: TrainConfig) -> Cache:
@@ -174,6 +193,7 @@ def _plan(cfg: TrainConfig, cache: Cache) -> Plan:
         raise UserError(f"train.keep_checkpoints={options.keep_checkpoints} must be at least 1")
     if cfg.log.every < 1:
         raise UserError(f"log.every={cfg.log.every} must be at least 1")
+    resample_steps = _resampling(cfg, n_steps, window)
     return Plan(
         n_steps=n_steps,
         batch_tokens=options.batch_tokens,
@@ -181,15 +201,35 @@ def _plan(cfg: TrainConfig, cache: Cache) -> Plan:
         checkpoint_steps=max(1, every // options.batch_tokens),
         keep_checkpoints=options.keep_checkpoints,
         log_steps=cfg.log.every,
-        y_variance=_statistics(cache, "mlp_out").std.square(),
+        resample_steps=resample_steps,
+        last_resample=int(cfg.loss.resample_until * n_steps),
+        seed=options.seed,
+        y_variance=_statistics(cache, cfg.arch.writes).std.square(),
     )
+
+
+def _resampling(cfg: TrainConfig, n_steps: int, window: int) -> int:
+    """Steps between resamplings, 0 for none. UserError when none would ever come or find a dead feature."""
+    every, batch = cfg.loss.resample_every, cfg.train.batch_tokens
+    if every is None:
+        return 0
+    steps, last = max(1, count(every) // batch), int(cfg.loss.resample_until * n_steps)
+    if steps > last:
+        raise UserError(
+            f"loss.resample_every={every} never comes in the {last * batch:,} tokens up to loss.resample_until="
+            f"{cfg.loss.resample_until} of the run; use a smaller one or a longer run"
+        )
+    if window > last * batch:
+        raise UserError(
+            f"loss.resample_every={every}: no feature counts as dead before train.dead_window={window:,} tokens, and "
+            f"resampling ends at {last * batch:,}; use a smaller train.dead_window"
+        )
+    return steps
 
 
 def _check_space(model: Transcoder, plan: Plan) -> None:
     """UserError when the run's checkpoints and its result would not fit on the disk."""
-    weights = sum(4 * p.numel() for p in model.parameters())
-    # Weights and two moments in each checkpoint, one more of them while it is being written, and the result.
-    needed = weights * (3 * (plan.keep_checkpoints + 1) + 1)
+    needed = train_estimate.disk_bytes(model, plan)
     free = free_bytes(runs.RUNS)
     if needed > free:
         sizes = f"{gb(needed)} to write, {gb(free)} free on {disk_of(runs.RUNS)}"
@@ -202,11 +242,12 @@ def _say(
     parameters = sum(p.numel() for p in model.parameters())
     logger.info("cache      %s: %s rows, %d layers of %d", cache.path, f"{cache.n_rows:,}", *model.dims)
     logger.info(
-        "transcoder %s, %s x %d features, %s, %s parameters, on %s",
+        "transcoder %s, %s x %d features, %s to %s, %s parameters, on %s",
         cfg.arch.name,
         cfg.activation.name,
         model.d_features,
         cfg.arch.site,
+        cfg.arch.writes,
         f"{parameters:,}",
         device,
     )
@@ -264,6 +305,7 @@ def _finish(cfg: TrainConfig, cache: Cache, trainer: Trainer, metrics: dict[str,
     """Thresholds from the calibration split, their L0 and FVU on the evaluation split, folding, runs/NAME/final."""
     model, prepare, batch = trainer.model.eval(), trainer.inputs, trainer.plan.batch_tokens
     x, _ = _held_out(cache, Split.calibration, prepare)
+    rank_norms = model.rank_norms()
     threshold = calibrate.thresholds(model, x, batch, cfg.train.seed)
     measured_x, measured_y = _held_out(cache, Split.evaluation, prepare)
     y_scale = prepare.scaling.y_scale
@@ -272,8 +314,9 @@ def _finish(cfg: TrainConfig, cache: Cache, trainer: Trainer, metrics: dict[str,
     after = calibrate.measure(model, measured_x, measured_y, y_scale, batch, cfg.train.seed)
     logger.info("held out   %s: L0 %.2f, FVU %.4f", cfg.activation.name, before["l0"], before["fvu"])
     logger.info("           fixed thresholds: L0 %.2f, FVU %.4f", after["l0"], after["fvu"])
+    _compare(cfg.loss.target_l0, after["l0"])
     model.fold(prepare.scaling)
-    y_mean = _statistics(cache, "mlp_out").mean
+    y_mean = _statistics(cache, "mlp_out").mean  # ablation is of the MLPs, whatever is reconstructed
     config = {
         **artifact.describe(cfg.arch, model.dims, cfg.activation),
         "units": "model",
@@ -290,7 +333,13 @@ def _finish(cfg: TrainConfig, cache: Cache, trainer: Trainer, metrics: dict[str,
         },
         "metrics": metrics,
     }
-    artifact.save(trainer.directory, model, threshold, y_mean, config)
+    artifact.save(trainer.directory, model, threshold, y_mean, config, rank_norms)
+
+
+def _compare(target: float | None, l0: float | None) -> None:
+    """Say so when a run missed the L0 that it aimed at."""
+    if target is not None and l0 is not None and abs(l0 / target - 1) > TOLERANCE:
+        logger.warning("held-out L0 is %.1f, loss.target_l0 was %g: a longer run settles better", l0, target)
 
 
 def _held_out(cache: Cache, split: Split, prepare: Inputs) -> tuple[Tensor, Tensor]:

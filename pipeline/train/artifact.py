@@ -1,7 +1,9 @@
 """A finished transcoder on disk: `runs/NAME/final/`.
 
-    transcoder.safetensors   W_enc [L, F, D], b_enc [L, F], W_dec.{l} [F, L - l, D], b_dec [L, D], threshold [L, F],
-                             y_mean [L, D] (mean MLP output over the training rows: the mean-ablation baseline)
+    transcoder.safetensors   the architecture's weights (a CLT's: W_enc [L, F, D], b_enc [L, F], W_dec.{l} [F, L - l, D]
+                             and b_dec [L, D]), threshold [S, F] for S feature spaces (L, or 1 of a crosscoder),
+                             y_mean [L, D] (mean MLP output over the training rows: the mean-ablation baseline); for
+                             a rule that ranks by decoder norms also rank_norms [S, F], those before folding
     config.json              what it is: architecture, sites, base model, cache, training rule, metrics
 
 Everything is in the base model's own units. The features are a = h 1[h > threshold]; a rule of the TopK family, which
@@ -18,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.arch.base import Dims, Transcoder
-from pipeline.arch.options import ArchOptions, Site
+from pipeline.arch.options import ArchOptions, Site, Target
 from pipeline.arch.table import build
 from pipeline.core import activations
-from pipeline.core.activations import FixedThreshold
+from pipeline.core.activations import Choosing, FixedThreshold
 from pipeline.core.options import ActivationOptions
 from pipeline.errors import UserError
 from pipeline.files import atomic_directory
@@ -42,10 +44,16 @@ class Trained:
     """[L, D]"""
     config: dict[str, Any]
     """config.json."""
+    rank_norms: Tensor | None = None
+    """[L, F] decoder norms in the transcoder's units, which the rule of training ranks by."""
 
     @property
     def site(self) -> Site:
-        return Site(self.config["arch"]["site"])
+        return self.transcoder.options.site
+
+    @property
+    def target(self) -> Target:
+        return self.transcoder.options.target
 
     def exact(self) -> Transcoder | None:
         """The same weights under the rule that they were trained with; None where the thresholds are that rule."""
@@ -55,12 +63,23 @@ class Trained:
         if not activations.ACTIVATIONS[options.name].chooses:
             return None
         model = self.transcoder
-        return model.under(activations.build(options, model.n_sources, model.d_features)).eval()
+        rule = activations.build(options, model.n_sources, model.d_features)
+        if isinstance(rule, Choosing) and rule.by_norm:
+            rule.fixed_norms = self.rank_norms
+        return model.under(rule.to(model.b_enc.device)).eval()
 
 
-def save(run: Path, transcoder: Transcoder, threshold: Tensor, y_mean: Tensor, config: dict[str, Any]) -> Path:
+def save(
+    run: Path,
+    transcoder: Transcoder,
+    threshold: Tensor,
+    y_mean: Tensor,
+    config: dict[str, Any],
+    rank_norms: Tensor | None = None,
+) -> Path:
     """Write runs/NAME/final at once. `transcoder` is folded; `config` holds everything but the schema."""
     tensors = {**transcoder.weights(), "threshold": threshold, "y_mean": y_mean}
+    tensors |= {} if rank_norms is None else {"rank_norms": rank_norms}
     with atomic_directory(run / "final") as aside:
         save_file(
             {k: v.detach().float().contiguous().cpu() for k, v in tensors.items()}, aside / "transcoder.safetensors"
@@ -93,14 +112,16 @@ def read(run: str | Path) -> Trained:
         from_plain(ArchOptions, config["arch"]), Dims(**config["dims"]), FixedThreshold(tensors["threshold"])
     )
     transcoder.load_weights(tensors)
-    return Trained(path, transcoder.eval().requires_grad_(False), tensors["y_mean"], config)
+    frozen = transcoder.eval().requires_grad_(False)
+    return Trained(path, frozen, tensors["y_mean"], config, tensors.get("rank_norms"))
 
 
 def load(run: str | Path, device: str | torch.device = "cpu") -> Transcoder:
     """The finished transcoder of a run, in the base model's units: `pipeline.load("runs/demo")`.
 
     x [B, L, D] at the site that it was trained on (`config["arch"]["site"]`) goes in; `forward` gives Output(pre_acts
-    [B, L, F], features [B, L, F], y_hat [B, L, D]). `.config` is config.json. UserError when the run is not finished.
+    [B, L, F], features [B, L, F], y_hat [B, L, D]), a crosscoder's features being [B, 1, F]. `.config` is config.json.
+    UserError when the run is not finished.
     """
     trained = read(run)
     trained.transcoder.config = trained.config

@@ -3,7 +3,7 @@
     checkpoints/step_N/
         model.safetensors        weights and buffers of the transcoder, in the transcoder's units
         optimizer.safetensors    the optimiser's tensors, named <what>/<parameter>
-        state.safetensors        tokens since each feature fired, the random generator
+        state.safetensors        tokens since each feature fired, the random generator, the controller's log lambda
         state.json               step, tokens, the cache's key
 
 The data position is the step: batch n of a run is a function of the seed and n (`data/loader.py`). A checkpoint is
@@ -35,6 +35,9 @@ class State:
     tokens_since_fired: Tensor
     """[L, F] int64"""
 
+    log_lambda: float | None = None
+    """Of the sparsity penalty, where a controller steers it."""
+
 
 def save(
     directory: Path, model: Transcoder, optimizer: torch.optim.Optimizer, state: State, about: dict[str, object]
@@ -42,6 +45,8 @@ def save(
     """Write checkpoints/step_N of a run directory. `about` goes into state.json."""
     target = directory / "checkpoints" / f"step_{state.step}"
     tensors = {"tokens_since_fired": state.tokens_since_fired, "torch_rng": torch.get_rng_state()}
+    if state.log_lambda is not None:
+        tensors["log_lambda"] = torch.tensor(state.log_lambda, dtype=torch.float64)
     with atomic_directory(target) as aside:
         save_file(contiguous(model.state_dict()), aside / "model.safetensors")
         save_file(contiguous(optimizer_tensors(model, optimizer)), aside / "optimizer.safetensors")
@@ -57,7 +62,8 @@ def load(checkpoint: Path, model: Transcoder, optimizer: torch.optim.Optimizer) 
     tensors = load_file(checkpoint / "state.safetensors")
     torch.set_rng_state(tensors["torch_rng"])
     step = json.loads((checkpoint / "state.json").read_text())["step"]
-    return State(step, tensors["tokens_since_fired"].to(model.b_enc.device))
+    log_lambda = float(tensors["log_lambda"]) if "log_lambda" in tensors else None
+    return State(step, tensors["tokens_since_fired"].to(model.b_enc.device), log_lambda)
 
 
 def newest(directory: Path) -> Path | None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.arch.options import Site
+from pipeline.arch.options import Site, Target
 from pipeline.core.normalize import MlpNorm, Scaling
 from pipeline.train.options import Norm
 
@@ -55,11 +55,13 @@ class Recompute:
 
 
 class Inputs(NamedTuple):
-    """The frozen norm of the base model, if the transcoder reads behind it, then the transcoder's units."""
+    """The site that the transcoder reads, the one that it writes, then the transcoder's units."""
 
-    norm: MlpNorm | None
+    norm: MlpNorm
     scaling: Scaling
     device: torch.device
+    site: Site
+    target: Target
     recompute: Recompute | None = None
     """Of a cache whose training rows hold no mlp_out."""
 
@@ -76,9 +78,18 @@ class Inputs(NamedTuple):
             assert self.recompute is not None
             y = self.recompute(stored).float()
         else:
-            y = mlp_out.to(self.device, non_blocking=True).float()
-        x = stored.float()
-        return (self.norm(x) if self.norm else x), y
+            y = self.place(mlp_out)
+        return pair(self.site, self.target, self.norm, stored.float(), y)
+
+    def place(self, rows: Tensor) -> Tensor:
+        return rows.to(self.device, non_blocking=True).float()
+
+
+def pair(site: Site, target: Target, norm: MlpNorm, resid_mid: Tensor, mlp_out: Tensor) -> tuple[Tensor, Tensor]:
+    """x, y [B, L, D] in the model's units from what a cache stores, as floats."""
+    resid = norm(resid_mid) if site == Site.mlp_in else resid_mid
+    x = mlp_out if site == Site.mlp_out else resid
+    return x, (x if target == Target.site else mlp_out)
 
 
 def scaling(norm: Norm, x: Statistics, y: Statistics) -> Scaling:
@@ -94,11 +105,24 @@ def scaling(norm: Norm, x: Statistics, y: Statistics) -> Scaling:
     return Scaling(*(t.float().contiguous() for t in maps))
 
 
-def build(norm: MlpNorm, site: Site, maps: Scaling, device: torch.device, recompute: Recompute | None = None) -> Inputs:
+def build(
+    norm: MlpNorm,
+    site: Site,
+    maps: Scaling,
+    device: torch.device,
+    target: Target = Target.mlp_out,
+    recompute: Recompute | None = None,
+) -> Inputs:
+    """`norm` is that of the cache; it is used at site=mlp_in alone."""
     on_device = Scaling(*(t.to(device) for t in maps))
-    return Inputs(norm.to(str(device)) if site == Site.mlp_in else None, on_device, device, recompute)
+    return Inputs(norm.to(str(device)), on_device, device, site, target, recompute)
+
+
+def layer_variance(y: Statistics, maps: Scaling) -> Tensor:
+    """mean_n |y^m - mean y^m|^2 of each layer in the transcoder's units. -> float64 [L]"""
+    return (y.std / maps.y_scale.double()).square().sum(dim=1)
 
 
 def variance(y: Statistics, maps: Scaling) -> float:
-    """V = sum_m mean_n |y^m - mean y^m|^2 in the transcoder's units."""
-    return float((y.std / maps.y_scale.double()).square().sum())
+    """V, their sum."""
+    return float(layer_variance(y, maps).sum())

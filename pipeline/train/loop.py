@@ -12,17 +12,21 @@ import torch
 from torch import Tensor
 
 from pipeline.arch.base import Output, Transcoder
+from pipeline.arch.matryoshka import Matryoshka
+from pipeline.core.activations import Choosing
 from pipeline.core.sparse import Sparse
 from pipeline.data.loader import Batch
+from pipeline.data.shuffle import derive
 from pipeline.errors import UserError
 from pipeline.files import write_aside
 from pipeline.progress import Progress
-from pipeline.train import checkpoint
+from pipeline.train import checkpoint, controller
 from pipeline.train.checkpoint import State
 from pipeline.train.inputs import Inputs
 from pipeline.train.interrupt import stop_requests
 from pipeline.train.objective import Objective
 from pipeline.train.options import OptimOptions
+from pipeline.train.resample import resample
 from pipeline.train.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
@@ -39,6 +43,11 @@ class Plan:
     checkpoint_steps: int
     keep_checkpoints: int
     log_steps: int
+    resample_steps: int
+    """Steps between resamplings of dead features; 0 for none."""
+    last_resample: int
+    """No resampling after so many steps."""
+    seed: int
     y_variance: Tensor
     """[L, D] variance of the targets over the cache, in the model's units."""
 
@@ -59,7 +68,7 @@ class Trainer:
         self.directory, self.model, self.optimizer = directory, model, optimizer
         self.objective, self.inputs, self.plan, self.optim = objective, inputs, plan, optim
         never = torch.zeros(model.n_sources, model.d_features, dtype=torch.int64, device=inputs.device)
-        self.state = State(0, never)
+        self.state = State(0, never, controller.first(objective.options) if objective.controlled else None)
         self.about: dict[str, object] = {}
 
     def resume(self, path: Path) -> None:
@@ -91,19 +100,23 @@ class Trainer:
                         times["targets_ms"] = self.inputs.recompute.take_ms()
                     _append(self.directory / "timings.jsonl", times)
                     fields = _bar_fields(record)
+                self._steer(out)
                 bar.update(plan.batch_tokens, **fields)
                 if state.step % plan.checkpoint_steps == 0 or state.step == plan.n_steps or requested():
                     self.save()
                 if requested():
                     logger.info("stopped at step %d of %d; the same command continues", state.step, plan.n_steps)
                     raise KeyboardInterrupt
+        self.model.activation.at(1.0)
         return record
 
     def step(self, batch: Batch, rate: float) -> tuple[Output, Tensor, dict[str, Tensor]]:
         """One optimiser step, and the counters that follow from it."""
         x, y = self.inputs(batch.resid_mid, batch.mlp_out)
-        out: Output = self.model(x, self.objective.needs_pre_acts)
-        terms = self.objective(self.model, out, x, y, self.dead(), self.state.step)
+        state = self.state
+        self.model.activation.at(state.step / self.plan.n_steps)
+        out = self.objective.forward(self.model, x, state.step)
+        terms = self.objective(self.model, out, x, y, self.dead(), state.step, state.log_lambda)
         loss = torch.stack(list(terms.values())).sum()
         terms = {name: term.detach() for name, term in terms.items()}
         if not math.isfinite(loss.item()):
@@ -113,9 +126,29 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        self.state.tokens_since_fired += y.shape[0]
-        self.state.tokens_since_fired[fired(out)] = 0
+        state.tokens_since_fired += y.shape[0]
+        state.tokens_since_fired[fired(out)] = 0
+        self._resample(out, x, y)
         return out, y, terms
+
+    def _steer(self, out: Output) -> None:
+        """The controller's move after a step."""
+        state, target = self.state, self.objective.options.target_l0
+        if state.log_lambda is not None:
+            assert target is not None
+            l0 = active(out) / out.y_hat.shape[0]
+            state.log_lambda = controller.steered(state.log_lambda, l0, target, state.step - 1, self.plan.n_steps)
+
+    def _resample(self, out: Output, x: Tensor, y: Tensor) -> None:
+        """Restart dead features, when it is time to."""
+        plan, done = self.plan, self.state.step + 1
+        if not plan.resample_steps or done % plan.resample_steps or done > plan.last_resample:
+            return
+        generator = torch.Generator().manual_seed(derive(plan.seed, "resample", done))
+        error = (y - out.y_hat).detach()
+        restarted = resample(self.model, self.optimizer, x, error, self.dead(), generator)
+        self.state.tokens_since_fired[restarted] = 0
+        logger.info("step %d: %d dead features begin again", done, int(restarted.sum()))
 
     def dead(self) -> Tensor:
         """Features that have not fired for `dead_window` tokens. [L, F] bool; none before that many were seen."""
@@ -129,17 +162,40 @@ class Trainer:
     def record(self, out: Output, y: Tensor, terms: dict[str, Tensor], rate: float) -> dict[str, object]:
         """A line of metrics.jsonl, of this step's batch. fvu: pooled, in the model's units, cache's variance."""
         tokens = self.state.step * self.plan.batch_tokens
-        error = ((out.y_hat - y) * self.inputs.scaling.y_scale).square().sum() / y.shape[0]
         return {
             "step": self.state.step,
             "tokens": tokens,
             "loss": float(torch.stack(list(terms.values())).sum()),
             **{f"loss/{name}": float(term) for name, term in terms.items()},
-            "fvu": float(error) / float(self.plan.y_variance.sum()),
+            "fvu": self._fvu(out.y_hat, y),
+            **self._prefix_fvu(out, y),
             "l0": active(out) / y.shape[0],
             "dead_fraction": float(self.dead().float().mean()) if tokens >= self.plan.dead_window else None,
             "lr": rate,
+            **self._in_force(),
         }
+
+    def _in_force(self) -> dict[str, object]:
+        """What changes over the run in the settings of this one: lambda of the sparsity penalty, an annealed k."""
+        changing: dict[str, object] = {}
+        if self.objective.penalises:
+            changing["lambda"] = self.objective.lambda_at(self.state.step - 1, self.state.log_lambda)
+        rule = self.model.activation
+        if isinstance(rule, Choosing) and rule.k_start is not None:
+            changing["k"] = sum(rule.k) / len(rule.k)
+        return changing
+
+    def _fvu(self, y_hat: Tensor, y: Tensor) -> float:
+        error = ((y_hat - y) * self.inputs.scaling.y_scale).square().sum() / y.shape[0]
+        return float(error) / float(self.plan.y_variance.sum())
+
+    def _prefix_fvu(self, out: Output, y: Tensor) -> dict[str, float]:
+        """The FVU of each shorter prefix, of the same sizes in every line of the log."""
+        if not isinstance(self.model, Matryoshka):
+            return {}
+        *sizes, _ = self.model.usual_sizes()
+        parts = self.model.nested(out.features, sizes)
+        return {f"fvu/prefix_{size}": self._fvu(part, y) for size, part in zip(sizes, parts, strict=True)}
 
     def _diverged(self, terms: dict[str, Tensor]) -> str:
         bad = ", ".join(name for name, term in terms.items() if not math.isfinite(float(term)))

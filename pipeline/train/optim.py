@@ -18,6 +18,12 @@ OPTIMISERS: dict[str, Callable[[Iterable[Parameter], OptimOptions], torch.optim.
 
 
 def build(parameters: Iterable[Parameter], options: OptimOptions) -> torch.optim.Optimizer:
+    """UserError as `check`."""
+    check(options)
+    return OPTIMISERS[options.name](parameters, options)
+
+
+def check(options: OptimOptions) -> None:
     """UserError for an unknown name or rates outside their range."""
     if options.name not in OPTIMISERS:
         raise UserError(f"optim={options.name} does not exist; choose one of {', '.join(OPTIMISERS)}")
@@ -29,4 +35,3 @@ def build(parameters: Iterable[Parameter], options: OptimOptions) -> torch.optim
     for name in ("warmup", "decay"):
         if not 0 <= getattr(options, name) <= 1:
             raise UserError(f"optim.{name}={getattr(options, name)} is a share of the run and must lie in [0, 1]")
-    return OPTIMISERS[options.name](parameters, options)

@@ -13,7 +13,7 @@ RUNS = Path("runs")
 
 NO_EFFECT = {
     "cache.dir", "cache.read", "cache.shards_ahead", "cache.local_dir", "cache.local_gb", "newest_cache",
-    "train.keep_checkpoints", "experiment",
+    "train.keep_checkpoints", "experiment", "dry_run",
 }  # fmt: skip
 """Settings that do not change what a run computes, so they may differ when it is continued."""
 

@@ -2,7 +2,8 @@
 
 import math
 
-from pipeline.core.options import LossOptions, Schedule
+from pipeline.core.options import Ramp, Shape
+from pipeline.errors import UserError
 from pipeline.train.options import LrSchedule, OptimOptions
 
 
@@ -20,12 +21,23 @@ def learning_rate(options: OptimOptions, step: int, n_steps: int) -> float:
     return options.lr * rise * fall
 
 
-def sparsity(options: LossOptions, step: int, n_steps: int) -> float:
-    """lambda at step `step`: its full value, or on the way to it over the first `sparsity_ramp` of the run."""
-    ramp = options.sparsity_ramp * n_steps
-    if options.sparsity_schedule == Schedule.constant or ramp <= 0:
-        return options.sparsity
-    done = min(1.0, step / ramp)
-    if options.sparsity_schedule == Schedule.cosine:
+def coefficient(value: float, ramp: Ramp, step: int, n_steps: int) -> float:
+    """A loss coefficient at step `step`: its full value, or on the way to it (`core/options.py`: Ramp)."""
+    delay = ramp.delay if ramp.shape == Shape.delayed else 0.0
+    length = ramp.length * (1 - delay) * n_steps
+    if ramp.shape == Shape.constant or length <= 0:
+        return value if step >= delay * n_steps else 0.0
+    done = min(1.0, max(0.0, step - delay * n_steps) / length)
+    if ramp.shape == Shape.cosine:
         done = 0.5 - 0.5 * math.cos(math.pi * done)
-    return options.sparsity * done
+    return value * done
+
+
+def check(ramp: Ramp, key: str) -> None:
+    """UserError for shares that make no sense; `key` is the setting's name."""
+    if not 0 <= ramp.length <= 1:
+        raise UserError(f"{key}.length={ramp.length} is a share of the run and must lie in [0, 1]")
+    if not 0 <= ramp.delay < 1:
+        raise UserError(f"{key}.delay={ramp.delay} must lie in [0, 1): at 1 the term would never begin")
+    if ramp.delay > 0 and ramp.shape != Shape.delayed:
+        raise UserError(f"{key}.delay={ramp.delay} has no meaning for {key}.shape={ramp.shape}; use shape=delayed")

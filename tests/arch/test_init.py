@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pipeline.arch import init, table
 from pipeline.arch.base import Dims, Transcoder
-from pipeline.arch.options import ArchOptions
+from pipeline.arch.options import ArchOptions, Tie
 from pipeline.core import activations
 from pipeline.core.activations import BatchTopK, JumpReLU
 from tests import oracle
@@ -173,3 +173,47 @@ def test_rounds_remember_all_that_was_drawn_before() -> None:
 def test_equal_inputs_are_drawn_once_each_too() -> None:
     rows = init.draw_apart(torch.ones(60, 4) / 2, 50, generator()).tolist()
     assert len(set(rows)) == 50
+
+
+@pytest.mark.parametrize("architecture", ["per_layer", "skip", "sae", "crosscoder", "tied", "tied to target"])
+def test_every_architecture_starts_better_than_the_mean(architecture: str) -> None:
+    tie = {"tie": Tie.target} if architecture == "tied to target" else {}
+    options = oracle.arch_options(architecture.split()[0], d_features=F, **tie)
+    rule = activations.build(oracle.activation_options("topk"), table.n_sources(options, Dims(L, D)), F)
+    model, (x, y) = table.build(options, Dims(L, D), rule), sample()
+    y = x if architecture == "sae" else y
+    init.from_data(model, x, y, generator())
+    error = (model.eval()(x).y_hat - y).square().sum().detach()
+    assert error < 0.9 * (y - y.mean(dim=0)).square().sum()
+    torch.testing.assert_close(model.b_dec, y.mean(dim=0))
+    assert all(any(tensor.any() for tensor in model.tables(l)) for l in range(model.n_sources))
+    if architecture == "crosscoder":
+        assert all(tensor.any() for tensor in model.tables(0))
+    if architecture == "tied to target":  # feature i looks for the same token in every layer
+        rows = [drawn(model, x, l) for l in range(L)]
+        assert rows[0] == rows[1] == rows[2]
+
+
+def test_tables_that_write_several_layers_are_scaled_together() -> None:
+    options = oracle.arch_options("tied", d_features=F)
+    rule = activations.build(oracle.activation_options("topk"), L, F)
+    model, (x, y) = table.build(options, Dims(L, D), rule), sample()
+    init.from_data(model, x, y, generator())
+    out = model.eval()(x)
+    left = (y - out.y_hat).detach().double()
+    for l in range(L):  # the error is orthogonal to what each table writes
+        part = torch.zeros_like(left)
+        for m in model.targets(l):
+            part[:, m] = model.write(out.features, l, m).detach().double()
+        assert abs(float((part * left).sum())) < 1e-3 * float(part.norm() * left.norm())
+
+
+@pytest.mark.parametrize("architecture", ["tied", "crosscoder"])
+def test_uniform_weights_fill_every_table_and_leave_factors_alone(architecture: str) -> None:
+    options = oracle.arch_options(architecture, d_features=F)
+    rule = activations.build(oracle.activation_options("topk"), table.n_sources(options, Dims(L, D)), F)
+    model = table.build(options, Dims(L, D), rule)
+    init.uniform(model, generator())
+    assert all(t.any() for l in range(model.n_sources) for t in [*model.tables(l), model.encoders[l]])
+    if architecture == "tied":
+        assert all(torch.equal(model.weights()[f"scale.{l}"], torch.ones(F, L - l)) for l in range(L))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.core import activations
-from pipeline.core.activations import ACTIVATIONS, USES, Activation, BatchTopK, FixedThreshold, JumpReLU
+from pipeline.core.activations import ACTIVATIONS, OPTIONAL, USES, Activation, BatchTopK, FixedThreshold, JumpReLU
 from pipeline.core.options import ActivationOptions, ThetaGrad
 from pipeline.core.sparse import Sparse
 from pipeline.errors import UserError
@@ -261,7 +261,7 @@ def test_no_rule_fires_on_zeros_or_below(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_rule_that_says_per_token_looks_at_no_other_token_and_no_other_layer(name: str) -> None:
-    activation = build(name, **({"k": 2} if "k" in USES[name] else {}))
+    activation = build(name)
     h = oracle.normal(B, L, F)
     features = activation(h)
     changed = h.clone()
@@ -294,7 +294,7 @@ def test_an_option_that_the_rule_does_not_read_is_refused_by_name(name: str) -> 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_option_that_the_rule_needs_must_be_given(name: str) -> None:
-    for option in USES[name]:
+    for option in USES[name] - OPTIONAL:
         missing = replace(oracle.activation_options(name), **{option: None})
         with pytest.raises(UserError, match=rf"activation\.{option}"):
             activations.build(missing, L, F)

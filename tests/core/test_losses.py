@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 
 from pipeline.core import losses
+from pipeline.core.activations import JumpReLU
+from pipeline.core.options import ActivationOptions, ThetaGrad
 from pipeline.core.sparse import Features, Pattern, Sparse, fixed_k, sparsify
 from tests import oracle
 
@@ -70,6 +72,53 @@ def test_the_tanh_penalty_of_no_feature_at_all_is_zero() -> None:
     assert float(losses.tanh_sparsity(nothing, oracle.normal(L, F).abs(), 1.0)) == 0
 
 
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.5, 0.0, 3.0]])
+def test_a_layers_weight_multiplies_its_error(weights: list[float]) -> None:
+    y_hat, y = oracle.normal(B, L, D).requires_grad_(), oracle.normal(B, L, D, seed=2)
+    w = torch.tensor(weights, dtype=torch.float64)
+    loss = losses.reconstruction(y_hat, y, w)
+    expected = oracle.weighted_reconstruction(y_hat.detach(), y, weights)
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-12, atol=0)
+    assert oracle.normwise(grad(loss, y_hat)[0], 2 * w[:, None] * (y_hat.detach() - y) / B) < 1e-12
+
+
+@pytest.mark.parametrize("form", ["dense", "sparse"])
+def test_l1_sparsity_equals_the_sum_and_its_gradient_reaches_features_and_norms(form: str) -> None:
+    a, norms = features().requires_grad_(), oracle.normal(L, F, seed=2).abs().requires_grad_()
+    loss = losses.l1_sparsity(sparsify(a) if form == "sparse" else a, norms)
+    torch.testing.assert_close(loss, oracle.l1_sparsity(a, norms), rtol=1e-12, atol=0)
+    d_a, d_norms = grad(loss, a, norms)
+    expected = norms.detach().expand_as(a) / B
+    if form == "sparse":
+        expected = expected * (a.detach() > 0)
+    assert oracle.normwise(d_a, expected) < 1e-12
+    assert oracle.normwise(d_norms, a.detach().sum(dim=0) / B) < 1e-12
+
+
+@pytest.mark.parametrize("eps", [0.1, 1.0])
+@pytest.mark.parametrize("target", [2.0, 9.0])
+def test_the_l0_target_teaches_thresholds_through_the_window_and_nothing_else(target: float, eps: float) -> None:
+    theta = oracle.normal(L, F, seed=2).abs() + 0.01
+    rule = JumpReLU(ActivationOptions("jumprelu", threshold=1.0, bandwidth=eps, theta_grad=ThetaGrad.gdm), L, F)
+    rule = rule.double()
+    rule.log_threshold.data = theta.log()
+    h = oracle.normal(B, L, F).requires_grad_()
+    loss = losses.l0_target(rule.active(h), target)
+    value, slope = oracle.l0_target(h.detach(), theta, eps, target)
+    assert float(loss.detach()) == pytest.approx(value, rel=1e-12)
+    d_h, d_t = torch.autograd.grad(loss, [h, rule.log_threshold], materialize_grads=True)
+    assert not d_h.any()
+    assert slope.any()
+    assert oracle.normwise(d_t, slope) < 1e-12
+
+
+def test_the_l0_target_by_hand() -> None:
+    # Two tokens with three and one active features: L0 is 2, half of the target.
+    active = torch.tensor([[[1.0, 1.0, 0.0], [0.0, 1.0, 0.0]], [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]])
+    assert float(losses.l0_target(active, 4.0)) == 0.25
+    assert float(losses.l0_target(active, 2.0)) == 0
+
+
 def test_pre_activation_penalises_what_lies_below_zero() -> None:
     h = oracle.normal(B, L, F).requires_grad_()
     loss = losses.pre_activation(h)
@@ -120,6 +169,10 @@ def test_no_term_depends_on_the_number_of_tokens() -> None:
         (losses.reconstruction(y_hat, y), losses.reconstruction(twice(y_hat), twice(y))),
         (losses.tanh_sparsity(a, norms, 1.0), losses.tanh_sparsity(twice(a), norms, 1.0)),
         (losses.tanh_sparsity(sparsify(a), norms, 1.0), losses.tanh_sparsity(sparsify(twice(a)), norms, 1.0)),
+        (losses.reconstruction(y_hat, y, norms[:, 0]), losses.reconstruction(twice(y_hat), twice(y), norms[:, 0])),
+        (losses.l1_sparsity(a, norms), losses.l1_sparsity(twice(a), norms)),
+        (losses.l1_sparsity(sparsify(a), norms), losses.l1_sparsity(sparsify(twice(a)), norms)),
+        (losses.l0_target((h > 0).double(), 3.0), losses.l0_target((twice(h) > 0).double(), 3.0)),
         (losses.pre_activation(h), losses.pre_activation(twice(h))),
         (losses.pre_activation_january(h, theta, norms), losses.pre_activation_january(twice(h), theta, norms)),
         (losses.aux_k(y, y_hat, 2, 7.25), losses.aux_k(twice(y), twice(y_hat), 2, 7.25)),
@@ -138,6 +191,7 @@ def test_layers_and_features_are_summed_not_averaged() -> None:
     for loss in (
         lambda n: losses.reconstruction(y_hat.repeat(n), y.repeat(n)),
         lambda n: losses.tanh_sparsity(a.repeat(n), norms.repeat(n[1:]), 1.0),
+        lambda n: losses.l1_sparsity(a.repeat(n), norms.repeat(n[1:])),
         lambda n: losses.pre_activation(h.repeat(n)),
         lambda n: losses.pre_activation_january(h.repeat(n), 0.1 + norms.repeat(n[1:]), norms.repeat(n[1:])),
     ):

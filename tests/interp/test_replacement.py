@@ -1,14 +1,17 @@
 """A transcoder in place of a model's MLPs, against a slow version written with plain Hugging Face hooks."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from pipeline.arch import table
 from pipeline.arch.base import Dims, Transcoder
 from pipeline.arch.clt import CLT
-from pipeline.arch.options import ArchOptions, Site
+from pipeline.arch.options import ArchOptions, Site, Target, Tie
 from pipeline.core import activations
 from pipeline.core.activations import Activation, FixedThreshold
 from pipeline.core.options import ActivationOptions
@@ -16,7 +19,8 @@ from pipeline.data import models
 from pipeline.data.models import LanguageModel
 from pipeline.data.options import ModelOptions
 from pipeline.errors import UserError
-from pipeline.interp.replacement import ReplacementModel, ablated_logits
+from pipeline.interp.replacement import Basis, ReplacementModel, TeacherForced, ablated_logits, basis, replacement
+from tests import oracle
 
 L, D, F = 3, 20, 13
 
@@ -34,6 +38,40 @@ def random_clt(rule: Activation | None = None) -> Transcoder:
         for parameter in clt.parameters():
             parameter.normal_(0, 0.4, generator=generator)
     return clt.eval().requires_grad_(False)
+
+
+def random(name: str, scale: float = 0.4, **options: Any) -> Transcoder:
+    """Any architecture with random weights and fixed thresholds."""
+    chosen = oracle.arch_options(name, d_features=F, **options)
+    generator = torch.Generator().manual_seed(3)
+    threshold = torch.rand(table.n_sources(chosen, Dims(L, D)), F, generator=generator)
+    model = table.build(chosen, Dims(L, D), FixedThreshold(threshold))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, scale, generator=generator)
+    return model.eval().requires_grad_(False)
+
+
+def slow_hooks(tiny_gpt2: Path, ids: Tensor, write: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """Logits with each MLP's output replaced by write(layer, residual, normed, own output) but at position 0."""
+    from transformers import GPT2LMHeadModel
+
+    hf = GPT2LMHeadModel.from_pretrained(tiny_gpt2).eval()
+    resid: dict[int, Tensor] = {}
+    for layer, block in enumerate(hf.transformer.h):
+
+        def read(module: object, args: tuple[Tensor], layer: int = layer) -> None:
+            resid[layer] = args[0]
+
+        def replace(module: object, args: tuple[Tensor], out: Tensor, layer: int = layer) -> Tensor:
+            y = write(layer, resid[layer], args[0], out).clone()
+            y[:, 0] = out[:, 0]
+            return y
+
+        block.ln_2.register_forward_pre_hook(read)
+        block.mlp.register_forward_hook(replace)
+    with torch.no_grad():
+        return hf(ids).logits
 
 
 def tokens(n: int = 4, context: int = 9) -> Tensor:
@@ -68,7 +106,7 @@ def slow_logits(tiny_gpt2: Path, clt: Transcoder, ids: Tensor, site: Site) -> Te
         return hf(ids).logits
 
 
-@pytest.mark.parametrize("site", list(Site))
+@pytest.mark.parametrize("site", [Site.mlp_in, Site.resid_mid])
 def test_live_replacement_equals_the_slow_one(lm: LanguageModel, tiny_gpt2: Path, site: Site) -> None:
     clt = random_clt()
     expected = slow_logits(tiny_gpt2, clt, tokens(), site)
@@ -113,3 +151,90 @@ def test_a_rule_that_looks_at_other_tokens_cannot_run_live(lm: LanguageModel, na
     rule = activations.build(ActivationOptions(name=name, k=2), L, F)
     with pytest.raises(UserError, match="cannot run live"):
         ReplacementModel(lm, random_clt(rule), Site.mlp_in)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("skip", {}),
+        ("clt", {"max_reach": 1, "skip": True}),
+        ("tied", {"offset": True, "skip": True}),
+        ("tied", {"tie": Tie.target}),
+        ("per_layer", {}),
+    ],
+)
+def test_live_replacement_reads_the_live_stream_in_every_causal_architecture(
+    lm: LanguageModel, tiny_gpt2: Path, name: str, options: dict[str, Any]
+) -> None:
+    """Against the whole transcoder applied to what was read so far, zeros in place of the layers that come later."""
+    model = random(name, **options)
+    so_far: list[Tensor] = []
+
+    def write(layer: int, resid: Tensor, normed: Tensor, own: Tensor) -> Tensor:
+        so_far.append(normed.flatten(0, 1))
+        x = torch.stack([*so_far, *([torch.zeros_like(so_far[0])] * (L - layer - 1))], dim=1)
+        return model(x).y_hat[:, layer].view(own.shape)
+
+    expected = slow_hooks(tiny_gpt2, tokens(), write)
+    assert basis(model) == Basis.live
+    replaced = replacement(lm, model)
+    assert isinstance(replaced, ReplacementModel)
+    torch.testing.assert_close(replaced.logits(tokens()), expected, atol=5e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("site", [Site.mlp_in, Site.resid_mid, Site.mlp_out])
+def test_teacher_forced_features_are_those_of_the_original_model_at_all_layers(
+    lm: LanguageModel, tiny_gpt2: Path, site: Site
+) -> None:
+    options = {"target": Target.site} if site == Site.mlp_out else {}
+    model, read = random("crosscoder", 0.2, site=site, **options), []
+
+    def collect(layer: int, resid: Tensor, normed: Tensor, own: Tensor) -> Tensor:
+        read.append({Site.mlp_in: normed, Site.resid_mid: resid, Site.mlp_out: own}[site].flatten(0, 1))
+        return own
+
+    original = slow_hooks(tiny_gpt2, tokens(), collect)
+    y_hat = model(torch.stack(read, dim=1)).y_hat
+    expected = slow_hooks(tiny_gpt2, tokens(), lambda layer, resid, normed, own: y_hat[:, layer].view(own.shape))
+    assert basis(model) == Basis.teacher_forced
+    replaced = replacement(lm, model)
+    assert isinstance(replaced, TeacherForced)
+    got = replaced.logits(tokens())
+    assert not torch.allclose(got, original, atol=1e-2)
+    torch.testing.assert_close(got, expected, atol=5e-4, rtol=1e-4)
+
+
+def test_an_sae_of_the_output_runs_the_mlp_on_the_live_stream(lm: LanguageModel, tiny_gpt2: Path) -> None:
+    model = random("sae", site=Site.mlp_out)
+
+    def write(layer: int, resid: Tensor, normed: Tensor, own: Tensor) -> Tensor:
+        x = torch.zeros(own.shape[0] * own.shape[1], L, D)
+        x[:, layer] = own.flatten(0, 1)
+        return model(x).y_hat[:, layer].view(own.shape)
+
+    expected = slow_hooks(tiny_gpt2, tokens(), write)
+    assert basis(model) == Basis.runs_the_mlp
+    torch.testing.assert_close(replacement(lm, model).logits(tokens()), expected, atol=5e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sae", {}),
+        ("sae", {"site": Site.resid_mid}),
+        ("crosscoder", {"target": Target.site}),
+        ("crosscoder", {"target": Target.site, "site": Site.resid_mid}),
+    ],
+)
+def test_what_does_not_reconstruct_mlp_outputs_replaces_nothing(
+    lm: LanguageModel, name: str, options: dict[str, Any]
+) -> None:
+    model = random(name, **options)
+    assert basis(model) is None
+    with pytest.raises(UserError, match=rf"arch={name} reconstructs {model.options.site}, not the MLPs' outputs.*;"):
+        replacement(lm, model)
+
+
+def test_an_acausal_architecture_cannot_run_live(lm: LanguageModel) -> None:
+    with pytest.raises(UserError, match=r"arch=crosscoder reads all layers at once.*;"):
+        ReplacementModel(lm, random("crosscoder"), Site.mlp_in)

@@ -1,21 +1,25 @@
 """A finished transcoder survives the disk, in the model's units, and can say what rule it was trained with."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.arch.base import Transcoder
+from pipeline.arch.base import Dims, Transcoder
 from pipeline.arch.options import ArchOptions, Site
-from pipeline.arch.table import ARCHS
+from pipeline.arch.table import ARCHS, n_sources
+from pipeline.core import activations
 from pipeline.core.activations import ACTIVATIONS, FixedThreshold
 from pipeline.core.normalize import Scaling
-from pipeline.core.options import ActivationOptions, ThetaGrad
+from pipeline.core.options import ActivationOptions, Rank, ThetaGrad
 from pipeline.core.sparse import Sparse
 from pipeline.errors import UserError
+from pipeline.plain import from_plain
 from pipeline.train import artifact
 from tests import oracle
 
@@ -26,9 +30,9 @@ def write(
     run: Path, architecture: str = "clt", activation: ActivationOptions | None = None
 ) -> tuple[Transcoder, Tensor, Tensor]:
     """A random transcoder written as a finished run -> itself, its thresholds, the mean target."""
-    theta, y_mean = torch.rand(L, F), oracle.normal(L, D, seed=4, dtype=torch.float32)
-    model = oracle.transcoder(architecture, FixedThreshold(theta), dtype=torch.float32)
-    options = ArchOptions(architecture, d_features=F, site=Site.resid_mid)
+    options = oracle.arch_options(architecture, site=Site.resid_mid)
+    theta, y_mean = torch.rand(n_sources(options, Dims(L, D)), F), oracle.normal(L, D, seed=4, dtype=torch.float32)
+    model = oracle.transcoder(options, FixedThreshold(theta), dtype=torch.float32)
     rule = activation or oracle.activation_options("topk")
     config: dict[str, Any] = {**artifact.describe(options, model.dims, rule), "metrics": {"fvu": 0.25}}
     assert artifact.save(run, model, theta, y_mean, config) == run / "final"
@@ -129,7 +133,9 @@ def test_the_exact_rule_is_the_one_of_training_on_the_same_weights(tmp_path: Pat
     out = exact(inputs())
     assert isinstance(out.features, Sparse)
     h = oracle.encode(inputs(), exact.W_enc, exact.b_enc)
-    expected = oracle.at_pairs(h, oracle.SELECTIONS[activation](h, 2))
+    # Of 11 features groupmax makes one group, of which the largest is the one that top 1 keeps.
+    chosen = oracle.top_k(h, 1) if activation == "groupmax" else oracle.SELECTIONS[activation](h, 2)
+    expected = oracle.at_pairs(h, chosen)
     assert torch.equal(out.features.dense() > 0, expected > 0)
     assert oracle.normwise(out.features.dense(), expected) < 1e-6
     # The thresholds stay those of the finished run.
@@ -140,7 +146,11 @@ def test_every_setting_of_the_rule_is_kept(tmp_path: Path) -> None:
     rule = ActivationOptions("jumprelu", threshold=0.03, bandwidth=2.0, theta_grad=ThetaGrad.gdm)
     write(tmp_path, "clt", rule)
     kept = artifact.read(tmp_path).config["activation"]
-    assert kept == {"name": "jumprelu", "k": None, "threshold": 0.03, "bandwidth": 2.0, "theta_grad": "gdm"}
+    given = {name: value for name, value in kept.items() if value is not None}
+    assert given == {"name": "jumprelu", "threshold": 0.03, "bandwidth": 2.0, "theta_grad": "gdm"}
+    rule = ActivationOptions("topk", k_per_layer=[1, 2, 3], k_start=5, k_anneal=0.5, rank=Rank.norm)
+    write(tmp_path / "other", "clt", rule)
+    assert from_plain(ActivationOptions, artifact.read(tmp_path / "other").config["activation"]) == rule
 
 
 def test_a_rule_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
@@ -179,3 +189,28 @@ def test_an_interrupted_save_leaves_the_earlier_result(tmp_path: Path) -> None:
         artifact.save(tmp_path, model, theta + 1, y_mean, {"metrics": object()})
     assert torch.equal(artifact.read(tmp_path).transcoder.activation.threshold, theta)
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+@pytest.mark.parametrize("rule", ["topk", "groupmax", "batchtopk", "batchtopk_across"])
+def test_a_rule_that_ranks_by_norm_ranks_by_the_norms_of_training_after_folding(tmp_path: Path, rule: str) -> None:
+    options = replace(oracle.activation_options(rule), rank=Rank.norm)
+    model = oracle.transcoder("clt", activations.build(options, L, F))
+    x = oracle.normal(B, L, D)
+    y_scale = torch.tensor([[100.0], [1.0], [0.01]]).expand(L, D).double()
+    scaling = Scaling(torch.zeros(L, D), torch.ones(L, D), torch.zeros(L, D), y_scale)
+    before, norms = model.choose(x).dense().detach(), model.rank_norms()
+    assert norms is not None
+    model.fold(scaling)
+    refolded = model.choose(x).dense()
+    config = {**artifact.describe(ArchOptions("clt", d_features=F), model.dims, options), "metrics": {}}
+    artifact.save(tmp_path, model, torch.zeros(L, F), torch.zeros(L, D), config, norms)
+    exact = artifact.read(tmp_path).exact()
+    assert exact is not None
+    torch.testing.assert_close(exact.choose(x.float()).dense(), before.float(), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(refolded > 0, before > 0) or rule == "groupmax"
+    assert "rank_norms" in load_file(tmp_path / "final" / "transcoder.safetensors")
+
+
+def test_a_rule_that_ranks_by_value_stores_no_norms(tmp_path: Path) -> None:
+    write(tmp_path)
+    assert artifact.read(tmp_path).rank_norms is None

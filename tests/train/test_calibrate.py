@@ -1,12 +1,17 @@
 """Fixed thresholds: the same firing counts as the rule they stand in for, feature by feature."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from pipeline.arch.base import Transcoder
+from pipeline.core import activations
 from pipeline.core.activations import BatchTopK, FixedThreshold, JumpReLU
 from pipeline.core.normalize import Scaling
+from pipeline.core.options import Rank
 from pipeline.train import calibrate
 from tests import oracle
 
@@ -49,6 +54,32 @@ def test_each_feature_fires_as_often_after_calibration_as_before(activation: str
     assert torch.equal((model(x).features > 0).sum(dim=0), before)
     assert torch.equal(calibrate.firing_counts(model, x, BATCH, SEED), before)
     assert torch.equal(calibrate.firing_counts(model, x, 1, SEED), before)  # whatever the batch
+
+
+@pytest.mark.parametrize("options", [{"rank": Rank.norm}, {"rank": Rank.norm, "k": None, "k_per_layer": [1, 4, 2]}])
+@pytest.mark.parametrize("activation", CHOOSING)
+def test_the_counts_of_a_rule_that_ranks_by_norm_or_differs_by_layer_hold_too(
+    activation: str, options: dict[str, Any]
+) -> None:
+    if activation == "batchtopk_across" and "k_per_layer" in options:
+        options = {"rank": Rank.norm, "k": 4}
+    rule = replace(oracle.activation_options(activation), **options)
+    model, (x, _) = oracle.transcoder("clt", activations.build(rule, L, F), dtype=torch.float32), rows()
+    with torch.no_grad():  # unequal decoders, one of them zero
+        for l in range(L):
+            for table in model.tables(l):
+                table.mul_(torch.linspace(0, 3, F)[:, None])
+    norms = oracle.decoder_norms([W.detach() for W in model.W_dec])
+    k = rule.k if rule.k is not None else rule.k_per_layer
+    before = torch.zeros(L, F, dtype=torch.int64)
+    for batch in calibrate.shuffled_batches(N, BATCH, SEED):
+        for _, l, i in oracle.SELECTIONS[activation](model.encode(x[batch]).detach() * norms, k):
+            before[l, i] += 1
+    assert torch.equal(calibrate.firing_counts(model, x, BATCH, SEED), before)
+    theta = calibrate.thresholds(model, x, BATCH, SEED)
+    assert (theta >= 0).all()
+    model.activation = FixedThreshold(theta)
+    assert torch.equal(calibrate.firing_counts(model, x, BATCH, SEED), before)
 
 
 @pytest.mark.parametrize("activation", CHOOSING)

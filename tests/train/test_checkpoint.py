@@ -1,6 +1,7 @@
 """A stopped run that goes on is the run that never stopped, bit for bit; and what is on disk is whole."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def train(run: Run, steps: int) -> None:
         dtype = model.b_enc.dtype
         x = oracle.normal(B, L, D, seed=100 + state.step, dtype=dtype) + 0.1 * torch.randn(B, L, D)
         y = oracle.normal(B, L, D, seed=200 + state.step, dtype=dtype)
-        out = model(x, objective.needs_pre_acts)
+        out = objective.forward(model, x, state.step)
         dead = state.tokens_since_fired >= 2 * B
         terms = objective(model, out, x, y, dead, state.step)
         optimizer.zero_grad()
@@ -71,6 +72,7 @@ def assert_same(one: Run, other: Run) -> None:
             assert moment.dtype == other[1].state[twin][what].dtype, (name, what)
     assert one[2].step == other[2].step
     assert torch.equal(one[2].tokens_since_fired, other[2].tokens_since_fired)
+    assert one[2].log_lambda == other[2].log_lambda
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHS))
@@ -93,6 +95,14 @@ def test_six_steps_equal_three_a_checkpoint_and_three_in_fresh_objects(
     assert torch.equal(torch.rand(4), after_straight)
     assert straight[2].tokens_since_fired.any()
     assert not torch.equal(straight[0].b_enc, first[0].b_enc)
+
+
+@pytest.mark.parametrize("log_lambda", [None, -1 / 3, 0.0, math.pi])
+def test_the_controllers_state_survives_to_the_last_bit(tmp_path: Path, log_lambda: float | None) -> None:
+    model, optimizer, state = new_run("clt", "relu", seed=0)
+    state.log_lambda = log_lambda
+    path = checkpoint.save(tmp_path, model, optimizer, state, {})
+    assert checkpoint.load(path, model, optimizer).log_lambda == log_lambda
 
 
 def test_saving_does_not_disturb_the_run(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The training loss as a whole: its terms, their gradients, and who gets none."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from torch import Tensor
 
 from pipeline.arch.base import Output, Transcoder
+from pipeline.core import activations
 from pipeline.core.activations import ACTIVATIONS
-from pipeline.core.options import LossOptions, PreActForm, Schedule
+from pipeline.core.options import LayerWeighting, LossOptions, PreActForm, Ramp, Schedules, Shape, SparsityForm
 from pipeline.core.sparse import Sparse
 from pipeline.errors import UserError
 from pipeline.train.objective import Objective, explain_error
@@ -19,6 +21,9 @@ V = 7.25
 N_STEPS = 8
 CHOOSING = sorted(oracle.SELECTIONS)
 FULL = LossOptions("all", sparsity=0.3, sparsity_c=4.0, pre_act=0.2, aux_k=1 / 32)
+CONSTANT = Schedules(sparsity=Ramp(), l0=Ramp())
+MULTIPLES = ["batchtopk", "batchtopk_across", "topk"]
+LAYER_VARIANCE = torch.tensor([0.5, 2.0, 4.75], dtype=torch.float64)
 
 
 def data(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -40,7 +45,7 @@ def some_dead() -> Tensor:
 def terms(
     model: Transcoder, options: LossOptions, x: Tensor, y: Tensor, dead: Tensor, step: int = 4
 ) -> tuple[dict[str, Tensor], Output]:
-    objective = Objective(options, model, V, N_STEPS)
+    objective = Objective(options, model, V, N_STEPS, LAYER_VARIANCE)
     out: Output = model(x, objective.needs_pre_acts)
     return objective(model, out, x, y, dead, step), out
 
@@ -92,6 +97,117 @@ def test_the_january_penalty_reads_thresholds_and_decoder_norms() -> None:
     assert grads["decoders.0.2"].any()
 
 
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_the_l1_form_of_the_sparsity_penalty(activation: str) -> None:
+    model, (x, y) = oracle.transcoder("clt", activation), data()
+    got, out = terms(model, LossOptions("l1", sparsity=0.3, sparsity_form=SparsityForm.l1), x, y, nothing_dead())
+    expected = 0.15 * oracle.l1_sparsity(dense(out), oracle.decoder_norms(model.W_dec)).detach()
+    torch.testing.assert_close(got["sparsity"].detach(), expected, rtol=1e-12, atol=0)
+
+
+def test_the_l0_term_reads_thresholds_and_its_target() -> None:
+    model, (x, y) = oracle.transcoder("clt", "jumprelu"), data()
+    options = LossOptions("l0", l0=20.0, target_l0=7.0, schedule=CONSTANT)
+    got, _ = terms(model, options, x, y, nothing_dead())
+    h = oracle.encode(x, model.W_enc, model.b_enc).detach()
+    theta = model.activation.log_threshold.exp().detach()
+    value, slope = oracle.l0_target(h, theta, 1.0, 7.0)
+    assert float(got["l0"].detach()) == pytest.approx(20 * value, rel=1e-12)
+    grads = gradients(model, got["l0"])
+    assert oracle.normwise(grads["activation.log_threshold"], 20 * slope) < 1e-12
+    assert {name for name, grad in grads.items() if grad.any()} == {"activation.log_threshold"}
+    assert float(terms(model, replace(options, schedule=Schedules()), x, y, nothing_dead(), 2)[0]["l0"].detach()) == (
+        pytest.approx(20 * value / 4)
+    )
+
+
+@pytest.mark.parametrize("activation", MULTIPLES)
+def test_multi_topk_is_the_reconstruction_from_four_times_as_many_features(activation: str) -> None:
+    model, (x, y) = oracle.transcoder("clt", activation), data()
+    got, out = terms(model, LossOptions("multi", multi_topk=1 / 8), x, y, nothing_dead())
+    h = oracle.encode(x, model.W_enc, model.b_enc).detach()
+    W_enc, b_enc, b_dec = (t.detach().requires_grad_() for t in (model.W_enc, model.b_enc, model.b_dec))
+    W_dec = [W.detach().requires_grad_() for W in model.W_dec]
+    wide = oracle.at_pairs(oracle.encode(x, W_enc, b_enc), oracle.SELECTIONS[activation](h, 8))
+    expected = oracle.reconstruction(oracle.decode(wide, W_dec, b_dec), y) / 8
+    torch.testing.assert_close(got["multi_topk"], expected, rtol=1e-12, atol=0)
+    grads = gradients(model, got["multi_topk"])
+    d_enc, d_b_enc, d_b_dec, *d_dec = torch.autograd.grad(expected, [W_enc, b_enc, b_dec, *W_dec])
+    assert oracle.normwise(torch.stack([grads[f"encoders.{l}"] for l in range(L)]), d_enc) < 1e-12
+    assert oracle.normwise(grads["b_enc"], d_b_enc) < 1e-12
+    assert oracle.normwise(grads["b_dec"], d_b_dec) < 1e-12
+    for l in range(L):
+        assert oracle.normwise(torch.stack([grads[f"decoders.{l}.{j}"] for j in range(L - l)], 1), d_dec[l]) < 1e-12
+    assert {tuple(pair) for pair in dense(out).nonzero().tolist()} == oracle.SELECTIONS[activation](h, 2)
+
+
+@pytest.mark.parametrize("activation", MULTIPLES)
+def test_multi_topk_follows_a_falling_k_and_stops_at_all_features(activation: str) -> None:
+    rule = replace(oracle.activation_options(activation), k_start=10, k_anneal=1.0)
+    model, (x, y) = oracle.transcoder("clt", activations.build(rule, L, F)), data()
+    h = oracle.encode(x, model.W_enc, model.b_enc)
+    for done, k in ((1.0, 8), (0.0, F)):  # 4 x 2, and 4 x 10 of 11
+        model.activation.at(done)
+        got, _ = terms(model, LossOptions("multi", multi_topk=1.0), x, y, nothing_dead())
+        wide = oracle.at_pairs(h, oracle.SELECTIONS[activation](h, k))
+        expected = oracle.reconstruction(oracle.decode(wide, model.W_dec, model.b_dec), y)
+        torch.testing.assert_close(got["multi_topk"], expected, rtol=1e-12, atol=0)
+
+
+def test_layers_are_weighted_as_given_or_by_the_inverse_of_their_variance() -> None:
+    model, (x, y) = oracle.transcoder(), data()
+    mean = float(LAYER_VARIANCE.mean())
+    cases = [
+        (LossOptions("mse", layer_weights=[0.5, 0.0, 3.0]), [0.5, 0.0, 3.0]),
+        (
+            LossOptions("mse", layer_weighting=LayerWeighting.inverse_variance),
+            [mean / variance for variance in LAYER_VARIANCE.tolist()],
+        ),
+    ]
+    for options, weights in cases:
+        got, out = terms(model, options, x, y, nothing_dead())
+        expected = oracle.weighted_reconstruction(out.y_hat, y, weights)
+        torch.testing.assert_close(got["reconstruction"], expected, rtol=1e-12, atol=0)
+        options = replace(options, multi_topk=1.0)
+        got, _ = terms(model, options, x, y, nothing_dead())
+        assert float(got["multi_topk"].detach()) < 3 * float(got["reconstruction"].detach())
+    # Predicting the means costs V either way.
+    weights = torch.tensor(cases[1][1], dtype=torch.float64)
+    assert float((weights * LAYER_VARIANCE).sum()) == pytest.approx(float(LAYER_VARIANCE.sum()))
+
+
+@pytest.mark.parametrize("term", ["sparsity", "l0", "pre_act", "aux_k", "multi_topk"])
+def test_every_coefficient_has_a_schedule_of_its_own(term: str) -> None:
+    activation = "topk" if term in {"aux_k", "multi_topk"} else "jumprelu"
+    model, (x, y) = oracle.transcoder("clt", activation), data()
+
+    def at(step: int, ramp: Ramp) -> float:
+        target = 7.0 if term == "l0" else None
+        options = LossOptions("x", target_l0=target, schedule=replace(Schedules(), **{term: ramp}))
+        options = replace(options, **{term: 0.5})
+        return float(terms(model, options, x, y, some_dead(), step)[0][term].detach())
+
+    full = at(0, Ramp())
+    assert full > 0
+    assert [at(step, Ramp(Shape.delayed, delay=0.5)) for step in (0, 4)] == [0, 0]
+    assert at(6, Ramp(Shape.delayed, delay=0.5)) == pytest.approx(full / 2)
+    assert at(2, Ramp(Shape.linear)) == pytest.approx(full / 4)
+
+
+def test_a_controllers_lambda_takes_the_place_of_the_schedule() -> None:
+    model, (x, y) = oracle.transcoder("clt", "relu"), data()
+    options = LossOptions("tanh", target_l0=4.0)
+    objective = Objective(options, model, V, N_STEPS)
+    assert objective.controlled
+    assert objective.penalises
+    out = model(x)
+    got = objective(model, out, x, y, nothing_dead(), 0, math.log(0.02))
+    expected = 0.02 * oracle.tanh_sparsity(dense(out), oracle.decoder_norms(model.W_dec), 1.0)
+    torch.testing.assert_close(got["sparsity"], expected, rtol=1e-12, atol=0)
+    assert not Objective(replace(options, l0=1.0), oracle.transcoder("clt", "jumprelu"), V, N_STEPS).controlled
+    assert not Objective(LossOptions("mse"), model, V, N_STEPS).penalises
+
+
 def test_a_term_without_a_coefficient_is_not_there() -> None:
     model, (x, y) = oracle.transcoder(), data()
     got, out = terms(model, LossOptions("mse"), x, y, some_dead())
@@ -102,15 +218,15 @@ def test_a_term_without_a_coefficient_is_not_there() -> None:
 def test_the_sparsity_coefficient_follows_its_schedule() -> None:
     model, (x, y) = oracle.transcoder(), data()
 
-    def at(step: int, schedule: Schedule) -> float:
-        options = LossOptions("tanh", sparsity=0.3, sparsity_schedule=schedule)
+    def at(step: int, shape: Shape) -> float:
+        options = LossOptions("tanh", sparsity=0.3, schedule=Schedules(sparsity=Ramp(shape)))
         return float(terms(model, options, x, y, nothing_dead(), step)[0]["sparsity"].detach())
 
-    full = at(0, Schedule.constant)
+    full = at(0, Shape.constant)
     assert full > 0
-    assert at(0, Schedule.linear) == 0
-    assert at(2, Schedule.linear) == pytest.approx(full / 4)
-    assert at(6, Schedule.linear) == pytest.approx(full * 3 / 4)
+    assert at(0, Shape.linear) == 0
+    assert at(2, Shape.linear) == pytest.approx(full / 4)
+    assert at(6, Shape.linear) == pytest.approx(full * 3 / 4)
 
 
 def test_only_the_pre_activation_penalty_needs_the_pre_activations() -> None:
@@ -134,6 +250,27 @@ def test_duplicating_the_batch_changes_no_term_and_no_gradient(
     options = replace(FULL, pre_act=pre_act, pre_act_form=form)
     once, _ = terms(model, options, x, y, some_dead())
     doubled, _ = terms(model, options, torch.cat([x, x]), torch.cat([y, y]), some_dead())
+    for name, value in once.items():
+        torch.testing.assert_close(doubled[name], value, rtol=1e-12, atol=0, msg=name)
+        before, after = gradients(model, value), gradients(model, doubled[name])
+        for parameter, grad in before.items():
+            assert oracle.normwise(after[parameter], grad) < 1e-12, (name, parameter)
+
+
+@pytest.mark.parametrize(
+    ("activation", "options"),
+    [
+        ("relu", LossOptions("l1", sparsity=0.3, sparsity_form=SparsityForm.l1)),
+        ("topk", LossOptions("l1", sparsity=0.3, sparsity_form=SparsityForm.l1)),
+        ("jumprelu", LossOptions("l0", l0=20.0, target_l0=7.0)),
+        *[(name, LossOptions("multi", multi_topk=0.5, layer_weights=[0.5, 2.0, 1.0])) for name in MULTIPLES],
+    ],
+)
+def test_duplicating_the_batch_changes_none_of_the_other_terms(activation: str, options: LossOptions) -> None:
+    model, (x, y) = oracle.transcoder("clt", activation), data()
+    once, _ = terms(model, options, x, y, nothing_dead())
+    doubled, _ = terms(model, options, torch.cat([x, x]), torch.cat([y, y]), nothing_dead())
+    assert len(once) == 2
     for name, value in once.items():
         torch.testing.assert_close(doubled[name], value, rtol=1e-12, atol=0, msg=name)
         before, after = gradients(model, value), gradients(model, doubled[name])
@@ -181,7 +318,7 @@ def test_the_sparse_steps_gradient_equals_dense_autograd_at_the_same_selection(
 
 def test_the_tanh_penalty_pulls_on_decoders_through_their_norm() -> None:
     model, (x, y) = oracle.transcoder("clt", "relu"), data()
-    options = LossOptions("tanh", sparsity=0.3, sparsity_schedule=Schedule.constant)
+    options = LossOptions("tanh", sparsity=0.3, schedule=CONSTANT)
     got, out = terms(model, options, x, y, nothing_dead())
     grads = gradients(model, got["sparsity"])
     norms, a = oracle.decoder_norms(model.W_dec).detach(), dense(out).detach()
@@ -268,7 +405,7 @@ def test_silent_dead_features_explain_nothing() -> None:
 # What is refused
 
 
-@pytest.mark.parametrize("field", ["sparsity", "pre_act", "aux_k", "sparsity_ramp", "sparsity_c"])
+@pytest.mark.parametrize("field", ["sparsity", "l0", "pre_act", "aux_k", "multi_topk", "sparsity_c"])
 def test_negative_coefficients_are_refused_by_name(field: str) -> None:
     with pytest.raises(UserError, match=rf"loss\.{field}=-1"):
         Objective(replace(FULL, **{field: -1.0}), oracle.transcoder(), V, N_STEPS)
@@ -280,3 +417,51 @@ def test_the_january_penalty_without_thresholds_is_refused(activation: str) -> N
     with pytest.raises(UserError, match="jumprelu"):
         Objective(options, oracle.transcoder("clt", activation), V, N_STEPS)
     Objective(replace(options, pre_act=0.0), oracle.transcoder("clt", activation), V, N_STEPS)
+
+
+SPARSITY = {"sparsity": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("activation", "options", "line"),
+    [
+        ("topk", {"target_l0": 8.0}, r"target_l0=8.0 has no meaning for activation=topk.*use activation.k"),
+        ("batchtopk_across", {"target_l0": 8.0}, r"use activation.k"),
+        ("groupmax", {"target_l0": 8.0}, r"use activation.k"),
+        ("relu", {"target_l0": 0.0}, r"between 0 and the 33 features"),
+        ("relu", {"target_l0": 33.0}, r"between 0 and the 33 features"),
+        ("relu", {"l0": 1.0, "target_l0": 8.0}, r"activation=relu has not; use activation=jumprelu"),
+        ("jumprelu", {"l0": 1.0}, r"add loss.target_l0="),
+        ("jumprelu", {"l0": 1.0, "target_l0": 8.0, **SPARSITY}, r"both act on L0"),
+        (
+            "relu",
+            {"target_l0": 8.0, "schedule": Schedules(sparsity=Ramp(Shape.cosine))},
+            r"loss.schedule.sparsity has no meaning",
+        ),
+        ("relu", {"sparsity_form": SparsityForm.l1, "sparsity_c": 4.0, **SPARSITY}, r"sparsity_c has no meaning"),
+        ("relu", {"multi_topk": 0.1}, r"needs a k to multiply.*topk"),
+        ("groupmax", {"multi_topk": 0.1}, r"activation=groupmax has not"),
+        ("relu", {"layer_weights": [1.0, 2.0]}, r"layer_weights=\[1.0, 2.0\] must be 3 numbers"),
+        ("relu", {"layer_weights": [1.0, -2.0, 1.0]}, r"none negative"),
+        ("relu", {"layer_weights": [0.0, 0.0, 0.0]}, r"not all 0"),
+        (
+            "relu",
+            {"layer_weights": [1.0, 1.0, 2.0], "layer_weighting": LayerWeighting.inverse_variance},
+            r"leave one out",
+        ),
+        ("relu", {"resample_until": 0.0}, r"resample_until=0.0 is a share"),
+        ("relu", {"schedule": Schedules(pre_act=Ramp(Shape.delayed, delay=1.0))}, r"schedule.pre_act.delay=1.0"),
+    ],
+)
+def test_combinations_that_make_no_sense_are_refused_in_a_line(
+    activation: str, options: dict[str, object], line: str
+) -> None:
+    with pytest.raises(UserError, match=line) as refused:
+        Objective(LossOptions("x", **options), oracle.transcoder("clt", activation), V, N_STEPS)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_layer_that_never_varies_cannot_be_weighted_by_its_variance() -> None:
+    options = LossOptions("x", layer_weighting=LayerWeighting.inverse_variance)
+    with pytest.raises(UserError, match="use equal"):
+        Objective(options, oracle.transcoder(), V, N_STEPS, torch.tensor([1.0, 0.0, 2.0]))

@@ -1,4 +1,4 @@
-"""Learning rate and sparsity at the corners of a run, and the optimiser by name."""
+"""Learning rate and coefficients at the corners of a run, and the optimiser by name."""
 
 import math
 from dataclasses import replace
@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.core.options import LossOptions, Schedule
+from pipeline.core.options import Ramp, Shape
 from pipeline.errors import UserError
 from pipeline.train import optim
 from pipeline.train.options import LrSchedule, OptimOptions
-from pipeline.train.schedule import learning_rate, sparsity
+from pipeline.train.schedule import check, coefficient, learning_rate
 
 OPTIONS = OptimOptions("adam", lr=2.0, warmup=0.1, decay=0.25)
 N = 40
@@ -60,33 +60,55 @@ def test_the_shortest_runs_have_rates_between_zero_and_the_peak(schedule: LrSche
             assert all(0 < rate <= 2.0 for rate in rates(options, n_steps))
 
 
-def test_sparsity_rises_linearly_over_the_run_by_default() -> None:
-    options = LossOptions("tanh", sparsity=8.0)
-    assert [sparsity(options, step, 4) for step in range(5)] == [0.0, 2.0, 4.0, 6.0, 8.0]
+def coefficients(ramp: Ramp, n_steps: int) -> list[float]:
+    return [coefficient(8.0, ramp, step, n_steps) for step in range(n_steps + 1)]
 
 
-def test_sparsity_holds_after_its_ramp() -> None:
-    options = LossOptions("tanh", sparsity=8.0, sparsity_ramp=0.5)
-    assert [sparsity(options, step, 8) for step in (0, 1, 4, 5, 8)] == [0.0, 2.0, 8.0, 8.0, 8.0]
-    cosine = replace(options, sparsity_schedule=Schedule.cosine)
-    expected = [0.0, 4 - 4 * math.cos(math.pi / 4), 4.0, 8.0, 8.0]
-    assert [sparsity(cosine, step, 8) for step in (0, 1, 2, 4, 8)] == pytest.approx(expected)
+def test_a_coefficient_rises_linearly_over_the_run() -> None:
+    assert coefficients(Ramp(Shape.linear), 4) == [0.0, 2.0, 4.0, 6.0, 8.0]
 
 
-def test_sparsity_without_a_ramp_is_there_at_once() -> None:
-    for options in (
-        LossOptions("tanh", sparsity=8.0, sparsity_schedule=Schedule.constant),
-        LossOptions("tanh", sparsity=8.0, sparsity_ramp=0.0),
-        LossOptions("tanh", sparsity=8.0, sparsity_ramp=0.0, sparsity_schedule=Schedule.cosine),
-    ):
-        assert [sparsity(options, step, 4) for step in (0, 3)] == [8.0, 8.0]
+def test_a_constant_coefficient_is_there_at_once() -> None:
+    assert coefficients(Ramp(), 3) == [8.0] * 4
+    assert coefficients(Ramp(Shape.linear, length=0.0), 3) == [8.0] * 4
+    assert coefficients(Ramp(Shape.cosine, length=0.0), 3) == [8.0] * 4
 
 
-@pytest.mark.parametrize("schedule", list(Schedule))
-def test_sparsity_never_exceeds_its_value_nor_falls_below_zero(schedule: Schedule) -> None:
-    options = LossOptions("tanh", sparsity=8.0, sparsity_schedule=schedule)
+def test_a_coefficient_holds_after_its_rise() -> None:
+    assert coefficients(Ramp(Shape.linear, length=0.5), 8) == [0.0, 2.0, 4.0, 6.0] + [8.0] * 5
+    rise = [0.0, 4 - 4 * math.cos(math.pi / 4), 4.0, 4 + 4 * math.cos(math.pi / 4)]
+    assert coefficients(Ramp(Shape.cosine, length=0.5), 8) == pytest.approx(rise + [8.0] * 5)
+
+
+def test_a_delayed_coefficient_waits_and_then_rises_over_what_is_left() -> None:
+    assert coefficients(Ramp(Shape.delayed, delay=0.5), 8) == [0.0] * 5 + [2.0, 4.0, 6.0, 8.0]
+    assert coefficients(Ramp(Shape.delayed, delay=0.5, length=0.5), 8) == [0.0] * 5 + [4.0, 8.0, 8.0, 8.0]
+    assert coefficients(Ramp(Shape.delayed, delay=0.5, length=0.0), 4) == [0.0, 0.0, 8.0, 8.0, 8.0]
+
+
+@pytest.mark.parametrize("shape", list(Shape))
+def test_a_coefficient_never_exceeds_its_value_nor_falls_below_zero(shape: Shape) -> None:
+    delay = 0.3 if shape == Shape.delayed else 0.0
     for n_steps in (1, 2, 5):
-        assert all(0 <= sparsity(options, step, n_steps) <= 8.0 for step in range(n_steps + 1))
+        seen = coefficients(Ramp(shape, delay=delay), n_steps)
+        assert all(0 <= value <= 8.0 for value in seen)
+        assert seen == sorted(seen)
+        assert seen[-1] == pytest.approx(8.0)
+
+
+@pytest.mark.parametrize(
+    ("ramp", "line"),
+    [
+        (Ramp(Shape.linear, length=1.5), r"loss.schedule.aux_k.length=1.5 is a share"),
+        (Ramp(Shape.linear, length=-0.1), r"loss.schedule.aux_k.length=-0.1 is a share"),
+        (Ramp(Shape.delayed, delay=1.0), r"loss.schedule.aux_k.delay=1.0 .*never begin"),
+        (Ramp(Shape.delayed, delay=-0.5), r"loss.schedule.aux_k.delay=-0.5"),
+        (Ramp(Shape.cosine, delay=0.5), r"loss.schedule.aux_k.delay=0.5 has no meaning .*shape=delayed"),
+    ],
+)
+def test_a_schedule_that_makes_no_sense_is_refused_by_name(ramp: Ramp, line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        check(ramp, "loss.schedule.aux_k")
 
 
 def test_adam_takes_its_first_step_by_the_rate_against_the_sign_of_the_gradient() -> None:

@@ -1,0 +1,101 @@
+"""Rules that look at one pre-activation alone.
+
+    relu        a = max(h, 0)
+    jumprelu    a = h * 1[h > theta], theta = exp(t) learned (Rajamanoharan et al. 2024, arXiv 2407.14435)
+
+Thresholds learn through a rectangle K = 1[|h - theta| < bandwidth / 2] in place of the derivative of the step,
+g = dL/da. Two published rules differ by a factor theta:
+
+    anthropic   dL/dt     = -g theta K / bandwidth         (Anthropic, January 2025 update)
+    gdm         dL/dtheta = -g theta K / bandwidth         so dL/dt = -g theta^2 K / bandwidth
+
+The number of active features has the same kind of gradient: d 1[h > theta] / dtheta = -K / bandwidth (`active`).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.core.options import ActivationOptions, ThetaGrad
+from pipeline.core.rule import Activation
+from pipeline.errors import UserError
+
+
+class ReLU(Activation):
+    def layer(self, pre_acts: Tensor, layer: int, norms: Tensor | None = None) -> Tensor:
+        return pre_acts.relu()
+
+
+class JumpReLU(Activation):
+    """log_threshold [L, F] is t."""
+
+    def __init__(self, options: ActivationOptions, n_layers: int, d_features: int) -> None:
+        super().__init__(options, n_layers, d_features)
+        if options.threshold is None or options.threshold <= 0:
+            raise UserError(f"activation.threshold={options.threshold} must be above 0, since its logarithm is learned")
+        if options.bandwidth is None or options.bandwidth <= 0:
+            raise UserError(f"activation.bandwidth={options.bandwidth} must be above 0")
+        if options.theta_grad is None:
+            raise UserError("activation.theta_grad is not set; choose anthropic or gdm")
+        self.bandwidth, self.theta_grad = options.bandwidth, options.theta_grad
+        initial = torch.full((n_layers, d_features), options.threshold).log()
+        self.log_threshold = nn.Parameter(initial)
+
+    @property
+    def threshold(self) -> Tensor:
+        """theta [L, F]"""
+        return self.log_threshold.exp()
+
+    def layer(self, pre_acts: Tensor, layer: int, norms: Tensor | None = None) -> Tensor:
+        return _JumpReLU.apply(pre_acts, self.log_threshold[layer], self.bandwidth, self.theta_grad)
+
+    def active(self, pre_acts: Tensor) -> Tensor:
+        """1[h > theta], with a gradient for the thresholds alone. [B, L, F] -> [B, L, F]"""
+        return _Step.apply(pre_acts, self.log_threshold, self.bandwidth)
+
+
+class FixedThreshold(Activation):
+    """a = h * 1[h > theta] with theta [L, F] fixed: what a finished transcoder uses, whatever it was trained with."""
+
+    threshold: Tensor
+
+    def __init__(self, threshold: Tensor) -> None:
+        super().__init__(ActivationOptions(name="threshold"), *threshold.shape)
+        self.register_buffer("threshold", threshold)
+
+    def layer(self, pre_acts: Tensor, layer: int, norms: Tensor | None = None) -> Tensor:
+        return pre_acts * (pre_acts > self.threshold[layer])
+
+
+class _JumpReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, log_threshold: Tensor, bandwidth: float, rule: ThetaGrad) -> Tensor:
+        ctx.save_for_backward(h, log_threshold)
+        ctx.bandwidth, ctx.rule = bandwidth, rule
+        return h * (h > log_threshold.exp())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        h, log_threshold = ctx.saved_tensors
+        theta = log_threshold.exp()
+        window = (h - theta).abs() < ctx.bandwidth / 2
+        power = theta if ctx.rule == ThetaGrad.anthropic else theta.square()
+        # Thresholds [F] were broadcast over tokens.
+        per_token = (grad * window).reshape(-1, theta.shape[-1]).sum(dim=0)
+        return grad * (h > theta), -per_token * power / ctx.bandwidth, None, None
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, log_threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(h, log_threshold)
+        ctx.bandwidth = bandwidth
+        return (h > log_threshold.exp()).to(h.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        h, log_threshold = ctx.saved_tensors
+        theta = log_threshold.exp()
+        window = (h - theta).abs() < ctx.bandwidth / 2
+        return None, -(grad * window).sum(dim=0) * theta / ctx.bandwidth, None

@@ -1,0 +1,95 @@
+"""What `clt train --dry-run` says: parameters, arithmetic, bytes, batches. Nothing is allocated and nothing written."""
+
+import logging
+
+from pipeline.arch.base import Transcoder
+from pipeline.arch.cost import flops
+from pipeline.arch.options import Init
+from pipeline.core.activations import BatchTopKAcross
+from pipeline.data.cache import Cache
+from pipeline.data.layout import gb, prefix
+from pipeline.data.plan import disk_of, free_bytes
+from pipeline.data.tokens import Split
+from pipeline.stages.options import TrainConfig
+from pipeline.train import run as runs
+from pipeline.train.loop import Plan
+
+logger = logging.getLogger(__name__)
+
+FLOAT = 4
+"""Bytes of a float32, which weights, gradients and moments are."""
+
+LIBRARIES = 500 * 10**6
+"""Bytes of a process that has imported torch and read nothing."""
+
+
+def say(cfg: TrainConfig, cache: Cache, plan: Plan, model: Transcoder, needs_pre_acts: bool) -> None:
+    """`model` may lie on the meta device: only its shapes are read."""
+    learned = sum(p.numel() for p in model.parameters())
+    cost = flops(model, needs_pre_acts)
+    weights, peak = FLOAT * learned, peak_bytes(cfg, model, plan, needs_pre_acts, held_out_rows(cache))
+    tokens = plan.n_steps * plan.batch_tokens
+    sparse = "" if cost.decode_sparse is None else f", sparse {_count(cost.decode_sparse)}"
+    needed, free = disk_bytes(model, plan), free_bytes(runs.RUNS)
+    lines = {
+        "cache": f"{cache.path}: {cache.n_rows:,} rows, {model.dims.n_layers} layers of {model.dims.d_model}",
+        "transcoder": f"{cfg.arch.name}, {cfg.activation.name}, {model.n_sources} x {model.d_features:,} features, "
+        f"{cfg.arch.site} to {cfg.arch.writes}",
+        "parameters": f"{learned:,}",
+        "FLOPs a token": f"encode {_count(cost.encode)}, decode dense {_count(cost.decode_dense)}{sparse}",
+        "FLOPs a step": f"{_count(cost.step * plan.batch_tokens)} forward and backward "
+        f"({_count(cost.step)} a token), {_count(cost.step * tokens)} in all; a multiply-add is 2",
+        "memory": f"weights {gb(weights)}, gradients {gb(weights)}, optimiser {gb(2 * weights)}; "
+        f"about {gb(peak)} at the peak, on {cfg.train.device}",
+        "disk": f"{gb(needed)}, {gb(free)} free on {disk_of(runs.RUNS)}" + ("" if free >= needed else ": NOT ENOUGH"),
+        "run": f"runs/{cfg.name}: {plan.n_steps:,} steps of {plan.batch_tokens:,} tokens, "
+        f"{tokens / cache.n_rows:.2f} passes over the cache",
+    }
+    width = max(map(len, lines))
+    for name, text in lines.items():
+        logger.info("%s %s", name.ljust(width), text)
+    logger.info("nothing was written; without --dry-run the same command trains")
+
+
+def disk_bytes(model: Transcoder, plan: Plan) -> int:
+    """What a run writes: weights and two moments in each checkpoint, one more of them while it is being written, and
+    the result."""
+    weights = FLOAT * sum(p.numel() for p in model.parameters())
+    return weights * (3 * (plan.keep_checkpoints + 1) + 1)
+
+
+def peak_bytes(cfg: TrainConfig, model: Transcoder, plan: Plan, needs_pre_acts: bool, held_out: int) -> int:
+    """Memory at the worst of four moments: the start from data, a step, a checkpoint, the end. An estimate."""
+    weights = FLOAT * sum(p.numel() for p in model.parameters())
+    row = FLOAT * model.dims.n_layers * model.dims.d_model
+    n_first = max(8192, 4 * model.d_features) if cfg.arch.init == Init.data else 0
+    start = weights + 6 * n_first * row
+    kept = 4 * weights  # weights, gradients and the two moments, from the first step on
+    # As they are stored, as floats, through the norm, scaled, and the reconstruction with its gradient.
+    batch = 8 * plan.batch_tokens * row
+    step = kept + batch + _features_bytes(model, plan, needs_pre_acts)
+    checkpoint = kept + 2 * weights  # the moments are laid out as bytes once more
+    end = kept + weights + 5 * held_out * row
+    return LIBRARIES + max(start, step, checkpoint, end)
+
+
+def held_out_rows(cache: Cache) -> int:
+    """Rows of the larger of the two held-out splits."""
+    return max(cache.specs[f"{prefix(split)}resid_mid"].shape[0] for split in (Split.calibration, Split.evaluation))
+
+
+def _features_bytes(model: Transcoder, plan: Plan, needs_pre_acts: bool) -> int:
+    """Pre-activations, features and what autograd keeps of them."""
+    layer = FLOAT * plan.batch_tokens * model.d_features
+    if needs_pre_acts or not model.activation.chooses:
+        return 6 * layer * model.n_sources
+    # The sparse path drops pre-activations layer by layer, unless layers compete.
+    return 2 * layer * (model.n_sources if isinstance(model.activation, BatchTopKAcross) else 1)
+
+
+def _count(number: float) -> str:
+    """1,234,567 as 1.23M."""
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
