@@ -179,8 +179,8 @@ def test_a_dry_run_says_half_the_bytes_and_the_work(
         cfg.dry_run = True
         extract.run(cfg)
         said[targets] = {m.split(maxsplit=1)[0]: m.split(maxsplit=1)[1] for m in caplog.messages if " " in m}
-    assert said["stored"]["bytes"] == "240 a token"
-    assert said["recompute"]["bytes"] == "120 a token"
+    assert said["stored"]["bytes"] == "240 a token as raw"
+    assert said["recompute"]["bytes"] == "120 a token as raw"
     assert "targets" not in said["stored"]
     assert "recomputing it takes 0.00672 MFLOP a token" in said["recompute"]["targets"]
     assert "not with cache.targets=recompute" in caplog.text
