@@ -10,7 +10,7 @@ from pipeline.errors import UserError
 
 ARCHS: dict[str, type[Transcoder]] = {"clt": CLT}
 
-COMMON = frozenset({"name", "d_features", "site", "init"})
+COMMON = frozenset({"name", "d_features", "site", "init", "init_firing", "init_variance"})
 """The options that every architecture reads."""
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from pipeline.arch import init, table
 from pipeline.arch.base import Dims, Transcoder
-from pipeline.arch.options import Init
 from pipeline.core import activations
 from pipeline.data import cache as caches
 from pipeline.data.cache import Cache
@@ -50,12 +49,7 @@ def run(cfg: TrainConfig) -> Path:
     prepare = inputs.build(cache.norm, cfg.arch.site, maps, device)
     objective = Objective(cfg.loss, model, inputs.variance(_statistics(cache, "mlp_out"), maps), plan.n_steps)
     optimizer = optim.build(model.parameters(), cfg.optim)
-    if cfg.arch.init == Init.data and cache.n_rows < cfg.arch.d_features:
-        raise UserError(
-            f"arch.init=data draws {cfg.arch.d_features} different rows, the cache has {cache.n_rows}; "
-            "use arch.init=uniform or a larger dataset.n_tokens"
-        )
-
+    init.check(cfg.arch, cfg.activation.name, cache.n_rows)
     _check_space(model, plan)
 
     directory = runs.start(cfg.name, cfg)
@@ -177,14 +171,15 @@ def _say(
 
 def _initialise(cfg: TrainConfig, model: Transcoder, cache: Cache, prepare: Inputs) -> None:
     generator = torch.Generator().manual_seed(cfg.train.seed)
-    if cfg.arch.init == Init.uniform:
-        init.uniform(model, generator)
+    if not init.needs_sample(cfg.arch):
+        nothing = torch.empty(0, *model.dims)
+        init.initialise(model, nothing, nothing, generator)
         return
     n = min(cache.n_rows, max(8192, 4 * model.d_features))
     with Loader(cache, n, cfg.train.seed, cfg.cache.read, shards_ahead=cfg.cache.shards_ahead) as batches:
         batch = next(iter(batches))
         x, y = prepare(batch.resid_mid, batch.mlp_out)
-    init.from_data(model, x, y, generator)
+    init.initialise(model, x, y, generator)
 
 
 def _finish(cfg: TrainConfig, cache: Cache, trainer: Trainer, metrics: dict[str, object]) -> None:

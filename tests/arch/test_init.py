@@ -1,14 +1,19 @@
 """Initial weights: the published bounds, and what the data-dependent start promises."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from pipeline.arch import init, table
 from pipeline.arch.base import Dims, Transcoder
-from pipeline.arch.options import ArchOptions
+from pipeline.arch.options import ArchOptions, Init
 from pipeline.core import activations
 from pipeline.core.activations import BatchTopK, JumpReLU
+from pipeline.errors import UserError
+from pipeline.train.inputs import Statistics, scaling
+from pipeline.train.options import Norm
 from tests import oracle
 
 L, F, D, N = 3, 128, 10, 400
@@ -173,3 +178,166 @@ def test_rounds_remember_all_that_was_drawn_before() -> None:
 def test_equal_inputs_are_drawn_once_each_too() -> None:
     rows = init.draw_apart(torch.ones(60, 4) / 2, 50, generator()).tolist()
     assert len(set(rows)) == 50
+
+
+# Every start by its name
+
+
+def begun(
+    start: str, activation: str = "topk", firing: float | None = None, variance: float | None = None, seed: int = 0
+) -> tuple[Transcoder, Tensor, Tensor]:
+    options = ArchOptions("clt", d_features=F, init=Init(start), init_firing=firing, init_variance=variance)
+    rule = activations.build(oracle.activation_options(activation), L, F)
+    model, (x, y) = table.build(options, Dims(L, D), rule), low_rank_sample()
+    init.initialise(model, x, y, generator(seed))
+    return model.requires_grad_(False), x, y
+
+
+RANK = 4
+
+
+def low_rank_sample() -> tuple[Tensor, Tensor]:
+    """Inputs and targets off zero that vary in 4 of the 10 dimensions, other ones in each layer."""
+
+    def site(seed: int) -> Tensor:
+        values, mixed = oracle.normal(N, L, RANK, seed=seed), oracle.normal(L, RANK, D, seed=seed + 1)
+        return (torch.einsum("nlr,lrd->nld", values, mixed) + oracle.normal(L, D, seed=seed + 2)).float()
+
+    return site(30), site(40)
+
+
+def outside(rows: Tensor, values: Tensor) -> float:
+    """Share of the rows' length [F, D] outside the span in which `values` [n, D] vary about their mean."""
+    centred = (values - values.mean(dim=0)).double()
+    span = torch.linalg.svd(centred, full_matrices=False).Vh[:RANK]
+    rows = rows.double()
+    return float((rows - rows @ span.T @ span).norm() / rows.norm())
+
+
+def test_the_table_names_every_choice() -> None:
+    assert set(init.INITS) == set(Init)
+
+
+@pytest.mark.parametrize("start", Init)
+@pytest.mark.parametrize("activation", ["topk", "jumprelu"])
+def test_a_start_is_decided_by_the_seed(start: str, activation: str) -> None:
+    def weights(seed: int) -> list[Tensor]:
+        torch.manual_seed(17 + seed)
+        return list(begun(start, activation, seed=seed)[0].parameters())
+
+    first, again, other = weights(0), weights(0), weights(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("start", Init)
+@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
+@pytest.mark.parametrize("share", [0.02, 0.25])
+def test_any_start_fires_each_feature_at_the_share_that_is_asked_for(start: str, activation: str, share: float) -> None:
+    model, x, _ = begun(start, activation, firing=share)
+    fires = (model.activation(model.encode(x)) > 0).sum(dim=0)
+    # One token lies at the threshold itself, where rounding decides.
+    assert ((fires - share * N).abs() <= 1).all()
+
+
+def test_a_transposed_encoder_is_the_own_slot_of_the_decoder_scaled() -> None:
+    model, *_ = begun("transposed")
+    for l, W in enumerate(model.W_dec):
+        bound = ((L - l) * D) ** -0.5
+        torch.testing.assert_close(model.W_enc[l], W[:, 0] * (D / F))
+        assert 0.97 * bound < float(W.abs().max()) <= bound
+        assert float(W.std()) == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert not model.b_enc.any()
+    assert not model.b_dec.any()
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu"])
+def test_a_zero_decoder_begins_at_the_mean_target(activation: str) -> None:
+    model, x, y = begun("zero_decoder", activation)
+    assert not any(W.any() for W in model.W_dec)
+    y_hat = model(x).y_hat
+    torch.testing.assert_close(y_hat, y.mean(dim=0).expand_as(y))
+    torch.testing.assert_close(model.encode(x).mean(dim=0), torch.zeros(L, F), atol=1e-5, rtol=0)
+    assert 0.97 * F**-0.5 < float(model.W_enc.abs().max()) <= F**-0.5
+
+
+def test_rows_of_an_active_subspace_lie_where_the_sample_varies() -> None:
+    model, x, y = begun("active_subspace", variance=1.0)
+    lengths = []
+    for l in range(L):
+        assert outside(model.encoders[l], x[:, l]) < 1e-5
+        assert torch.linalg.matrix_rank(model.encoders[l].double(), rtol=1e-5) == RANK
+        lengths.append(model.encoders[l].square().sum(dim=1).mean())
+        for m, rows in zip(range(l, L), model.tables(l), strict=True):
+            assert outside(rows, y[:, m]) < 1e-5
+            assert float(rows.square().sum(dim=1).mean()) == pytest.approx(1 / (3 * L), rel=0.2)
+    # As long as rows of U(+-1/sqrt F): the mean square of the D numbers is 1 / (3 F).
+    assert float(torch.stack(lengths).mean()) == pytest.approx(D / (3 * F), rel=0.15)
+    torch.testing.assert_close(model.encode(x).mean(dim=0), torch.zeros(L, F), atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.b_dec, y.mean(dim=0))
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.5, 1), (0.66, 1), (0.67, 2), (0.96, 2), (0.97, 3), (1.0, 3)])
+def test_the_fewest_components_that_keep_the_share_are_kept(share: float, kept: int) -> None:
+    # Variances 18, 8 and 1 of 27 along three axes of five: shares .667, .963 and 1.
+    values = torch.zeros(6, 5)
+    for axis, size in ((1, 3.0), (4, 2.0), (2, 0.5**0.5)):
+        values[2 * [1, 4, 2].index(axis), axis], values[2 * [1, 4, 2].index(axis) + 1, axis] = size, -size
+    basis = init.components(values + 7, share)
+    assert basis.shape == (kept, 5)
+    torch.testing.assert_close(basis.abs(), torch.eye(5, dtype=torch.float64)[[1, 4, 2]][:kept])
+
+
+def test_plainly_drawn_rows_are_inputs_once_each_and_not_those_drawn_apart() -> None:
+    model, x, _ = begun("random_rows")
+    apart, *_ = begun("data")
+    for l in range(L):
+        assert len(set(drawn(model, x, l))) == F
+        assert set(drawn(model, x, l)) != set(drawn(apart, x, l))
+
+
+@pytest.mark.parametrize("norm", Norm)
+@pytest.mark.parametrize("start", Init)
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])
+def test_every_start_gives_finite_weights_under_both_normalisations(norm: Norm, start: str, activation: str) -> None:
+    x, y = low_rank_sample()
+    y[:, 1, 3] = 2.0  # a dimension that never varies
+    maps = scaling(norm, statistics(x), statistics(y))
+    options = ArchOptions("clt", d_features=F, init=Init(start))
+    model = table.build(options, Dims(L, D), activations.build(oracle.activation_options(activation), L, F))
+    init.initialise(model, maps.x(x), maps.y(y), generator())
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    out = model.eval().requires_grad_(False)(maps.x(x))
+    error = float((out.y_hat - maps.y(y)).square().sum())
+    assert error < 20 * float(maps.y(y).square().sum())
+
+
+def statistics(values: Tensor) -> Statistics:
+    values = values.double()
+    spread = values.std(dim=0, unbiased=False)
+    return Statistics(values.mean(dim=0), spread, values.square().mean(dim=(0, 2)).sqrt())
+
+
+@pytest.mark.parametrize(
+    ("changes", "activation", "message"),
+    [
+        ({"init": Init.data}, "topk", "draws 128 different rows"),
+        ({"init": Init.random_rows}, "topk", "arch.init=random_rows draws 128"),
+        ({"init": Init.uniform, "init_firing": 0.1}, "batchtopk", "no meaning for activation=batchtopk"),
+        ({"init": Init.uniform, "init_firing": 0.0}, "relu", r"must lie in \(0, 0.5\]"),
+        ({"init": Init.uniform, "init_firing": 0.7}, "jumprelu", r"must lie in \(0, 0.5\]"),
+        ({"init": Init.uniform, "init_variance": 0.9}, "topk", "no meaning for arch.init=uniform"),
+        ({"init": Init.active_subspace, "init_variance": 1.1}, "topk", r"must lie in \(0, 1\]"),
+        ({"init": Init.active_subspace, "init_variance": 0.0}, "topk", r"must lie in \(0, 1\]"),
+    ],
+)
+def test_options_without_meaning_are_refused(changes: dict[str, Any], activation: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        init.check(ArchOptions("clt", d_features=F, **changes), activation, n_rows=100)
+
+
+def test_only_starts_that_look_at_the_sample_ask_for_one() -> None:
+    assert not init.needs_sample(ArchOptions("clt", init=Init.uniform))
+    assert not init.needs_sample(ArchOptions("clt", init=Init.transposed))
+    assert init.needs_sample(ArchOptions("clt", init=Init.uniform, init_firing=0.1))
+    assert init.needs_sample(ArchOptions("clt", init=Init.zero_decoder))
