@@ -41,6 +41,7 @@ from pipeline.errors import UserError
 from pipeline.stages.options import (
     BenchCacheConfig,
     BenchExtractConfig,
+    ConvertConfig,
     EvalConfig,
     ExtractConfig,
     PretrainConfig,
@@ -49,7 +50,9 @@ from pipeline.stages.options import (
 
 logger = logging.getLogger(__name__)
 
-Config = PretrainConfig | ExtractConfig | TrainConfig | EvalConfig | BenchExtractConfig | BenchCacheConfig
+Config = (
+    PretrainConfig | ExtractConfig | TrainConfig | EvalConfig | ConvertConfig | BenchExtractConfig | BenchCacheConfig
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ STAGES = {
     "extract": Stage(ExtractConfig, "pipeline.stages.extract"),
     "train": Stage(TrainConfig, "pipeline.stages.train"),
     "eval": Stage(EvalConfig, "pipeline.stages.evaluate"),
+    "convert": Stage(ConvertConfig, "pipeline.stages.convert"),
     "bench_extract": Stage(BenchExtractConfig, "pipeline.stages.bench_extract"),
     "bench_cache": Stage(BenchCacheConfig, "pipeline.stages.bench_cache"),
 }

@@ -87,6 +87,20 @@ def evaluate(
     launch("eval", **locals())
 
 
+@app.command()
+def convert(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """Make a JumpReLU run of a TopK or BatchTopK one: the same weights, thresholds that fire as often.
+
+    \b
+    clt convert run=runs/demo                             into runs/demo-jumprelu
+    clt convert run=demo to=mine convert.thresholds=per_layer
+    """
+    launch("convert", **locals())
+
+
 def main() -> None:
     """The console script `clt`."""
     app(prog_name="clt")

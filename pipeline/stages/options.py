@@ -127,6 +127,32 @@ class TrainConfig:
     """Train on the newest complete cache. The command line sets it when it names neither model nor dataset."""
 
 
+class Thresholds(StrEnum):
+    per_feature = "per_feature"
+    per_layer = "per_layer"
+
+
+@dataclass
+class ConvertOptions:
+    thresholds: Thresholds = Thresholds.per_feature
+    """per_feature: each feature fires as often as under its rule on the calibration split. per_layer: one threshold for
+    a layer, with which the layer does."""
+
+
+@dataclass
+class ConvertConfig:
+    cache: CacheOptions
+    convert: ConvertOptions
+    run: str | None = None
+    """Run directory, or the name of a run; null is the newest that holds a finished transcoder."""
+
+    to: str | None = None
+    """Name of the new run, or its directory; null is <run>-jumprelu."""
+
+    device: str = "auto"
+    """Where the transcoder runs: auto, cpu, cuda or cuda:N."""
+
+
 @dataclass
 class EvalConfig:
     cache: CacheOptions

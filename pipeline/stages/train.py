@@ -25,8 +25,9 @@ from pipeline.data.tokens import Split, count
 from pipeline.errors import UserError
 from pipeline.plain import from_plain, to_plain
 from pipeline.stages.options import TrainConfig
-from pipeline.train import artifact, calibrate, checkpoint, inputs, optim
+from pipeline.train import artifact, calibrate, checkpoint, inputs, optim, warm
 from pipeline.train import run as runs
+from pipeline.train.artifact import Trained
 from pipeline.train.inputs import Inputs, Statistics
 from pipeline.train.loop import Plan, Trainer
 from pipeline.train.objective import Objective
@@ -49,7 +50,9 @@ def run(cfg: TrainConfig) -> Path:
     prepare = inputs.build(cache.norm, cfg.arch.site, maps, device)
     objective = Objective(cfg.loss, model, inputs.variance(_statistics(cache, "mlp_out"), maps), plan.n_steps)
     optimizer = optim.build(model.parameters(), cfg.optim)
-    init.check(cfg.arch, cfg.activation.name, cache.n_rows)
+    earlier = _earlier(cfg, dims)
+    if earlier is None:
+        init.check(cfg.arch, cfg.activation.name, cache.n_rows)
     _check_space(model, plan)
 
     directory = runs.start(cfg.name, cfg)
@@ -62,6 +65,9 @@ def run(cfg: TrainConfig) -> Path:
     _say(cfg, cache, plan, model, device, last)
     if last is not None:
         trainer.resume(last)
+    elif earlier is not None:
+        logger.info("weights    from %s", earlier.path)
+        warm.start_from(model, earlier, prepare.scaling)
     else:
         _initialise(cfg, model, cache, prepare)
     start, ahead = trainer.state.step, cfg.cache.shards_ahead
@@ -167,6 +173,15 @@ def _say(
     )
     if last is not None:
         logger.info("continuing from %s", last)
+
+
+def _earlier(cfg: TrainConfig, dims: Dims) -> Trained | None:
+    """The finished run that `train.init_from` names, if any; not where this run has begun."""
+    if cfg.train.init_from is None or checkpoint.newest(runs.RUNS / str(cfg.name)) is not None:
+        return None
+    earlier = artifact.read(runs.named(cfg.train.init_from))
+    warm.check(earlier, cfg.arch, dims)
+    return earlier
 
 
 def _initialise(cfg: TrainConfig, model: Transcoder, cache: Cache, prepare: Inputs) -> None:
