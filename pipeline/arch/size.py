@@ -30,7 +30,8 @@ def d_features_for(options: ArchOptions, dims: Dims, activation: ActivationOptio
     low, high = 1, 2
     if size(low) > wanted:
         raise UserError(
-            f"arch={options.name} has {size(low):,} parameters with a single feature, more than {wanted:,}; ask for more"
+            f"arch={options.name} has {size(low):,} parameters with a single feature, more than {wanted:,}; "
+            "ask for more"
         )
     while size(high) <= wanted:
         low, high = high, 2 * high

@@ -101,6 +101,20 @@ def convert(
     launch("convert", **locals())
 
 
+@app.command()
+def compare(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """Train and measure experiments on one cache, at equal parameters, L0 and tokens, and print the table.
+
+    \b
+    clt compare name=rules compare.experiments=[topk,batchtopk] compare.l0=64 train.n_tokens=400k
+    clt compare name=all compare.experiments=[topk,sparse] compare.seeds=[0,1,2] compare.parameters=2M
+    """
+    launch("compare", **locals())
+
+
 def main() -> None:
     """The console script `clt`."""
     app(prog_name="clt")

@@ -1,6 +1,6 @@
 """The typed configuration of every command: what `conf/<command>.yaml` is merged into."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from pipeline.arch.options import ArchOptions
@@ -165,3 +165,30 @@ class EvalConfig:
 
     device: str = "auto"
     """Where the base model and the transcoder run: auto, cpu, cuda or cuda:N."""
+
+
+@dataclass
+class CompareOptions:
+    experiments: list[str] = field(default_factory=list)
+    """Names of conf/experiment/ (or of --config-dir), in the order of the table."""
+
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Each experiment is trained once with each train.seed."""
+
+    parameters: str | None = None
+    """Parameters of each transcoder (500k, 2M): arch.d_features becomes the largest that has no more. Null leaves the
+    experiments' own widths."""
+
+    l0: int | None = None
+    """Active features of a token over all layers: sets activation.k, or loss.target_l0 of a rule without a k. Null
+    leaves the experiments' own."""
+
+
+@dataclass
+class CompareConfig(TrainConfig):
+    """Settings of `clt train` go to every experiment, over what its file says."""
+
+    eval: EvalOptions = field(default_factory=EvalOptions)
+    compare: CompareOptions = field(default_factory=CompareOptions)
+    jobs: dict[str, TrainConfig] = field(default_factory=dict)
+    """The settings of each experiment. The command line fills it in."""
