@@ -7,17 +7,23 @@ writes layer l + j.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.arch import table
 from pipeline.arch.base import Dims, Transcoder
-from pipeline.arch.options import ArchOptions
+from pipeline.arch.options import ArchOptions, Tie
+from pipeline.arch.table import ARCHS
 from pipeline.core import activations
 from pipeline.core.activations import Activation
 from pipeline.core.options import ActivationOptions, ThetaGrad
+
+Weights = Mapping[str, Tensor]
+"""By their names in files."""
 
 Pairs = set[tuple[int, int, int]]
 """(token, layer, feature)"""
@@ -52,6 +58,55 @@ def decode(features: Tensor, W_dec: Sequence[Tensor], b_dec: Tensor) -> Tensor:
             layers.append(y)
         tokens.append(torch.stack(layers))
     return torch.stack(tokens)
+
+
+SUMS = {"clt", "per_layer", "skip", "tied", "sae", "crosscoder"}
+"""Architectures that `reconstruct` knows: sums over features of what each adds."""
+
+
+def writes(options: ArchOptions, l: int, m: int) -> bool:
+    """Whether features of source l write layer m."""
+    if options.name == "clt":
+        return l <= m and (options.max_reach is None or m - l <= options.max_reach)
+    return {"tied": l <= m, "crosscoder": True}.get(options.name, l == m)
+
+
+def sent_row(options: ArchOptions, weights: Weights, l: int, m: int, i: int, a: Tensor) -> Tensor:
+    """What feature i of source l, with value a, adds to layer m. Names and shapes are those of the files."""
+    if options.name != "tied":
+        return a * weights[f"W_dec.{l}"][i, m if options.name == "crosscoder" else m - l]
+    sent = a * weights[f"scale.{l}"][i, m - l] if options.scale else a
+    if options.offset and a.item() > 0:
+        sent = sent + weights[f"offset.{l}"][i, m - l]
+    if options.tie == Tie.source:
+        return weights["y_scale"][m] * sent * weights["W_tied"][l, i]
+    return sent * weights["W_tied"][m, i]
+
+
+def reconstruct(options: ArchOptions, weights: Weights, features: Tensor, x: Tensor) -> Tensor:
+    """y_hat^m = b_dec^m + [W_skip^m x^m] + what each active feature adds, for any architecture that is a sum over its
+    features. features [B, S, F], x [B, L, D] -> [B, L, D]"""
+    b_dec, values = weights["b_dec"], features.tolist()
+    tokens = []
+    for b in range(features.shape[0]):
+        layers = []
+        for m in range(b_dec.shape[0]):
+            y = b_dec[m]
+            if options.skip:
+                y = y + torch.stack([row @ x[b, m] for row in weights["W_skip"][m]])
+            for l in range(features.shape[1]):
+                for i, value in enumerate(values[b][l]):
+                    if value != 0 and writes(options, l, m):
+                        y = y + sent_row(options, weights, l, m, i, features[b, l, i])
+            layers.append(y)
+        tokens.append(torch.stack(layers))
+    return torch.stack(tokens)
+
+
+def encode_all(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+    """A crosscoder: h_i = sum_l W_enc,i^l . x^l + b_i.  [B, L, D], [L, F, D], [1, F] -> [B, 1, F]"""
+    per_layer = encode(x, W_enc, torch.zeros(W_enc.shape[:2], dtype=x.dtype))
+    return (sum(h for h in per_layer.unbind(1)) + b_enc[0])[:, None]
 
 
 def decoder_norms(W_dec: Sequence[Tensor]) -> Tensor:
@@ -283,8 +338,13 @@ def activation_options(name: str) -> ActivationOptions:
     return ActivationOptions(name, **{option: values[option] for option in activations.USES[name]})
 
 
+def arch_options(architecture: str, **options: Any) -> ArchOptions:
+    """An architecture's options, with those that it fixes, and a width of 11."""
+    return ArchOptions(architecture, **{"d_features": 11, **ARCHS[architecture].fixed, **options})
+
+
 def transcoder(
-    architecture: str = "clt",
+    architecture: str | ArchOptions = "clt",
     activation: str | Activation = "topk",
     n_layers: int = 3,
     d_features: int = 11,
@@ -293,10 +353,12 @@ def transcoder(
     seed: int = 0,
 ) -> Transcoder:
     """Every parameter random, in float64 unless told otherwise, in evaluation mode."""
+    options = architecture if isinstance(architecture, ArchOptions) else arch_options(architecture)
+    options, dims = replace(options, d_features=d_features), Dims(n_layers, d_model)
     if isinstance(activation, str):
-        activation = activations.build(activation_options(activation), n_layers, d_features)
-    options = ArchOptions(architecture, d_features=d_features)
-    model = table.build(options, Dims(n_layers, d_model), activation).to(dtype)
+        n_sources = table.n_sources(options, dims)
+        activation = activations.build(activation_options(activation), n_sources, d_features)
+    model = table.build(options, dims, activation).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -7,7 +7,11 @@
 A feature is a row. Axes: B tokens, L layers, M target layers, D d_model, F features of a layer, K active features.
 
     W_enc  [L, F, D]      b_enc [L, F]
-    W_dec[l] [F, M_l, D]  b_dec [L, D]     slot j of W_dec[l] writes layer l + j
+    W_dec[l] [F, M_l, D]  b_dec [L, D]     slot j of W_dec[l] writes the j-th of targets(l): layer l + j
+    W_skip [L, D, D]                       with arch.skip: W_skip[m] x^m is added to y_hat^m; 0 at first
+
+Most architectures have a feature space for each layer. One with another number of them (`sources`) has that number in
+place of L wherever features, pre-activations, thresholds or counters have a layer axis; S stands for it below.
 
 In files and in the properties below, `W_dec[l]` is one tensor. In memory the trainer keeps one table [F, D] for each
 layer and each (layer, target): a fresh gradient of the stacked tensor page-faults on a CPU, which made the step 1.7
@@ -36,9 +40,9 @@ class Dims(NamedTuple):
 
 class Output(NamedTuple):
     pre_acts: Tensor | None
-    """[B, L, F]; None on the sparse path, which does not keep them."""
+    """[B, S, F]; None on the sparse path, which does not keep them."""
     features: Features
-    """[B, L, F], or sparse."""
+    """[B, S, F], or sparse."""
     y_hat: Tensor
     """[B, L, D]"""
 
@@ -49,8 +53,16 @@ class Transcoder(nn.Module):
     causal = True
     """Whether layer l's features depend on inputs of layers <= l alone, so that it can replace MLPs in a live model."""
 
+    linear = True
+    """Whether y_hat is linear in the features (and x), so that attribution through it is exact."""
+
     uses: ClassVar[frozenset[str]] = frozenset()
     """The options that this architecture reads, beyond those that all read."""
+
+    fixed: ClassVar[dict[str, Any]] = {}
+    """Options that have one value in this architecture, which its YAML sets."""
+
+    W_skip: nn.Parameter | None
 
     config: dict[str, Any] | None = None
     """What `final/config.json` says, when the transcoder was read from a run."""
@@ -60,12 +72,15 @@ class Transcoder(nn.Module):
         self.options, self.dims, self.activation = options, dims, activation
         self.d_features = d_features = options.d_features
         n_layers, d_model = dims
-        self.encoders = nn.ParameterList(torch.zeros(d_features, d_model) for _ in range(n_layers))
+        self.encoders = nn.ParameterList(torch.zeros(d_features, self.width()) for _ in range(self.n_sources))
         self.decoders = nn.ModuleList(
-            nn.ParameterList(torch.zeros(d_features, d_model) for _ in self.targets(layer)) for layer in range(n_layers)
+            nn.ParameterList(torch.zeros(d_features, d_model) for _ in range(self.n_tables(source)))
+            for source in range(self.n_sources)
         )
-        self.b_enc = nn.Parameter(torch.zeros(n_layers, d_features))
+        self.b_enc = nn.Parameter(torch.zeros(self.n_sources, d_features))
         self.b_dec = nn.Parameter(torch.zeros(n_layers, d_model))
+        W_skip = nn.Parameter(torch.zeros(n_layers, d_model, d_model)) if options.skip else None
+        self.register_parameter("W_skip", W_skip)
 
     @staticmethod
     def sources(dims: Dims) -> int:
@@ -84,8 +99,42 @@ class Transcoder(nn.Module):
         return other.train(self.training)
 
     def targets(self, layer: int) -> range:
-        """The layers that features of `layer` write, a range that begins at `layer`."""
+        """The layers that features of source `layer` write."""
         raise NotImplementedError
+
+    def reads(self, source: int) -> range:
+        """The layers that features of `source` read."""
+        return range(source, source + 1)
+
+    def inputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What each source reads. x [B, L, D] -> [B, width()] for each source"""
+        return x.unbind(1)
+
+    def width(self) -> int:
+        """Length of an encoder row."""
+        return self.dims.d_model
+
+    def n_tables(self, source: int) -> int:
+        """Decoder tables [F, D] that are kept for a source."""
+        return len(self.targets(source))
+
+    @property
+    def n_pairs(self) -> int:
+        """Number of (source, target) pairs."""
+        return sum(len(self.targets(source)) for source in range(self.n_sources))
+
+    @property
+    def n_parameters(self) -> int:
+        """Learned numbers, by formula; those of the activation rule (thresholds) apart."""
+        n_layers, d_model = self.dims
+        tables = n_layers + sum(self.n_tables(source) for source in range(self.n_sources))
+        biases = self.n_sources * self.d_features + n_layers * d_model
+        return tables * self.d_features * d_model + biases + (n_layers * d_model**2 if self.options.skip else 0)
+
+    def decode_flops(self, active: float) -> float:
+        """Of one token with so many features of each source at work (F: dense). See `arch/cost.py`."""
+        n_layers, d_model = self.dims
+        return 2 * active * d_model * self.n_pairs + (2 * n_layers * d_model**2 if self.options.skip else 0)
 
     @property
     def W_enc(self) -> Tensor:
@@ -94,26 +143,38 @@ class Transcoder(nn.Module):
 
     @property
     def W_dec(self) -> list[Tensor]:
-        """For each layer l [F, M_l, D], a copy: slot j writes layer l + j."""
-        return [torch.stack(list(self.tables(layer)), dim=1) for layer in range(self.n_sources)]
+        """For each source l [F, M_l, D], a copy: slot j writes the j-th of targets(l)."""
+        return [
+            torch.stack([self.table(source, target) for target in self.targets(source)], dim=1)
+            for source in range(self.n_sources)
+        ]
 
     def tables(self, layer: int) -> Iterator[Tensor]:
-        """The decoder tables [F, D] of a layer, one for each target."""
+        """The decoder tables [F, D] that are kept for a source: one for each target, where decoders are untied."""
         decoder = self.decoders[layer]
         assert isinstance(decoder, nn.ParameterList)
         return iter(decoder)
 
+    def table(self, source: int, target: int, ids: Tensor | None = None) -> Tensor:
+        """What a unit of each feature of `source` (or of those in `ids` [n]) writes to `target`. -> [F, D] or [n, D]"""
+        table = list(self.tables(source))[target - self.targets(source).start]
+        return table if ids is None else table[ids]
+
+    def start_tables(self, source: int) -> dict[int, Tensor]:
+        """The tables that `arch/init.py` fills from data, by the layer whose outputs they are filled with."""
+        return {source: next(self.tables(source))}
+
     def encode_layer(self, x: Tensor, layer: int) -> Tensor:
-        """One layer's pre-activations. x [B, D] -> [B, F]"""
+        """One source's pre-activations. x [B, width()] -> [B, F]"""
         return nn.functional.linear(x, self.encoders[layer], self.b_enc[layer])
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [B, L, D] -> pre_acts [B, L, F]"""
-        return torch.stack([self.encode_layer(h, layer) for layer, h in enumerate(x.unbind(1))], dim=1)
+        """x [B, L, D] -> pre_acts [B, S, F]"""
+        return torch.stack([self.encode_layer(h, source) for source, h in enumerate(self.inputs(x))], dim=1)
 
     def choose(self, x: Tensor) -> Sparse:
         """Features in sparse form, for the activations that choose; pre-activations are dropped layer by layer."""
-        inputs = x.unbind(1)
+        inputs = self.inputs(x)
         with torch.no_grad():
             pre_acts = (self.encode_layer(h, layer) for layer, h in enumerate(inputs))
             chosen = list(self.activation.choose(pre_acts))
@@ -124,24 +185,31 @@ class Transcoder(nn.Module):
         return Sparse([pattern for pattern, _ in chosen], values)
 
     def decode(self, features: Features, x: Tensor) -> Tensor:
-        """features [B, L, F] or sparse, x [B, L, D] -> y_hat [B, L, D]. A plain CLT ignores x; a skip path reads it."""
-        sources = range(self.n_sources)
+        """features [B, S, F] or sparse, x [B, L, D] -> y_hat [B, L, D]. x is read by a skip path alone."""
+        y_hat = self.written(features) + self.b_dec
+        return y_hat if self.W_skip is None else y_hat + torch.einsum("bld,led->ble", x, self.W_skip)
+
+    def written(self, features: Features) -> Tensor:
+        """What the features write, without biases and skip path. -> [B, L, D]"""
         rows: list[Tensor | None] = [None for _ in range(self.dims.n_layers)]
-        for layer in sources:
-            for target, table in zip(self.targets(layer), self.tables(layer), strict=True):
-                part = self._write(features, layer, table)
+        for source in range(self.n_sources):
+            for target in self.targets(source):
+                part = self.write(features, source, target)
                 so_far = rows[target]
                 rows[target] = part if so_far is None else so_far + part
-        return torch.stack([row for row in rows if row is not None], dim=1) + self.b_dec
+        return torch.stack([row for row in rows if row is not None], dim=1)
 
-    def decode_layer(self, features: Sparse, layer: int) -> Tensor:
-        """What layer `layer`'s MLP output becomes, from the features of layers <= layer. -> [B, D]"""
+    def write(self, features: Features, source: int, target: int) -> Tensor:
+        """What the features of one source write to one layer. -> [B, D]"""
+        return self._write(features, source, self.table(source, target))
+
+    def decode_layer(self, features: Sparse, layer: int, x: Tensor) -> Tensor:
+        """What layer `layer`'s MLP output becomes, from the features of layers <= layer. x [B, D] of it -> [B, D]"""
         y_hat = self.b_dec[layer]
         for source in range(len(features.patterns)):
             if layer in self.targets(source):
-                table = list(self.tables(source))[layer - source]
-                y_hat = y_hat + self._write(features, source, table)
-        return y_hat
+                y_hat = y_hat + self.write(features, source, layer)
+        return y_hat if self.W_skip is None else y_hat + nn.functional.linear(x, self.W_skip[layer])
 
     def layer_features(self, x: Tensor, layer: int) -> tuple[Pattern, Tensor]:
         """One layer's features, for activations that look at nothing else. x [B, D] -> (pattern, values [nnz])"""
@@ -159,8 +227,10 @@ class Transcoder(nn.Module):
         return Output(pre_acts, features, self.decode(features, x))
 
     def decoder_norms(self) -> Tensor:
-        """L2 norm of each feature's decoder rows, concatenated over its targets; gradient 0 at 0. -> [L, F]"""
-        squares = [sum(table.square().sum(dim=1) for table in self.tables(i)) for i in range(self.n_sources)]
+        """L2 norm of each feature's decoder rows, concatenated over its targets; gradient 0 at 0. -> [S, F]"""
+        squares = [
+            sum(self.table(i, target).square().sum(dim=1) for target in self.targets(i)) for i in range(self.n_sources)
+        ]
         square = torch.stack([s for s in squares if isinstance(s, Tensor)])
         # The derivative of the root at 0 is infinite, and infinity times the inner 0 would be NaN.
         nonzero = square > 0
@@ -171,30 +241,54 @@ class Transcoder(nn.Module):
         """From the transcoder's units to the model's, in place: afterwards x and y are the model's own.
 
         W_enc / s, b_enc - W_enc m (the new W_enc), W_dec S of the TARGET layer, b_dec S + M. Thresholds are unchanged.
+        With a skip path W_skip S / s and b_dec - W_skip m (the new W_skip).
         """
         scaling = Scaling(*(t.double() for t in scaling))
-        for layer, weight in enumerate(self.encoders):
-            folded = weight.double() / scaling.x_scale[layer]
-            self.b_enc[layer] = self.b_enc[layer].double() - folded @ scaling.x_mean[layer]
+        for source, weight in enumerate(self.encoders):
+            read = slice(self.reads(source).start, self.reads(source).stop)
+            folded = weight.double() / scaling.x_scale[read].flatten()
+            self.b_enc[source] = self.b_enc[source].double() - folded @ scaling.x_mean[read].flatten()
             weight.copy_(folded)
-            for target, table in zip(self.targets(layer), self.tables(layer), strict=True):
-                table.copy_(table.double() * scaling.y_scale[target])
-        self.b_dec.copy_(self.b_dec.double() * scaling.y_scale + scaling.y_mean)
+        self._fold_decoders(scaling.y_scale)
+        b_dec = self.b_dec.double() * scaling.y_scale + scaling.y_mean
+        if self.W_skip is not None:
+            skip = self.W_skip.double() * scaling.y_scale[:, :, None] / scaling.x_scale[:, None]
+            b_dec = b_dec - torch.einsum("led,ld->le", skip, scaling.x_mean)
+            self.W_skip.copy_(skip)
+        self.b_dec.copy_(b_dec)
+
+    def _fold_decoders(self, y_scale: Tensor) -> None:
+        """Each table times the scale [L, D] of the layer that it writes."""
+        for source in range(self.n_sources):
+            for target, table in zip(self.targets(source), self.tables(source), strict=True):
+                table.copy_(table.double() * y_scale[target])
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights as they stand in files: W_enc, b_enc, W_dec.0 ... W_dec.{L-1}, b_dec."""
-        decoders = {f"W_dec.{layer}": W for layer, W in enumerate(self.W_dec)}
-        return {"W_enc": self.W_enc, "b_enc": self.b_enc, **decoders, "b_dec": self.b_dec}
+        """The weights as they stand in files: W_enc, b_enc, W_dec.0 ... W_dec.{S-1}, b_dec, with a skip path W_skip."""
+        skip = {} if self.W_skip is None else {"W_skip": self.W_skip}
+        return {"W_enc": self.W_enc, "b_enc": self.b_enc, **self._decoder_weights(), "b_dec": self.b_dec, **skip}
 
     @torch.no_grad()
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """The inverse of `weights`."""
         self.b_enc.copy_(weights["b_enc"])
         self.b_dec.copy_(weights["b_dec"])
+        if self.W_skip is not None:
+            self.W_skip.copy_(weights["W_skip"])
+        self._load_encoder(weights["W_enc"])
+        self._load_decoders(weights)
+
+    def _load_encoder(self, W_enc: Tensor) -> None:
         for layer, weight in enumerate(self.encoders):
-            weight.copy_(weights["W_enc"][layer])
-            for slot, table in enumerate(self.tables(layer)):
-                table.copy_(weights[f"W_dec.{layer}"][:, slot])
+            weight.copy_(W_enc[layer])
+
+    def _decoder_weights(self) -> dict[str, Tensor]:
+        return {f"W_dec.{source}": W for source, W in enumerate(self.W_dec)}
+
+    def _load_decoders(self, weights: dict[str, Tensor]) -> None:
+        for source in range(self.n_sources):
+            for slot, table in enumerate(self.tables(source)):
+                table.copy_(weights[f"W_dec.{source}"][:, slot])
 
     def _write(self, features: Features, layer: int, table: Tensor) -> Tensor:
         if isinstance(features, Sparse):

@@ -7,6 +7,17 @@ from enum import StrEnum
 class Site(StrEnum):
     mlp_in = "mlp_in"
     resid_mid = "resid_mid"
+    mlp_out = "mlp_out"
+
+
+class Target(StrEnum):
+    mlp_out = "mlp_out"
+    site = "site"
+
+
+class Tie(StrEnum):
+    source = "source"
+    target = "target"
 
 
 class Init(StrEnum):
@@ -20,14 +31,20 @@ class Init(StrEnum):
 
 @dataclass
 class ArchOptions:
+    """A field that the chosen architecture does not read keeps its default; setting it is an error, not a no-op."""
+
     name: str
-    """clt."""
+    """clt, per_layer, skip, tied, sae, crosscoder."""
 
     d_features: int = 1024
-    """Features of each layer."""
+    """Features of each layer; of a crosscoder, which has one space over all layers, features in all."""
 
     site: Site = Site.mlp_in
-    """What the encoder reads: mlp_in, the residual stream after the MLP's own norm, or resid_mid, before it."""
+    """What the encoder reads: mlp_in, the residual stream after the MLP's own norm, resid_mid, before it, or mlp_out,
+    the MLP's output, which only an architecture that reconstructs what it reads can take (arch.target=site)."""
+
+    target: Target = Target.mlp_out
+    """What is reconstructed. crosscoder: mlp_out or site, what it reads. sae: always site."""
 
     init: Init = Init.data
     """Initial weights. data: encoder rows drawn apart from the inputs. random_rows: drawn plainly. uniform: U(+-1/sqrt
@@ -41,3 +58,25 @@ class ArchOptions:
 
     init_variance: float | None = None
     """init=active_subspace: share of the variance that the principal components keep; null is 0.99."""
+
+    max_reach: int | None = None
+    """clt: features of layer l write layers l to l + max_reach; 0 is the own layer alone, null all later layers."""
+
+    skip: bool = False
+    """clt, tied: add W_skip^m x^m, [D, D] for each layer, to the reconstruction. skip: always true."""
+
+    tie: Tie = Tie.source
+    """tied: source, one decoder table for each layer, written to every later one; target, one table for each target
+    layer, shared by all layers that write it."""
+
+    scale: bool = True
+    """tied: learn a factor for each feature and target, from 1."""
+
+    offset: bool = False
+    """tied: learn what an active feature adds to its value, for each feature and target, from 0. The reconstruction is
+    then no longer linear in the features."""
+
+    @property
+    def writes(self) -> Site:
+        """The site whose activations are reconstructed."""
+        return self.site if self.target == Target.site else Site.mlp_out

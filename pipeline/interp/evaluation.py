@@ -18,7 +18,7 @@ from pipeline.core.metrics import Divergence, Firing, Reconstruction
 from pipeline.core.sparse import Sparse
 from pipeline.data.models import LanguageModel
 from pipeline.data.world import encode_task, tasks
-from pipeline.interp.replacement import ReplacementModel, ablated_logits
+from pipeline.interp.replacement import NOTES, Basis, ReplacementModel, TeacherForced, ablated_logits
 from pipeline.progress import Progress
 
 Logits = Callable[[Tensor], Tensor]
@@ -34,7 +34,7 @@ class HeldOut(NamedTuple):
     x: Tensor
     """[n_rows, L, D] at the transcoder's site, in the model's units"""
     y: Tensor
-    """[n_rows, L, D]"""
+    """[n_rows, L, D], what it reconstructs"""
 
 
 @torch.no_grad()
@@ -56,7 +56,9 @@ def features_and_reconstruction(model: Transcoder, held_out: HeldOut, batches: I
     }
 
 
-def replacements(lm: LanguageModel, models: dict[str, ReplacementModel], y_mean: Tensor) -> dict[str, Logits]:
+def replacements(
+    lm: LanguageModel, models: dict[str, ReplacementModel | TeacherForced], y_mean: Tensor
+) -> dict[str, Logits]:
     """What takes the MLPs' place, by name: the transcoders, and zero and mean ablation as baselines."""
     return {
         **{name: model.logits for name, model in models.items()},
@@ -86,10 +88,13 @@ def divergences(
     return results
 
 
-def replacement_metrics(results: dict[str, Divergence], name: str) -> dict[str, float]:
+def replacement_metrics(results: dict[str, Divergence], name: str, basis: Basis) -> dict[str, float | str]:
     """The `replacement` group of metrics.json for one of the transcoders, the baselines beside it."""
     ours = results[name]
-    flat = {"kl": ours.kl, "top1": ours.top1, "ce_original": ours.ce_original, "delta_ce": ours.delta_ce}
+    flat: dict[str, float | str] = {"basis": str(basis)}
+    if basis in NOTES:
+        flat["note"] = NOTES[basis]
+    flat |= {"kl": ours.kl, "top1": ours.top1, "ce_original": ours.ce_original, "delta_ce": ours.delta_ce}
     for baseline in ("zero_ablation", "mean_ablation"):
         flat[f"kl_{baseline}"] = results[baseline].kl
         flat[f"top1_{baseline}"] = results[baseline].top1

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-"""Of one run: experiment, seed, arch, features, parameters, l0_basis, and the MEASURED numbers, None where missing."""
+"""Of one run: its seed, COMMON and the MEASURED numbers, None where missing."""
+
+COMMON = ("experiment", "arch", "features", "parameters", "tokens", "l0_basis", "kl_basis")
+"""What the runs of an experiment share. kl_basis: how the MLPs were replaced, `replacement.basis` of `clt eval`."""
 
 MEASURED = {
     "l0": ("L0", 1),
@@ -26,7 +29,7 @@ def row(directory: Path, experiment: str, seed: int, arch: str, parameters: int,
     """What a finished and evaluated run says about itself."""
     metrics = json.loads((directory / "eval" / "metrics.json").read_text())
     final = json.loads((directory / "final" / "config.json").read_text())
-    tasks = metrics.get("tasks")
+    replaced, tasks = metrics["replacement"] or {}, metrics.get("tasks")
     return {
         "experiment": experiment,
         "seed": seed,
@@ -35,12 +38,13 @@ def row(directory: Path, experiment: str, seed: int, arch: str, parameters: int,
         "parameters": parameters,
         "tokens": final["metrics"]["tokens"],
         "l0_basis": basis,
+        "kl_basis": replaced.get("basis", "none"),
         "l0": metrics["l0"]["total"],
         "fvu": metrics["fvu"]["pooled"],
-        "kl": metrics["replacement"]["kl"],
-        "top1": metrics["replacement"]["top1"],
+        "kl": replaced.get("kl"),
+        "top1": replaced.get("top1"),
         "dead": metrics["dead_fraction"]["total"],
-        "tasks": tasks["mean"]["threshold"] if tasks else None,
+        "tasks": tasks["mean"].get("threshold") if tasks else None,
         "seconds": seconds(directory / "timings.jsonl"),
     }
 
@@ -62,7 +66,7 @@ def summary(rows: list[Row], order: list[str]) -> list[Row]:
         own = [row for row in rows if row["experiment"] == experiment]
         if not own:
             continue
-        common = {key: own[0][key] for key in ("experiment", "arch", "features", "parameters", "tokens", "l0_basis")}
+        common = {key: own[0][key] for key in COMMON}
         result.append(common | {"seeds": [row["seed"] for row in own]} | {key: _spread(own, key) for key in MEASURED})
     return result
 
@@ -76,10 +80,20 @@ def _spread(rows: list[Row], key: str) -> dict[str, float | None]:
 def markdown(rows: list[Row], order: list[str]) -> str:
     """The summary as a table; a column that no run has a number for is left out."""
     shown = [key for key in MEASURED if any(row[key] is not None for row in rows)]
-    heads = ["experiment", "arch", "features", "parameters", "L0 is", "seeds", *(MEASURED[key][0] for key in shown)]
+    heads = [
+        "experiment",
+        "arch",
+        "features",
+        "parameters",
+        "L0 is",
+        "KL is",
+        "seeds",
+        *(MEASURED[key][0] for key in shown),
+    ]
     lines = [heads, ["---"] * len(heads)]
     for line in summary(rows, order):
         about = [line["experiment"], line["arch"], f"{line['features']:,}", f"{line['parameters']:,}", line["l0_basis"]]
+        about.append(line["kl_basis"])
         numbers = [_shown(line[key], MEASURED[key][1]) for key in shown]
         lines.append([*about, str(len(line["seeds"])), *numbers])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.arch.options import Site
 from pipeline.core.activations import FixedThreshold
 from pipeline.core.options import ActivationOptions
 from pipeline.data import cache as caches
@@ -21,7 +20,7 @@ from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 from pipeline.plain import to_plain
 from pipeline.stages.options import ConvertConfig, Thresholds
-from pipeline.train import artifact, calibrate
+from pipeline.train import artifact, calibrate, inputs
 from pipeline.train import run as runs
 from pipeline.train.artifact import Trained
 
@@ -80,8 +79,8 @@ THRESHOLDS = {Thresholds.per_feature: calibrate.thresholds, Thresholds.per_layer
 def _rows(trained: Trained, cache: Cache, split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
     """x, y [n, L, D] of a held-out split in the model's units, on the device."""
     _, resid_mid, mlp_out = cache.held_out(split)
-    x = cache.norm(resid_mid.float()) if trained.site == Site.mlp_in else resid_mid.float()
-    return x.to(device), mlp_out.float().to(device)
+    x, y = inputs.pair(trained.site, trained.target, cache.norm, resid_mid.float(), mlp_out.float())
+    return x.to(device), y.to(device)
 
 
 def _described(trained: Trained, cfg: ConvertConfig, calibration: dict[str, Any]) -> dict[str, Any]:

@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from pipeline.arch.options import Site
-from pipeline.core.normalize import MlpNorm
 from pipeline.data import cache as caches
 from pipeline.data import models, tokens
 from pipeline.data.harvest import Buffers, harvest
@@ -23,12 +20,11 @@ from pipeline.data.options import DatasetKind, ModelOptions
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 from pipeline.files import write_aside
-from pipeline.interp import evaluation
+from pipeline.interp import evaluation, replacement
 from pipeline.interp.evaluation import HeldOut
-from pipeline.interp.replacement import ReplacementModel
 from pipeline.plain import from_plain
 from pipeline.stages.options import Documents, EvalConfig
-from pipeline.train import artifact
+from pipeline.train import artifact, inputs
 from pipeline.train import run as runs
 from pipeline.train.artifact import Trained
 from pipeline.train.calibrate import shuffled_batches
@@ -62,20 +58,24 @@ def run(cfg: EvalConfig) -> Path:
 def _measure(cfg: EvalConfig, trained: Trained, lm: LanguageModel, held_out: HeldOut) -> dict[str, Any]:
     batch = trained.config["train"]["batch_tokens"]
     exact = trained.exact()
-    live = {"threshold": ReplacementModel(lm, trained.transcoder, trained.site)}
+    basis = replacement.basis(trained.transcoder)
+    models_of = {} if basis is None else {"threshold": replacement.replacement(lm, trained.transcoder)}
     in_order = iter(torch.arange(held_out.n_rows).split(batch))
     metrics = evaluation.features_and_reconstruction(trained.transcoder, held_out, in_order)
     by_rule = {}
     if exact is not None:
         shuffled = shuffled_batches(held_out.n_rows, batch, seed=0)
         by_rule = evaluation.features_and_reconstruction(exact, held_out, shuffled)
-        if exact.activation.per_token:
-            live["exact"] = ReplacementModel(lm, exact, trained.site)
-    replaced = evaluation.replacements(lm, live, trained.y_mean)
+        if basis is not None and exact.activation.per_token:
+            models_of["exact"] = replacement.replacement(lm, exact)
+    replaced = evaluation.replacements(lm, models_of, trained.y_mean)
     results = evaluation.divergences(lm, replaced, held_out.contexts, held_out.n_rows, cfg.eval.batch_tokens)
-    metrics["replacement"] = evaluation.replacement_metrics(results, "threshold")
-    if "exact" in live:
-        by_rule["replacement"] = evaluation.replacement_metrics(results, "exact")
+    if basis is None:
+        metrics |= {"replacement": None, "no_replacement": replacement.no_basis(trained.transcoder.options)}
+    else:
+        metrics["replacement"] = evaluation.replacement_metrics(results, "threshold", basis)
+    if basis is not None and "exact" in models_of:
+        by_rule["replacement"] = evaluation.replacement_metrics(results, "exact", basis)
     if by_rule:
         metrics["exact"] = by_rule
     if lm.path == BUILTIN:
@@ -88,8 +88,8 @@ def _cached(cfg: EvalConfig, trained: Trained) -> tuple[HeldOut, str]:
     key, request = trained.config["cache"]["key"], trained.config["cache"]["request"]
     cache = caches.with_key(Path(cfg.cache.dir), key, request)
     contexts, resid_mid, mlp_out = cache.held_out(Split.evaluation)
-    x = _site(trained.site, resid_mid.float(), cache.norm)
-    return HeldOut(contexts, x.shape[0], x, mlp_out.float()), Split.evaluation
+    x, y = inputs.pair(trained.site, trained.target, cache.norm, resid_mid.float(), mlp_out.float())
+    return HeldOut(contexts, x.shape[0], x, y), Split.evaluation
 
 
 def _other_text(cfg: EvalConfig, trained: Trained, lm: LanguageModel) -> tuple[HeldOut, str]:
@@ -103,12 +103,8 @@ def _other_text(cfg: EvalConfig, trained: Trained, lm: LanguageModel) -> tuple[H
     rows = harvest(lm, packed, range(len(packed.contexts)), buffers)
     kept = [(block.resid_mid.float().cpu(), block.mlp_out.float().cpu()) for block in rows]
     resid_mid, mlp_out = (torch.cat(site) for site in zip(*kept, strict=True))
-    x = _site(trained.site, resid_mid, lm.mlp_norm())
-    return HeldOut(packed.contexts, packed.n_rows, x, mlp_out), f"{cfg.dataset.name}/{split or 'all'}"
-
-
-def _site(site: Site, resid_mid: Tensor, norm: MlpNorm) -> Tensor:
-    return norm(resid_mid) if site == Site.mlp_in else resid_mid
+    x, y = inputs.pair(trained.site, trained.target, lm.mlp_norm(), resid_mid, mlp_out)
+    return HeldOut(packed.contexts, packed.n_rows, x, y), f"{cfg.dataset.name}/{split or 'all'}"
 
 
 def _limit(held_out: HeldOut, n_contexts: int | None) -> HeldOut:
@@ -139,18 +135,22 @@ def _write(directory: Path, metrics: dict[str, Any], cfg: EvalConfig) -> Path:
 
 def table(metrics: dict[str, Any]) -> list[str]:
     """The headline numbers as lines of text."""
-    replacement, exact = metrics["replacement"], metrics.get("exact", {})
+    replaced, exact = metrics["replacement"] or {}, metrics.get("exact", {})
+    exactly = exact.get("replacement", {})
     rows: list[tuple[str, float | None, float | None]] = [
         ("L0, all layers", metrics["l0"]["total"], exact.get("l0", {}).get("total")),
         ("dead features", metrics["dead_fraction"]["total"], exact.get("dead_fraction", {}).get("total")),
         ("explained variance", _pooled(metrics), _pooled(exact) if exact else None),
-        ("KL, nats per token", replacement["kl"], exact.get("replacement", {}).get("kl")),
-        ("top-1 agreement", replacement["top1"], exact.get("replacement", {}).get("top1")),
-        ("delta CE, nats", replacement["delta_ce"], exact.get("replacement", {}).get("delta_ce")),
-        ("KL of zero ablation", replacement["kl_zero_ablation"], None),
-        ("KL of mean ablation", replacement["kl_mean_ablation"], None),
     ]
-    if "tasks" in metrics:
+    if replaced:
+        rows += [
+            ("KL, nats per token", replaced["kl"], exactly.get("kl")),
+            ("top-1 agreement", replaced["top1"], exactly.get("top1")),
+            ("delta CE, nats", replaced["delta_ce"], exactly.get("delta_ce")),
+            ("KL of zero ablation", replaced["kl_zero_ablation"], None),
+            ("KL of mean ablation", replaced["kl_mean_ablation"], None),
+        ]
+    if replaced and "tasks" in metrics:
         mean = metrics["tasks"]["mean"]
         rows += [
             ("task accuracy", mean["threshold"], mean.get("exact")),
@@ -160,8 +160,16 @@ def table(metrics: dict[str, Any]) -> list[str]:
     lines.append(f"{'':24}{'thresholds':>12}" + (f"{'exact rule':>12}" if exact else ""))
     for label, value, other in rows:
         lines.append(f"{label:24}{_shown(value):>12}" + (f"{_shown(other):>12}" if exact else ""))
-    per_layer = zip(metrics["l0"]["per_layer"], metrics["explained_variance"]["per_layer"], strict=True)
-    lines.append("by layer, L0 / explained variance: " + ", ".join(f"{l0:.1f} / {_shown(ev)}" for l0, ev in per_layer))
+    if not replaced:
+        lines.append(f"no replacement: {metrics['no_replacement']}")
+    if "note" in replaced:
+        lines.append(f"replacement is {replaced['basis']}: {replaced['note']}")
+    explained, l0 = metrics["explained_variance"]["per_layer"], metrics["l0"]["per_layer"]
+    if len(l0) == len(explained):
+        by_layer = [f"{fires:.1f} / {_shown(ev)}" for fires, ev in zip(l0, explained, strict=True)]
+        lines.append("by layer, L0 / explained variance: " + ", ".join(by_layer))
+    else:  # one feature space over all layers
+        lines.append("by layer, explained variance: " + ", ".join(map(_shown, explained)))
     return lines
 
 

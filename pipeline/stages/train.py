@@ -46,9 +46,9 @@ def run(cfg: TrainConfig) -> Path:
     model = table.build(
         cfg.arch, dims, activations.build(cfg.activation, table.n_sources(cfg.arch, dims), cfg.arch.d_features)
     ).to(device)
-    maps = inputs.scaling(cfg.train.norm, _statistics(cache, cfg.arch.site), _statistics(cache, "mlp_out"))
-    prepare = inputs.build(cache.norm, cfg.arch.site, maps, device)
-    objective = Objective(cfg.loss, model, inputs.variance(_statistics(cache, "mlp_out"), maps), plan.n_steps)
+    maps = inputs.scaling(cfg.train.norm, _statistics(cache, cfg.arch.site), _statistics(cache, cfg.arch.writes))
+    prepare = inputs.build(cache.norm, cfg.arch.site, maps, device, cfg.arch.target)
+    objective = Objective(cfg.loss, model, inputs.variance(_statistics(cache, cfg.arch.writes), maps), plan.n_steps)
     optimizer = optim.build(model.parameters(), cfg.optim)
     earlier = _earlier(cfg, dims)
     if earlier is None:
@@ -134,7 +134,7 @@ def _plan(cfg: TrainConfig, cache: Cache) -> Plan:
         checkpoint_steps=max(1, every // options.batch_tokens),
         keep_checkpoints=options.keep_checkpoints,
         log_steps=cfg.log.every,
-        y_variance=_statistics(cache, "mlp_out").std.square(),
+        y_variance=_statistics(cache, cfg.arch.writes).std.square(),
     )
 
 
@@ -155,11 +155,12 @@ def _say(
     parameters = sum(p.numel() for p in model.parameters())
     logger.info("cache      %s: %s rows, %d layers of %d", cache.path, f"{cache.n_rows:,}", *model.dims)
     logger.info(
-        "transcoder %s, %s x %d features, %s, %s parameters, on %s",
+        "transcoder %s, %s x %d features, %s to %s, %s parameters, on %s",
         cfg.arch.name,
         cfg.activation.name,
         model.d_features,
         cfg.arch.site,
+        cfg.arch.writes,
         f"{parameters:,}",
         device,
     )
@@ -210,7 +211,7 @@ def _finish(cfg: TrainConfig, cache: Cache, trainer: Trainer, metrics: dict[str,
     logger.info("held out   %s: L0 %.2f, FVU %.4f", cfg.activation.name, before["l0"], before["fvu"])
     logger.info("           fixed thresholds: L0 %.2f, FVU %.4f", after["l0"], after["fvu"])
     model.fold(prepare.scaling)
-    y_mean = _statistics(cache, "mlp_out").mean
+    y_mean = _statistics(cache, "mlp_out").mean  # ablation is of the MLPs, whatever is reconstructed
     config = {
         **artifact.describe(cfg.arch, model.dims, cfg.activation),
         "units": "model",

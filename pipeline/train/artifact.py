@@ -1,6 +1,7 @@
 """A finished transcoder on disk: `runs/NAME/final/`.
 
-    transcoder.safetensors   W_enc [L, F, D], b_enc [L, F], W_dec.{l} [F, L - l, D], b_dec [L, D], threshold [L, F],
+    transcoder.safetensors   the architecture's weights (a CLT's: W_enc [L, F, D], b_enc [L, F], W_dec.{l} [F, L - l, D]
+                             and b_dec [L, D]), threshold [S, F] for S feature spaces (L, or 1 of a crosscoder),
                              y_mean [L, D] (mean MLP output over the training rows: the mean-ablation baseline)
     config.json              what it is: architecture, sites, base model, cache, training rule, metrics
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.arch.base import Dims, Transcoder
-from pipeline.arch.options import ArchOptions, Site
+from pipeline.arch.options import ArchOptions, Site, Target
 from pipeline.arch.table import build
 from pipeline.core import activations
 from pipeline.core.activations import FixedThreshold
@@ -45,7 +46,11 @@ class Trained:
 
     @property
     def site(self) -> Site:
-        return Site(self.config["arch"]["site"])
+        return self.transcoder.options.site
+
+    @property
+    def target(self) -> Target:
+        return self.transcoder.options.target
 
     def exact(self) -> Transcoder | None:
         """The same weights under the rule that they were trained with; None where the thresholds are that rule."""
@@ -100,7 +105,8 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Transcoder:
     """The finished transcoder of a run, in the base model's units: `pipeline.load("runs/demo")`.
 
     x [B, L, D] at the site that it was trained on (`config["arch"]["site"]`) goes in; `forward` gives Output(pre_acts
-    [B, L, F], features [B, L, F], y_hat [B, L, D]). `.config` is config.json. UserError when the run is not finished.
+    [B, L, F], features [B, L, F], y_hat [B, L, D]), a crosscoder's features being [B, 1, F]. `.config` is config.json.
+    UserError when the run is not finished.
     """
     trained = read(run)
     trained.transcoder.config = trained.config

@@ -32,7 +32,7 @@ def shuffled_batches(n: int, batch: int, seed: int) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def firing_counts(model: Transcoder, x: Tensor, batch: int, seed: int) -> Tensor:
-    """How often the model's own rule fires each feature. x [n, L, D] -> int64 [L, F]"""
+    """How often the model's own rule fires each feature. x [n, L, D] -> int64 [S, F]"""
     firing = Firing(model.n_sources, model.d_features)
     for rows in shuffled_batches(x.shape[0], batch, seed):
         firing.update(dense_features(model, x[rows]))
@@ -41,19 +41,19 @@ def firing_counts(model: Transcoder, x: Tensor, batch: int, seed: int) -> Tensor
 
 @torch.no_grad()
 def thresholds(model: Transcoder, x: Tensor, batch: int, seed: int) -> Tensor:
-    """theta [L, F] >= 0 for the calibration inputs x [n, L, D], in the transcoder's units."""
+    """theta [S, F] >= 0 for the calibration inputs x [n, L, D], in the transcoder's units."""
     if isinstance(model.activation, JumpReLU | FixedThreshold):
         return model.activation.threshold.detach().clone()
     if not model.activation.chooses:
         return torch.zeros(model.n_sources, model.d_features, device=x.device)
     counts = firing_counts(model, x, batch, seed)
     theta = torch.empty(counts.shape, device=x.device, dtype=x.dtype)
-    for layer in range(model.n_sources):
+    for layer, read in enumerate(model.inputs(x)):
         for start in range(0, model.d_features, FEATURES_AT_ONCE):
             block = slice(start, start + FEATURES_AT_ONCE)
             weight, bias = model.encoders[layer][block], model.b_enc[layer][block]
             # The same product as in training, row for row, so that the midpoint separates what the rule separated.
-            pre_acts = torch.cat([torch.nn.functional.linear(h, weight, bias) for h in x[:, layer].split(batch)])
+            pre_acts = torch.cat([torch.nn.functional.linear(h, weight, bias) for h in read.split(batch)])
             theta[layer, block] = at_count(pre_acts, counts[layer, block].to(x.device))
     return theta
 
@@ -101,5 +101,5 @@ def measure(model: Transcoder, x: Tensor, y: Tensor, y_scale: Tensor, batch: int
 
 
 def dense_features(model: Transcoder, x: Tensor) -> Tensor:
-    """Features under the model's own rule. [B, L, D] -> [B, L, F]"""
+    """Features under the model's own rule. [B, L, D] -> [B, S, F]"""
     return model.choose(x).dense() if model.activation.chooses else model.activation(model.encode(x))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.arch.options import Site
+from pipeline.arch.options import Site, Target
 from pipeline.core.normalize import MlpNorm, Scaling
 from pipeline.train.options import Norm
 
@@ -19,11 +19,13 @@ class Statistics(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The frozen norm of the base model, if the transcoder reads behind it, then the transcoder's units."""
+    """The site that the transcoder reads, the one that it writes, then the transcoder's units."""
 
-    norm: MlpNorm | None
+    norm: MlpNorm
     scaling: Scaling
     device: torch.device
+    site: Site
+    target: Target
 
     def __call__(self, resid_mid: Tensor, mlp_out: Tensor) -> tuple[Tensor, Tensor]:
         """Stored rows [B, L, D] -> x, y [B, L, D] float32 in the transcoder's units, on the device."""
@@ -32,9 +34,17 @@ class Inputs(NamedTuple):
 
     def raw(self, resid_mid: Tensor, mlp_out: Tensor) -> tuple[Tensor, Tensor]:
         """The same in the model's units."""
-        x = resid_mid.to(self.device, non_blocking=True).float()
-        y = mlp_out.to(self.device, non_blocking=True).float()
-        return (self.norm(x) if self.norm else x), y
+        return pair(self.site, self.target, self.norm, self.place(resid_mid), self.place(mlp_out))
+
+    def place(self, rows: Tensor) -> Tensor:
+        return rows.to(self.device, non_blocking=True).float()
+
+
+def pair(site: Site, target: Target, norm: MlpNorm, resid_mid: Tensor, mlp_out: Tensor) -> tuple[Tensor, Tensor]:
+    """x, y [B, L, D] in the model's units from what a cache stores, as floats."""
+    resid = norm(resid_mid) if site == Site.mlp_in else resid_mid
+    x = mlp_out if site == Site.mlp_out else resid
+    return x, (x if target == Target.site else mlp_out)
 
 
 def scaling(norm: Norm, x: Statistics, y: Statistics) -> Scaling:
@@ -50,9 +60,10 @@ def scaling(norm: Norm, x: Statistics, y: Statistics) -> Scaling:
     return Scaling(*(t.float().contiguous() for t in maps))
 
 
-def build(norm: MlpNorm, site: Site, maps: Scaling, device: torch.device) -> Inputs:
+def build(norm: MlpNorm, site: Site, maps: Scaling, device: torch.device, target: Target = Target.mlp_out) -> Inputs:
+    """`norm` is that of the cache; it is used at site=mlp_in alone."""
     on_device = Scaling(*(t.to(device) for t in maps))
-    return Inputs(norm.to(str(device)) if site == Site.mlp_in else None, on_device, device)
+    return Inputs(norm.to(str(device)), on_device, device, site, target)
 
 
 def variance(y: Statistics, maps: Scaling) -> float:

@@ -60,17 +60,17 @@ class Objective:
 def explain_error(model: Transcoder, x: Tensor, dead: Tensor) -> Tensor:
     """AuxK's e_hat: the min(d/2, n_dead) most active dead features of each token and layer, decoded without a bias.
 
-    x [B, L, D], dead [L, F] bool -> [B, L, D]
+    x [B, L, D], dead [S, F] bool, S the model's feature spaces -> [B, L, D]
     """
     n_layers, d_model = model.dims
     rows = [x.new_zeros(x.shape[0], d_model) for _ in range(n_layers)]
-    for layer in range(n_layers):
-        ids = dead[layer].nonzero().squeeze(1)
+    for source, read in enumerate(model.inputs(x)):
+        ids = dead[source].nonzero().squeeze(1)
         if not ids.numel():
             continue
-        pre_acts = F.linear(x[:, layer], model.encoders[layer][ids], model.b_enc[layer][ids])
+        pre_acts = F.linear(read, model.encoders[source][ids], model.b_enc[source][ids])
         values, indices = pre_acts.topk(min(d_model // 2, ids.numel()), dim=1)
         z = torch.zeros_like(pre_acts).scatter(1, indices, values.relu())
-        for target, table in zip(model.targets(layer), model.tables(layer), strict=True):
-            rows[target] = rows[target] + z @ table[ids]
+        for target in model.targets(source):
+            rows[target] = rows[target] + z @ model.table(source, target, ids)
     return torch.stack(rows, dim=1)

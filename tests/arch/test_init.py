@@ -1,16 +1,18 @@
 """Initial weights: the published bounds, and what the data-dependent start promises."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from pipeline.arch import init, table
+from pipeline.arch import init, init_random, init_rows, table
 from pipeline.arch.base import Dims, Transcoder
 from pipeline.arch.options import ArchOptions, Init
 from pipeline.core import activations
 from pipeline.core.activations import BatchTopK, JumpReLU
+from pipeline.core.normalize import Scaling
 from pipeline.errors import UserError
 from pipeline.train.inputs import Statistics, scaling
 from pipeline.train.options import Norm
@@ -38,13 +40,13 @@ def sample() -> tuple[Tensor, Tensor]:
 
 def started(activation: str = "topk", d_features: int = F) -> tuple[Transcoder, Tensor, Tensor]:
     model, (x, y) = blank(activation, d_features), sample()
-    init.from_data(model, x, y, generator())
+    init_rows.from_data(model, x, y, generator())
     return model, x, y
 
 
 def test_uniform_weights_fill_the_bounds_of_the_recipe() -> None:
     model = blank()
-    init.uniform(model, generator())
+    init_random.uniform(model, generator())
     weights = [(model.W_enc, F**-0.5), *((W, (L * D) ** -0.5) for W in model.W_dec)]
     for weight, bound in weights:
         assert weight.abs().max() <= bound
@@ -61,9 +63,9 @@ def test_the_seed_decides_the_weights(start: str) -> None:
         model = blank()
         torch.manual_seed(seed + 100)  # not the generator that counts
         if start == "uniform":
-            init.uniform(model, generator(seed % 2))
+            init_random.uniform(model, generator(seed % 2))
         else:
-            init.from_data(model, *sample(), generator(seed % 2))
+            init_rows.from_data(model, *sample(), generator(seed % 2))
         return [p.detach() for p in model.parameters()]
 
     first, again, other = weights(0), weights(2), weights(1)
@@ -125,14 +127,14 @@ def test_the_gain_is_the_least_squares_one(activation: str) -> None:
 def test_a_rule_that_does_not_choose_starts_at_the_wanted_firing_rate(activation: str, d_features: int) -> None:
     model, x, _ = started(activation, d_features)
     fires = (model.activation(model.encode(x)) > 0).sum(dim=0)
-    wanted = round(min(0.5, init.FIRING / d_features) * N)
+    wanted = round(min(0.5, init_rows.FIRING / d_features) * N)
     # One token lies at the threshold itself, where rounding decides.
     assert ((fires - wanted).abs() <= 1).all()
 
 
 def test_blocks_of_features_get_the_same_bias_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, *_ = started("jumprelu", 40)
-    monkeypatch.setattr(init, "BLOCK", 7)
+    monkeypatch.setattr(init_rows, "BLOCK", 7)
     blocks, *_ = started("jumprelu", 40)
     torch.testing.assert_close(whole.b_enc, blocks.b_enc, rtol=1e-5, atol=1e-5)
 
@@ -150,7 +152,7 @@ def test_initialisation_leaves_thresholds_and_what_a_rule_remembers_alone() -> N
 def test_rows_are_drawn_once_each() -> None:
     directions = torch.nn.functional.normalize(oracle.normal(90, D, dtype=torch.float32), dim=1)
     for n in (1, 33, 70, 90):
-        rows = init.draw_apart(directions, n, generator()).tolist()
+        rows = init_rows.draw_apart(directions, n, generator()).tolist()
         assert len(rows) == n
         assert len(set(rows)) == n
         assert set(rows) <= set(range(90))
@@ -161,7 +163,7 @@ def test_rows_are_drawn_from_rare_directions_too(seed: int) -> None:
     # 500 inputs along one axis, one along each of two others: three rows are drawn one by one, a round each.
     directions = torch.zeros(502, 3)
     directions[:500, 0] = directions[500, 1] = directions[501, 2] = 1
-    first = init.draw_apart(directions, 2, generator(seed)).tolist()
+    first = init_rows.draw_apart(directions, 2, generator(seed)).tolist()
     assert len({int(directions[row].argmax()) for row in first}) == 2
 
 
@@ -170,13 +172,13 @@ def test_rounds_remember_all_that_was_drawn_before() -> None:
     directions = torch.zeros(5063, 64)
     directions[:5000, 0] = 1
     directions[5000:, 1:] = torch.eye(63)
-    rows = init.draw_apart(directions, 64, generator())
+    rows = init_rows.draw_apart(directions, 64, generator())
     assert rows[0] < 5000
     assert sorted(directions[rows].argmax(dim=1).tolist()) == list(range(64))
 
 
 def test_equal_inputs_are_drawn_once_each_too() -> None:
-    rows = init.draw_apart(torch.ones(60, 4) / 2, 50, generator()).tolist()
+    rows = init_rows.draw_apart(torch.ones(60, 4) / 2, 50, generator()).tolist()
     assert len(set(rows)) == 50
 
 
@@ -283,7 +285,7 @@ def test_the_fewest_components_that_keep_the_share_are_kept(share: float, kept: 
     values = torch.zeros(6, 5)
     for axis, size in ((1, 3.0), (4, 2.0), (2, 0.5**0.5)):
         values[2 * [1, 4, 2].index(axis), axis], values[2 * [1, 4, 2].index(axis) + 1, axis] = size, -size
-    basis = init.components(values + 7, share)
+    basis = init_random.components(values + 7, share)
     assert basis.shape == (kept, 5)
     torch.testing.assert_close(basis.abs(), torch.eye(5, dtype=torch.float64)[[1, 4, 2]][:kept])
 
@@ -298,18 +300,50 @@ def test_plainly_drawn_rows_are_inputs_once_each_and_not_those_drawn_apart() -> 
 
 @pytest.mark.parametrize("norm", Norm)
 @pytest.mark.parametrize("start", Init)
-@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])
-def test_every_start_gives_finite_weights_under_both_normalisations(norm: Norm, start: str, activation: str) -> None:
+@pytest.mark.parametrize("architecture", sorted(table.ARCHS))
+def test_every_start_is_finite_under_both_normalisations(norm: Norm, start: str, architecture: str) -> None:
     x, y = low_rank_sample()
     y[:, 1, 3] = 2.0  # a dimension that never varies
     maps = scaling(norm, statistics(x), statistics(y))
-    options = ArchOptions("clt", d_features=F, init=Init(start))
-    model = table.build(options, Dims(L, D), activations.build(oracle.activation_options(activation), L, F))
+    options = oracle_options(architecture, start)
+    dims = Dims(L, D)
+    rule = activations.build(oracle.activation_options("jumprelu"), table.n_sources(options, dims), F)
+    model = table.build(options, dims, rule)
     init.initialise(model, maps.x(x), maps.y(y), generator())
     assert all(torch.isfinite(p).all() for p in model.parameters())
     out = model.eval().requires_grad_(False)(maps.x(x))
     error = float((out.y_hat - maps.y(y)).square().sum())
     assert error < 20 * float(maps.y(y).square().sum())
+
+
+@pytest.mark.parametrize("start", Init)
+@pytest.mark.parametrize("architecture", sorted(table.ARCHS))
+def test_any_architecture_fires_at_the_share_that_is_asked_for(architecture: str, start: str) -> None:
+    x, y = low_rank_sample()
+    options, dims = replace(oracle_options(architecture, start), init_firing=0.1), Dims(L, D)
+    rule = activations.build(oracle.activation_options("relu"), table.n_sources(options, dims), F)
+    model = table.build(options, dims, rule)
+    init.initialise(model, x, y, generator())
+    assert (((model.encode(x) > 0).sum(dim=0) - 0.1 * N).abs() <= 1).all()
+
+
+@pytest.mark.parametrize("architecture", sorted(table.ARCHS))
+def test_folding_with_the_inverse_maps_brings_the_weights_back(architecture: str) -> None:
+    model = oracle.transcoder(architecture, "relu")
+    n_layers, d_model = model.dims
+    maps = Scaling(*(oracle.normal(n_layers, d_model, seed=50 + i) for i in range(4)))
+    maps = maps._replace(x_scale=maps.x_scale.exp(), y_scale=maps.y_scale.exp())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.fold(maps)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.fold(maps.inverse())
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=1e-10, atol=1e-10)
+
+
+def oracle_options(architecture: str, start: str) -> ArchOptions:
+    fixed = table.ARCHS[architecture].fixed
+    return replace(ArchOptions(architecture, d_features=F, init=Init(start)), **fixed)
 
 
 def statistics(values: Tensor) -> Statistics:

@@ -17,7 +17,10 @@ DIMS = Dims(3, 10)
 @pytest.mark.parametrize("activation", ["topk", "jumprelu"])
 @pytest.mark.parametrize("architecture", sorted(table.ARCHS))
 def test_the_count_is_that_of_a_real_transcoder(architecture: str, activation: str) -> None:
-    options, rule = ArchOptions(architecture, d_features=24), oracle.activation_options(activation)
+    options, rule = (
+        ArchOptions(architecture, d_features=24, **table.ARCHS[architecture].fixed),
+        oracle.activation_options(activation),
+    )
     built = table.build(options, DIMS, activations.build(rule, table.n_sources(options, DIMS), 24))
     assert size.n_parameters(options, DIMS, rule) == sum(p.numel() for p in built.parameters())
 
@@ -32,7 +35,7 @@ def test_the_count_of_a_clt_by_hand() -> None:
 @pytest.mark.parametrize("wanted", [500, 10_000, 2_000_000])
 @pytest.mark.parametrize("architecture", sorted(table.ARCHS))
 def test_the_width_is_the_largest_that_fits(architecture: str, wanted: int) -> None:
-    options, rule = ArchOptions(architecture), oracle.activation_options("topk")
+    options, rule = ArchOptions(architecture, **table.ARCHS[architecture].fixed), oracle.activation_options("topk")
     width = size.d_features_for(options, DIMS, rule, wanted)
     assert size.n_parameters(replace(options, d_features=width), DIMS, rule) <= wanted
     assert size.n_parameters(replace(options, d_features=width + 1), DIMS, rule) > wanted

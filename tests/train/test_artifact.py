@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.arch.base import Transcoder
+from pipeline.arch.base import Dims, Transcoder
 from pipeline.arch.options import ArchOptions, Site
-from pipeline.arch.table import ARCHS
+from pipeline.arch.table import ARCHS, n_sources
 from pipeline.core.activations import ACTIVATIONS, FixedThreshold
 from pipeline.core.normalize import Scaling
 from pipeline.core.options import ActivationOptions, ThetaGrad
@@ -26,9 +26,9 @@ def write(
     run: Path, architecture: str = "clt", activation: ActivationOptions | None = None
 ) -> tuple[Transcoder, Tensor, Tensor]:
     """A random transcoder written as a finished run -> itself, its thresholds, the mean target."""
-    theta, y_mean = torch.rand(L, F), oracle.normal(L, D, seed=4, dtype=torch.float32)
-    model = oracle.transcoder(architecture, FixedThreshold(theta), dtype=torch.float32)
-    options = ArchOptions(architecture, d_features=F, site=Site.resid_mid)
+    options = oracle.arch_options(architecture, site=Site.resid_mid)
+    theta, y_mean = torch.rand(n_sources(options, Dims(L, D)), F), oracle.normal(L, D, seed=4, dtype=torch.float32)
+    model = oracle.transcoder(options, FixedThreshold(theta), dtype=torch.float32)
     rule = activation or oracle.activation_options("topk")
     config: dict[str, Any] = {**artifact.describe(options, model.dims, rule), "metrics": {"fvu": 0.25}}
     assert artifact.save(run, model, theta, y_mean, config) == run / "final"
