@@ -1,6 +1,5 @@
 """Initial weights: the published bounds, and what the data-dependent start promises."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -305,7 +304,7 @@ def test_every_start_is_finite_under_both_normalisations(norm: Norm, start: str,
     x, y = low_rank_sample()
     y[:, 1, 3] = 2.0  # a dimension that never varies
     maps = scaling(norm, statistics(x), statistics(y))
-    options = oracle_options(architecture, start)
+    options = oracle.arch_options(architecture, d_features=F, init=Init(start))
     dims = Dims(L, D)
     rule = activations.build(oracle.activation_options("jumprelu"), table.n_sources(options, dims), F)
     model = table.build(options, dims, rule)
@@ -320,7 +319,7 @@ def test_every_start_is_finite_under_both_normalisations(norm: Norm, start: str,
 @pytest.mark.parametrize("architecture", sorted(table.ARCHS))
 def test_any_architecture_fires_at_the_share_that_is_asked_for(architecture: str, start: str) -> None:
     x, y = low_rank_sample()
-    options, dims = replace(oracle_options(architecture, start), init_firing=0.1), Dims(L, D)
+    options, dims = oracle.arch_options(architecture, d_features=F, init=Init(start), init_firing=0.1), Dims(L, D)
     rule = activations.build(oracle.activation_options("relu"), table.n_sources(options, dims), F)
     model = table.build(options, dims, rule)
     init.initialise(model, x, y, generator())
@@ -339,11 +338,6 @@ def test_folding_with_the_inverse_maps_brings_the_weights_back(architecture: str
     model.fold(maps.inverse())
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=1e-10, atol=1e-10)
-
-
-def oracle_options(architecture: str, start: str) -> ArchOptions:
-    fixed = table.ARCHS[architecture].fixed
-    return replace(ArchOptions(architecture, d_features=F, init=Init(start)), **fixed)
 
 
 def statistics(values: Tensor) -> Statistics:

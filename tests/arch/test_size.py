@@ -35,7 +35,7 @@ def test_the_count_of_a_clt_by_hand() -> None:
 @pytest.mark.parametrize("wanted", [500, 10_000, 2_000_000])
 @pytest.mark.parametrize("architecture", sorted(table.ARCHS))
 def test_the_width_is_the_largest_that_fits(architecture: str, wanted: int) -> None:
-    options, rule = ArchOptions(architecture, **table.ARCHS[architecture].fixed), oracle.activation_options("topk")
+    options, rule = oracle.arch_options(architecture), oracle.activation_options("topk")
     width = size.d_features_for(options, DIMS, rule, wanted)
     assert size.n_parameters(replace(options, d_features=width), DIMS, rule) <= wanted
     assert size.n_parameters(replace(options, d_features=width + 1), DIMS, rule) > wanted
