@@ -275,7 +275,7 @@ def _experiments(words: Iterable[str], config_dir: Path | None) -> Iterator[dict
         body = _read(f"experiment/{name}", config_dir)
         for entry in body.pop("defaults", []):
             for key, value in entry.items() if isinstance(entry, dict) else []:
-                body.setdefault(re.sub(r"^(override |optional )*/?", "", key), value)
+                body[re.sub(r"^(override |optional )*/?", "", key)] = value  # the choice, whatever else is set in it
         yield body
 
 
