@@ -21,7 +21,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -42,6 +42,8 @@ from pipeline.stages.options import (
     BenchCacheConfig,
     BenchCodecConfig,
     BenchExtractConfig,
+    CompareConfig,
+    ConvertConfig,
     EvalConfig,
     ExtractConfig,
     PretrainConfig,
@@ -51,7 +53,15 @@ from pipeline.stages.options import (
 logger = logging.getLogger(__name__)
 
 Config = (
-    PretrainConfig | ExtractConfig | TrainConfig | EvalConfig | BenchExtractConfig | BenchCacheConfig | BenchCodecConfig
+    PretrainConfig
+    | ExtractConfig
+    | TrainConfig
+    | EvalConfig
+    | ConvertConfig
+    | CompareConfig
+    | BenchExtractConfig
+    | BenchCacheConfig
+    | BenchCodecConfig
 )
 
 
@@ -67,6 +77,8 @@ STAGES = {
     "extract": Stage(ExtractConfig, "pipeline.stages.extract"),
     "train": Stage(TrainConfig, "pipeline.stages.train"),
     "eval": Stage(EvalConfig, "pipeline.stages.evaluate"),
+    "convert": Stage(ConvertConfig, "pipeline.stages.convert"),
+    "compare": Stage(CompareConfig, "pipeline.stages.compare"),
     "bench_extract": Stage(BenchExtractConfig, "pipeline.stages.bench_extract"),
     "bench_cache": Stage(BenchCacheConfig, "pipeline.stages.bench_cache"),
     "bench_codec": Stage(BenchCodecConfig, "pipeline.stages.bench_codec"),
@@ -147,7 +159,7 @@ def launch(stage: str, request: Request) -> int:
     try:
         _check_flags(request)
         words = prepare(stage, request.overrides, request.config_dir, request.config_name)
-        _run_hydra(stage, request, words, _task(stage, request.multirun, outcomes))
+        _run_hydra(stage, request, words, _task(stage, request, outcomes))
     except KeyboardInterrupt:
         logger.error("interrupted")
         return 130
@@ -195,7 +207,8 @@ def compose(stage: str, overrides: Sequence[str] = (), config_dir: Path | None =
             choices = dict(cfg.hydra.runtime.choices)
             with open_dict(cfg):
                 del cfg["hydra"]
-            return _typed(stage, cfg, choices, job=None, bases={})
+            config = _typed(stage, cfg, choices, job=None, bases={})
+        return _with_jobs(config, words)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UserError(one_line(error, stage)) from error
 
@@ -266,7 +279,7 @@ def _experiments(words: Iterable[str], config_dir: Path | None) -> Iterator[dict
         body = _read(f"experiment/{name}", config_dir)
         for entry in body.pop("defaults", []):
             for key, value in entry.items() if isinstance(entry, dict) else []:
-                body.setdefault(re.sub(r"^(override |optional )*/?", "", key), value)
+                body[re.sub(r"^(override |optional )*/?", "", key)] = value  # the choice, whatever else is set in it
         yield body
 
 
@@ -336,10 +349,11 @@ def _swapped_argv_and_environment() -> Iterator[list[str]]:
             os.environ["HYDRA_FULL_ERROR"] = full_error
 
 
-def _task(stage: str, sweep: bool, outcomes: Outcomes) -> Callable[[DictConfig], None]:
+def _task(stage: str, request: Request, outcomes: Outcomes) -> Callable[[DictConfig], None]:
     """What Hydra calls for each job: type the configuration and run the stage. Errors are noted instead of raised,
     so that the other jobs of a sweep run and Hydra adds no words of its own."""
-    parent = os.getpid()
+    parent, sweep = os.getpid(), request.multirun
+    searchpath = [f"hydra.searchpath=[file://{request.config_dir.resolve()}]"] if request.config_dir else []
 
     def task(cfg: DictConfig) -> None:
         log_to_stderr()  # a launcher may run this in a process of its own
@@ -350,6 +364,7 @@ def _task(stage: str, sweep: bool, outcomes: Outcomes) -> Callable[[DictConfig],
             logger.info(f"job {job}: {' '.join(settings.overrides.task)}")
         try:
             config = _typed(stage, cfg, dict(settings.runtime.choices), job, outcomes.bases)
+            config = _with_jobs(config, [*settings.overrides.task, *searchpath])
             importlib.import_module(STAGES[stage].module).run(config)
         except Exception as error:
             refusal = _refusal(error, stage)
@@ -390,12 +405,32 @@ def _typed(
     if isinstance(config, TrainConfig):
         config.experiment = config.experiment or choices.get("experiment")
         if config.name is None:
-            label = re.sub(r"[^\w.+-]+", "-", config.experiment or choices.get("arch") or config.arch.name)
+            label = config.experiment or choices.get("arch") or config.arch.name
+            label = re.sub(r"[^\w.+-]+", "-", "compare" if isinstance(config, CompareConfig) else label)
             config.name = bases.setdefault(label, _free_name(label))
         if job is not None:
             config.name = f"{config.name}/{job}"
     elif not isinstance(config, PretrainConfig | BenchCodecConfig) and config.cache.path is not None:
         raise UserError(f"cache.path names what clt train reads, not clt {stage.replace('_', ' ')}; leave it out")
+    return config
+
+
+def _with_jobs(config: Config, words: Sequence[str]) -> Config:
+    """A comparison with what `clt train +experiment=X` and the same words, as Hydra sees them, would run with."""
+    if not isinstance(config, CompareConfig):
+        return config
+    own = {"compare", "eval", "name", "jobs", "experiment", "newest_cache"}
+    shared = [word for word in words if word.lstrip("+~").partition("=")[0].split(".")[0] not in own]
+    for name in config.compare.experiments:
+        begun = GlobalHydra.instance().is_initialized()  # on a command line, not in Python
+        try:
+            with nullcontext() if begun else hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+                composed = hydra.compose("train", [f"+experiment={name}", *shared])
+            job = _typed("train", composed, {"experiment": name}, job=None, bases={})
+        except (HydraException, OmegaConfBaseException, YAMLError) as error:
+            raise UserError(f"compare.experiments: {one_line(error, 'train')}") from error
+        assert isinstance(job, TrainConfig)
+        config.jobs[name] = job
     return config
 
 

@@ -413,8 +413,9 @@ def activation_options(name: str) -> ActivationOptions:
 
 def arch_options(architecture: str, **options: Any) -> ArchOptions:
     """An architecture's options, with those that it fixes or must have set, and a width of 11."""
-    # 2 transforms of rank 6, 3 of rank 4, 6 of rank 2.
-    needs: dict[str, dict[str, Any]] = {"molt": {"ranks": [6, 4, 2]}}
+    # 2 transforms of rank 6, 3 of rank 4, 6 of rank 2, or as many times that; 1 of rank 3 and 3 of rank 1.
+    ranks = [6, 4, 2] if options.get("d_features", 11) % 11 == 0 else [3, 1]
+    needs: dict[str, dict[str, Any]] = {"molt": {"ranks": ranks}}
     fixed = ARCHS[architecture].fixed | needs.get(architecture, {})
     return ArchOptions(architecture, **{"d_features": 11, **fixed, **options})
 

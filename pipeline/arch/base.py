@@ -19,7 +19,7 @@ times slower.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -91,6 +91,11 @@ class Transcoder(nn.Module):
     def check(cls, options: ArchOptions) -> None:
         """UserError for options that this architecture cannot be built from."""
 
+    @classmethod
+    def multiple(cls, options: ArchOptions) -> int:
+        """Number of which d_features must be a multiple."""
+        return 1
+
     @staticmethod
     def sources(dims: Dims) -> int:
         """Number of feature spaces: one for each layer, unless the architecture has another number."""
@@ -128,22 +133,15 @@ class Transcoder(nn.Module):
         return len(self.targets(source))
 
     @property
-    def n_pairs(self) -> int:
-        """Number of (source, target) pairs."""
-        return sum(len(self.targets(source)) for source in range(self.n_sources))
-
-    @property
     def n_parameters(self) -> int:
-        """Learned numbers, by formula; those of the activation rule (thresholds) apart."""
-        n_layers, d_model = self.dims
-        tables = n_layers + sum(self.n_tables(source) for source in range(self.n_sources))
-        biases = self.n_sources * self.d_features + n_layers * d_model
-        return tables * self.d_features * d_model + biases + (n_layers * d_model**2 if self.options.skip else 0)
+        """Learned numbers, those of the activation rule (thresholds) included."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
-    def decode_flops(self, active: float) -> float:
+    def decode_flops(self, active: Sequence[int]) -> float:
         """Of one token with so many features of each source at work (F: dense). See `arch/cost.py`."""
         n_layers, d_model = self.dims
-        return 2 * active * d_model * self.n_pairs + (2 * n_layers * d_model**2 if self.options.skip else 0)
+        rows = sum(n * len(self.targets(source)) for source, n in enumerate(active))
+        return 2 * d_model * rows + (2 * n_layers * d_model**2 if self.options.skip else 0)
 
     @property
     def W_enc(self) -> Tensor:
@@ -168,6 +166,10 @@ class Transcoder(nn.Module):
         """What a unit of each feature of `source` (or of those in `ids` [n]) writes to `target`. -> [F, D] or [n, D]"""
         table = list(self.tables(source))[target - self.targets(source).start]
         return table if ids is None else table[ids]
+
+    def readers(self, source: int) -> Iterator[tuple[Tensor, float]]:
+        """Weights [n, D] that read the input beside the encoder, and the bound of their uniform draw."""
+        return iter(())
 
     def start_tables(self, source: int) -> dict[int, Tensor]:
         """The tables that `arch/init.py` fills from data, by the layer whose outputs they are filled with."""

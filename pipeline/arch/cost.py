@@ -12,9 +12,11 @@ operations a parameter and step, whatever the batch).
 Inputs are data and get no gradient, so the encoder has one product backward where the decoder has two.
 """
 
+from statistics import fmean
 from typing import NamedTuple
 
 from pipeline.arch.base import Transcoder
+from pipeline.core.activations import Choosing
 
 
 class Flops(NamedTuple):
@@ -32,11 +34,11 @@ def flops(model: Transcoder, needs_pre_acts: bool) -> Flops:
     """needs_pre_acts: whether a loss reads every pre-activation, so that training takes the dense path."""
     n_layers, d_model = model.dims
     encode = 2.0 * n_layers * d_model * model.d_features
-    dense = model.decode_flops(model.d_features)
-    k = getattr(model.activation, "k", None)
-    if k is None:
+    dense = model.decode_flops([model.d_features] * model.n_sources)
+    if not isinstance(model.activation, Choosing):
         return Flops(encode, dense, None, 2 * encode + 3 * dense)
+    k = model.activation.k
     sparse = model.decode_flops(k)
     if needs_pre_acts:
         return Flops(encode, dense, sparse, 2 * encode + 3 * dense)
-    return Flops(encode, dense, sparse, encode * (1 + k / model.d_features) + 3 * sparse)
+    return Flops(encode, dense, sparse, encode * (1 + fmean(k) / model.d_features) + 3 * sparse)

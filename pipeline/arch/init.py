@@ -1,148 +1,131 @@
-"""Initial weights, from a seed and, for `data`, a sample of normalised inputs and targets. The generator is one of the
-CPU whatever the model's device, so that a seed means the same everywhere.
+"""Initial weights, from a seed and a sample of normalised inputs and targets. The generator is one of the CPU whatever
+the model's device, so that a seed means the same everywhere. F features a layer, d the width, L layers, M_l the number
+of layers that layer l writes, mean x and mean y those of the sample.
 
-            encoder                   decoder                        b_enc               b_dec
-    uniform U(+-1/sqrt F)             U(+-1/sqrt(L d))               0                   0
-    data    directions of inputs,     own layer: those tokens'       centres the inputs  mean target
-            drawn apart               targets; later layers: 0
+                     encoder                        decoder                                   b_enc           b_dec
+    data             directions of inputs, drawn    own layer: those tokens' targets;         -W_enc mean x   mean y
+                     apart                          later layers: 0
+    random_rows      directions of inputs, drawn    the same                                  -W_enc mean x   mean y
+                     plainly
+    uniform          U(+-1/sqrt F)                  U(+-1/sqrt(L d))                          0               0
+    transposed       own slot of W_dec, times d/F   U(+-1/sqrt(M_l d))                        0               0
+    zero_decoder     U(+-1/sqrt F)                  0                                         -W_enc mean x   mean y
+    active_subspace  as uniform, but in the span    as uniform, but in the span of the        -W_enc mean x   mean y
+                     of the inputs' first           targets' first components, each
+                     principal components           target layer its own
 
-A MOLT has transforms in place of decoders: `arch/molt.py` says how they begin.
+`data`, `random_rows`: with u_i the direction of the drawn input x_i - mean x, feature i starts at h_i = u_i . (x - mean
+x), so that it looks for inputs like x_i, and it writes what the MLP made of x_i: W_dec,i = g (y_i - mean y) / |x_i -
+mean x|, g the number for each layer that fits the sample best. Drawing apart (each next row is the input that is least
+like the rows before) spreads features over rare inputs too, and leaves fewer of them dead.
 
-`data`: with u_i the direction of the drawn input x_i - mean x, feature i starts at h_i = u_i . (x - mean x), so that it
-looks for inputs like x_i, and it writes what the MLP made of x_i: W_dec,i = g (y_i - mean y) / |x_i - mean x|, g the
-number for each layer that fits the sample best. Drawing apart (each next row is the input that is least like the rows
-before) spreads features over rare inputs too, and leaves fewer of them dead.
+`uniform`: the bounds of the CLT recipe (Ameisen et al. 2025, "Circuit Tracing", methods).
 
-A crosscoder writes all layers from the start. A table that is shared starts as that of its own layer. With tie=target
-feature i of every layer looks for the same token, which is what its one decoder row writes.
+`transposed`: Anthropic's January 2025 update (transformer-circuits.pub/2025/january-update, with its erratum): W_dec ~
+U(+-1/sqrt n), W_enc = W_dec^T n/m, n the width and m the number of features. A cross-layer decoder has a slot for each
+target and the encoder reads one layer only: it is the transpose of the slot that writes the layer that it reads. The
+rows of all slots together are then as long as one row of the update's (M_l = 1 is the update to the letter).
 
-A rule that does not choose how many features fire (ReLU, JumpReLU) gets a bias for each feature in place of the
-centring one, such that it fires on the share `FIRING / F` of the sample.
+`zero_decoder`: the run begins at the mean target, FVU 1, and decoders learn first (EleutherAI's sparsify does this for
+transcoders).
+
+`active_subspace`: Wang et al. 2025, "Attention Layers Add Into Low-Dimensional Residual Subspaces" (arXiv 2508.16929):
+activations fill a part of the space only, and features outside of it never fire. The part is the span of the first
+principal components that keep `arch.init_variance` of the sample's variance; rows are as long as those of `uniform`.
+
+A crosscoder writes all layers from the start, and `transposed` means all of its slots side by side, n = L d. A table
+that is shared starts as that of its own layer. With tie=target feature i of every layer looks for the same token, which
+is what its one decoder row writes.
+
+A mixture of linear transforms has maps U V of the input in place of decoder rows: U stands in the decoder's column of
+the table, and rows of V have length 1 on average, from U(+-sqrt(3/d)) or in the span of the inputs. For `data` and
+`random_rows` see `start` in `arch/molt.py`. `transposed` is refused.
+
+Biases (`arch.init_firing=p`): a rule that does not choose how many features fire (ReLU, JumpReLU) gets a bias for each
+feature, in place of the one above, such that it fires on the share p of the sample (January update: p = 10,000/m). It
+goes with each of the above. Null is `FIRING`/F for `data` and `random_rows`, and the table's bias for the others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from pipeline.arch import table
 from pipeline.arch.base import Transcoder
-from pipeline.arch.molt import MOLT
-from pipeline.arch.options import Tie
-from pipeline.arch.tied import Tied
-from pipeline.core.activations import JumpReLU
-from pipeline.core.sparse import Features
+from pipeline.arch.init_random import active_subspace, transposed, uniform, zero_decoder
+from pipeline.arch.init_rows import firing_bias, from_data
+from pipeline.arch.options import ArchOptions, Init
+from pipeline.core.activations import ACTIVATIONS
+from pipeline.errors import UserError
 
-FIRING = 32
-"""Active features of a token and layer at the start of a ReLU or JumpReLU run: enough to learn from, few enough that
-the penalty does not first have to silence half of them."""
 
-BLOCK = 1024
-"""Features whose pre-activations on the whole sample are in memory at once."""
+class Start(NamedTuple):
+    """How one name of `arch.init` fills a transcoder."""
+
+    fill: Callable[[Transcoder, Tensor, Tensor, torch.Generator], None]
+    """(model, x, y, generator), x and y [n, L, D] the sample; the weights of the model are 0."""
+    draws_rows: bool = False
+    """Whether each feature takes a row of the sample of its own, so that there must be as many."""
+    needs_sample: bool = True
+    """Whether it looks at the sample; if not, x and y may be empty unless `arch.init_firing` is set."""
+    needs_directions: bool = False
+    """Whether it reads the rows that features write, so that there must be such."""
+
+
+def check(options: ArchOptions, activation: str, n_rows: int) -> None:
+    """UserError for initialisation options that contradict each other, the activation or the cache's `n_rows`."""
+    table.check(options)
+    start = INITS[options.init]
+    if start.needs_directions and not table.ARCHS[options.name].directions:
+        raise UserError(
+            f"arch.init={options.init} copies decoder rows, which arch={options.name} has not; "
+            "use arch.init=data or uniform"
+        )
+    if start.draws_rows and n_rows < options.d_features:
+        raise UserError(
+            f"arch.init={options.init} draws {options.d_features} different rows, the cache has {n_rows}; "
+            "use arch.init=uniform or a larger dataset.n_tokens"
+        )
+    if options.init_variance is not None:
+        if options.init != Init.active_subspace:
+            raise UserError(
+                f"arch.init_variance has no meaning for arch.init={options.init}; "
+                "leave it out or use arch.init=active_subspace"
+            )
+        if not 0 < options.init_variance <= 1:
+            raise UserError(f"arch.init_variance={options.init_variance} is a share and must lie in (0, 1]")
+    if options.init_firing is not None:
+        if activation in ACTIVATIONS and ACTIVATIONS[activation].chooses:
+            raise UserError(
+                f"arch.init_firing has no meaning for activation={activation}, which chooses how many features fire; "
+                "leave it out"
+            )
+        if not 0 < options.init_firing <= 0.5:
+            raise UserError(f"arch.init_firing={options.init_firing} is a share of tokens and must lie in (0, 0.5]")
+
+
+def needs_sample(options: ArchOptions) -> bool:
+    """Whether `initialise` looks at x and y."""
+    return INITS[options.init].needs_sample or options.init_firing is not None
 
 
 @torch.no_grad()
-def uniform(model: Transcoder, generator: torch.Generator) -> None:
-    """The bounds of the CLT recipe; biases stay 0."""
-    n_layers, d_model = model.dims
-    for source, weight in enumerate(model.encoders):
-        _draw_uniform(weight, model.d_features**-0.5, generator)
-        for table in model.tables(source):
-            _draw_uniform(table, (n_layers * d_model) ** -0.5, generator)
-        if isinstance(model, MOLT):
-            _draw_uniform(model.V[source], (3 / d_model) ** 0.5, generator)
+def initialise(model: Transcoder, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
+    """Fill a fresh transcoder as `arch.init` says. x, y [n, L, D]: a sample in the transcoder's units."""
+    INITS[model.options.init].fill(model, x, y, generator)
+    share = model.options.init_firing
+    if share is not None and not INITS[model.options.init].draws_rows:
+        for source, read in enumerate(model.inputs(x.float())):
+            model.b_enc[source] = firing_bias(model, read, source, share)
 
 
-@torch.no_grad()
-def from_data(model: Transcoder, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
-    """x, y [n, L, D]: a sample in the transcoder's units, n at least d_features."""
-    inputs = model.inputs(x.float())
-    every = _draw_shared(inputs, model.d_features, generator) if _tied_to(model, Tie.target) else None
-    for source, read in enumerate(inputs):
-        weight, centred = model.encoders[source], read - read.mean(dim=0)
-        rows = draw_apart(F.normalize(centred, dim=1), model.d_features, generator) if every is None else every
-        weight.copy_(F.normalize(centred[rows], dim=1))
-        model.b_enc[source] = -weight @ read.mean(dim=0)
-        if not model.activation.chooses:
-            model.b_enc[source] = _firing_bias(model, read, source)
-        if isinstance(model, MOLT):
-            model.b_dec[source] = y[:, source].float().mean(dim=0)
-            model.start(source, read, y[:, source].float(), rows, generator)
-            continue
-        for target, table in model.start_tables(source).items():
-            outputs = y[:, target].float()
-            table.copy_((outputs[rows] - outputs.mean(dim=0)) / centred[rows].norm(dim=1, keepdim=True))
-            model.b_dec[target] = outputs.mean(dim=0)
-    _fit_gain(model, x, y)
-
-
-def draw_apart(directions: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """Indices of n rows of `directions` [N, D] (unit length), each far from those drawn before.
-
-    Greedy in rounds: a round draws rows at random with probability proportional to (1 - c)^2, c the largest cosine with
-    any row drawn so far (k-means++ on the sphere), 32 of them before c is brought up to date.
-    """
-    total = directions.shape[0]
-    chosen = torch.randint(total, (1,), generator=generator)
-    nearest = directions @ directions[chosen[0]]
-    while chosen.numel() < n:
-        weight = (1 - nearest).clamp(min=1e-6).square().cpu()
-        weight[chosen] = 0
-        new = torch.multinomial(weight, min(32, n - chosen.numel()), generator=generator)
-        nearest = torch.maximum(nearest, (directions @ directions[new].T).amax(dim=1))
-        chosen = torch.cat([chosen, new])
-    return chosen
-
-
-def _draw_uniform(weight: Tensor, bound: float, generator: torch.Generator) -> None:
-    weight.copy_(torch.empty(weight.shape, dtype=weight.dtype).uniform_(-bound, bound, generator=generator))
-
-
-def _firing_bias(model: Transcoder, inputs: Tensor, layer: int) -> Tensor:
-    """Biases with which each feature exceeds its threshold on the share FIRING / F of the inputs [n, width]. -> [F]"""
-    share = min(0.5, FIRING / model.d_features)
-    rank = max(1, round(share * inputs.shape[0]))
-    blocks = model.encoders[layer].split(BLOCK)
-    reached = torch.cat([(inputs @ block.T).topk(rank, dim=0).values[-1] for block in blocks])
-    theta = model.activation.threshold[layer] if isinstance(model.activation, JumpReLU) else 0.0
-    return theta - reached
-
-
-def _fit_gain(model: Transcoder, x: Tensor, y: Tensor) -> None:
-    """Scale the tables that were filled by the least-squares factors of the reconstruction on the sample: each target
-    has one, except where a table writes several targets; then the factors of all tables are found together."""
-    n = min(x.shape[0], 1024)
-    training = model.training
-    # BatchTopK remembers thresholds of what it sees in training; this sample is none of it.
-    out = model.eval()(x[:n].float())
-    model.train(training)
-    y_hat, y = out.y_hat - model.b_dec, y[:n] - model.b_dec
-    if _tied_to(model, Tie.source):
-        gain = _joint_gain(model, out.features, y)
-    else:
-        gain = (y_hat * y).sum(dim=(0, 2)) / y_hat.square().sum(dim=(0, 2)).clamp(min=1e-12)
-    for source in range(model.n_sources):
-        for target, table in model.start_tables(source).items():
-            table.mul_(gain[target])
-
-
-def _joint_gain(model: Transcoder, features: Features, y: Tensor) -> Tensor:
-    """The factors g of the sources for which sum_l g_l (what source l writes) is nearest to y [n, L, D]. -> [L]"""
-    parts = torch.zeros(model.n_sources, *y.shape, dtype=torch.float64, device=y.device)
-    for source in range(model.n_sources):
-        for target in model.targets(source):
-            parts[source, :, target] = model.write(features, source, target).double()
-    flat = parts.flatten(1)
-    gram = flat @ flat.T
-    gram.diagonal().clamp_(min=1e-12)
-    return torch.linalg.lstsq(gram, flat @ y.double().flatten()).solution.to(y.dtype)
-
-
-def _draw_shared(inputs: Sequence[Tensor], n: int, generator: torch.Generator) -> Tensor:
-    """Rows for all sources at once: what they read, each in its own direction, side by side."""
-    directions = [F.normalize(read - read.mean(dim=0), dim=1) for read in inputs]
-    return draw_apart(F.normalize(torch.cat(directions, dim=1), dim=1), n, generator)
-
-
-def _tied_to(model: Transcoder, tie: Tie) -> bool:
-    return isinstance(model, Tied) and model.options.tie == tie
+INITS: dict[str, Start] = {
+    Init.data: Start(from_data, draws_rows=True),
+    Init.random_rows: Start(lambda model, x, y, g: from_data(model, x, y, g, apart=False), draws_rows=True),
+    Init.uniform: Start(lambda model, x, y, g: uniform(model, g), needs_sample=False),
+    Init.transposed: Start(lambda model, x, y, g: transposed(model, g), needs_sample=False, needs_directions=True),
+    Init.zero_decoder: Start(zero_decoder),
+    Init.active_subspace: Start(active_subspace),
+}

@@ -21,11 +21,11 @@ Then the dense form is two matrix products for all groups, and the sparse form t
 Folding x' = (x - m) / s: V = V' / s, U = S U', and V' x' = V x - V m, so `offset` = -V m (0 unless inputs are centred).
 
 Initial weights are not published. uniform: V from U(+-sqrt(3 / D)), so that rows have length 1 and V x the scale of x's
-entries, and U from U(+-1 / sqrt(L D)), the CLT recipe's decoders. data: `start`.
+entries, and U from U(+-1 / sqrt(L D)), the CLT recipe's decoders. data: `start`. Others: `arch/init.py`.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import ClassVar
 
@@ -58,7 +58,7 @@ class MOLT(Transcoder):
         ranks = options.ranks
         if not ranks or any(rank < 1 for rank in ranks) or len(set(ranks)) != len(ranks):
             raise UserError(f"arch.ranks={ranks} must name at least one rank, each once and above 0, as in [16,8,4]")
-        step = sum(_counts(ranks))
+        step = cls.multiple(options)
         if options.d_features % step:
             below = options.d_features // step * step
             nearest = " or ".join(str(n) for n in (below, below + step) if n)
@@ -66,6 +66,10 @@ class MOLT(Transcoder):
                 f"arch.d_features={options.d_features} transforms do not divide among arch.ranks={ranks}, "
                 f"as many {' : '.join(str(n) for n in _counts(ranks))}; use {nearest}"
             )
+
+    @classmethod
+    def multiple(cls, options: ArchOptions) -> int:
+        return sum(_counts(options.ranks or [1]))
 
     def __init__(self, options: ArchOptions, dims: Dims, activation: Activation) -> None:
         super().__init__(options, dims, activation)
@@ -94,16 +98,9 @@ class MOLT(Transcoder):
     def W_dec(self) -> list[Tensor]:
         raise UserError("arch=molt has no W_dec: a feature switches a map U V on; read U and V")
 
-    @property
-    def n_parameters(self) -> int:
-        """Learned numbers, by the formula at the head of the file; those of the activation rule apart."""
-        n_layers, d_model = self.dims
-        return n_layers * (self.d_features * (d_model + 1) + 2 * self.n_rows * d_model + d_model)
-
-    def decode_flops(self, active: float) -> float:
+    def decode_flops(self, active: Sequence[int]) -> float:
         """Of one token with so many transforms of each layer at work, of mean rank (d_features: dense)."""
-        n_layers, d_model = self.dims
-        return 4 * n_layers * d_model * active * self.n_rows / self.d_features
+        return 4 * self.dims.d_model * sum(active) * self.n_rows / self.d_features
 
     def targets(self, layer: int) -> range:
         return range(layer, layer + 1)
@@ -114,6 +111,9 @@ class MOLT(Transcoder):
     def tables(self, layer: int) -> Iterator[Tensor]:
         """U^T of the layer [G R, D]: what its transforms write in."""
         return iter([self.U[layer]])
+
+    def readers(self, source: int) -> Iterator[tuple[Tensor, float]]:
+        yield self.V[source], (3 / self.dims.d_model) ** 0.5
 
     def start_tables(self, source: int) -> dict[int, Tensor]:
         return {source: self.U[source]}
@@ -157,6 +157,7 @@ class MOLT(Transcoder):
         V.copy_(F.normalize(centred[others], dim=1))
         V[self.first] = F.normalize(x[rows], dim=1)
         lengths = x[rows].norm(dim=1) * centred[rows].norm(dim=1)
+        self.b_dec[layer] = y.mean(dim=0)
         U.zero_()
         U[self.first] = (y[rows] - y.mean(dim=0)) / lengths.clamp(min=1e-12)[:, None]
 

@@ -22,7 +22,11 @@ class Tie(StrEnum):
 
 class Init(StrEnum):
     data = "data"
+    random_rows = "random_rows"
     uniform = "uniform"
+    transposed = "transposed"
+    zero_decoder = "zero_decoder"
+    active_subspace = "active_subspace"
 
 
 @dataclass
@@ -43,7 +47,17 @@ class ArchOptions:
     """What is reconstructed. crosscoder: mlp_out or site, what it reads. sae: always site."""
 
     init: Init = Init.data
-    """data: encoder rows drawn apart from the inputs. uniform: U(+-1/sqrt F) and U(+-1/sqrt(L d)), zero biases."""
+    """Initial weights. data: encoder rows drawn apart from the inputs. random_rows: drawn plainly. uniform: U(+-1/sqrt
+    F) and U(+-1/sqrt(L d)), zero biases. transposed: encoder = decoder transposed, times d/F. zero_decoder: a run
+    begins at the mean target. active_subspace: rows in the span of the first principal components. arch/init.py has
+    the formulas and sources."""
+
+    init_firing: float | None = None
+    """relu, jumprelu: share of tokens on which each feature fires at the start. Null is 32 / d_features for init=data
+    and random_rows, and the zero or centring bias of the other starts."""
+
+    init_variance: float | None = None
+    """init=active_subspace: share of the variance that the principal components keep; null is 0.99."""
 
     max_reach: int | None = None
     """clt, matryoshka: features of layer l write layers l to l + max_reach; 0 is the own layer alone, null all later

@@ -26,7 +26,7 @@ ARCHS: dict[str, type[Transcoder]] = {
     "matryoshka": Matryoshka,
 }
 
-COMMON = frozenset({"name", "d_features", "site", "init"})
+COMMON = frozenset({"name", "d_features", "site", "init", "init_firing", "init_variance"})
 """The options that every architecture reads."""
 
 

@@ -50,17 +50,13 @@ class Tied(Transcoder):
     def n_tables(self, source: int) -> int:
         return 1
 
-    @property
-    def n_parameters(self) -> int:
-        return super().n_parameters + self._n_columns * self.n_pairs * self.d_features
-
-    def decode_flops(self, active: float) -> float:
+    def decode_flops(self, active: Sequence[int]) -> float:
         n_layers, d_model = self.dims
-        merged = self.options.tie == Tie.target and active == self.d_features
+        merged = self.options.tie == Tie.target and min(active) == self.d_features
         once = merged or (self.options.tie == Tie.source and not self._n_columns)
-        products = n_layers if once else self.n_pairs
+        pairs = sum(n * len(self.targets(source)) for source, n in enumerate(active))
         skip = 2 * n_layers * d_model**2 if self.options.skip else 0
-        return 2 * active * d_model * products + (self._n_columns + merged) * active * self.n_pairs + skip
+        return 2 * d_model * (sum(active) if once else pairs) + (self._n_columns + merged) * pairs + skip
 
     def table(self, source: int, target: int, ids: Tensor | None = None) -> Tensor:
         """The effective table, without the offset: what a further unit of an active feature writes."""

@@ -91,6 +91,34 @@ def evaluate(
     launch("eval", **locals())
 
 
+@app.command()
+def convert(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """Make a JumpReLU run of a TopK or BatchTopK one: the same weights, thresholds that fire as often.
+
+    \b
+    clt convert run=runs/demo                             into runs/demo-jumprelu
+    clt convert run=demo to=mine convert.thresholds=per_layer
+    """
+    launch("convert", **locals())
+
+
+@app.command()
+def compare(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """Train and measure experiments on one cache, at equal parameters, L0 and tokens, and print the table.
+
+    \b
+    clt compare name=rules compare.experiments=[topk,batchtopk] compare.l0=64 train.n_tokens=400k
+    clt compare name=all compare.experiments=[topk,sparse] compare.seeds=[0,1,2] compare.parameters=2M
+    """
+    launch("compare", **locals())
+
+
 def main() -> None:
     """The console script `clt`."""
     app(prog_name="clt")

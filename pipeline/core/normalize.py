@@ -69,6 +69,14 @@ class Scaling(NamedTuple):
         """Targets in the transcoder's units. [B, L, D] -> [B, L, D]"""
         return (y - self.y_mean) / self.y_scale
 
+    def inverse(self) -> "Scaling":
+        """The maps back, float64: folding a transcoder with it undoes folding it with this one.
+
+        x = (x' + m/s) / (1/s) and y' = y/S - M/S.
+        """
+        x_mean, x_scale, y_mean, y_scale = (t.double() for t in self)
+        return Scaling(-x_mean / x_scale, 1 / x_scale, -y_mean / y_scale, 1 / y_scale)
+
     def y_inverse(self, y: Tensor) -> Tensor:
         """Reconstructions in the model's units. [B, L, D] -> [B, L, D]"""
         return y * self.y_scale + self.y_mean

@@ -159,7 +159,7 @@ def _scratch_cache(cfg: BenchExtractConfig, model: LanguageModel, folder: Path) 
         return Packed(contexts, n * (bench.context - 1))
 
     splits = {split: packed((bench.rounds + 1) * n_contexts if split is Split.train else 1) for split in Split}
-    about = {"seed": 0, "context": bench.context, "block_contexts": n_contexts}
+    about = {"request": {}, "seed": 0, "context": bench.context, "block_contexts": n_contexts}
     plan = make_plan(folder / "cache", about, model.mlp_norm(), splits, cfg.cache.shard_mb)
     logger.info("%s for the time of the bench in %s", gb(plan.total_bytes), folder)
     check_space(plan)

@@ -1,6 +1,6 @@
 """The typed configuration of every command: what `conf/<command>.yaml` is merged into."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from pipeline.arch.options import ArchOptions
@@ -148,6 +148,32 @@ class TrainConfig:
     """Say what it would cost, and write nothing. `--dry-run` sets it."""
 
 
+class Thresholds(StrEnum):
+    per_feature = "per_feature"
+    per_layer = "per_layer"
+
+
+@dataclass
+class ConvertOptions:
+    thresholds: Thresholds = Thresholds.per_feature
+    """per_feature: each feature fires as often as under its rule on the calibration split. per_layer: one threshold for
+    a layer, with which the layer does."""
+
+
+@dataclass
+class ConvertConfig:
+    cache: CacheOptions
+    convert: ConvertOptions
+    run: str | None = None
+    """Run directory, or the name of a run; null is the newest that holds a finished transcoder."""
+
+    to: str | None = None
+    """Name of the new run, or its directory; null is <run>-jumprelu."""
+
+    device: str = "auto"
+    """Where the transcoder runs: auto, cpu, cuda or cuda:N."""
+
+
 @dataclass
 class EvalConfig:
     cache: CacheOptions
@@ -160,3 +186,30 @@ class EvalConfig:
 
     device: str = "auto"
     """Where the base model and the transcoder run: auto, cpu, cuda or cuda:N."""
+
+
+@dataclass
+class CompareOptions:
+    experiments: list[str] = field(default_factory=list)
+    """Names of conf/experiment/ (or of --config-dir), in the order of the table."""
+
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Each experiment is trained once with each train.seed."""
+
+    parameters: str | None = None
+    """Parameters of each transcoder (500k, 2M): arch.d_features becomes the largest that has no more. Null leaves the
+    experiments' own widths."""
+
+    l0: int | None = None
+    """Active features of a token over all layers: sets activation.k, or loss.target_l0 of a rule without a k. Null
+    leaves the experiments' own."""
+
+
+@dataclass
+class CompareConfig(TrainConfig):
+    """Settings of `clt train` go to every experiment, over what its file says."""
+
+    eval: EvalOptions = field(default_factory=EvalOptions)
+    compare: CompareOptions = field(default_factory=CompareOptions)
+    jobs: dict[str, TrainConfig] = field(default_factory=dict)
+    """The settings of each experiment. The command line fills it in."""

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from pipeline.arch import init, table
 from pipeline.arch.base import Dims, Transcoder
-from pipeline.arch.options import Init
 from pipeline.core import activations
 from pipeline.data import cache as caches
 from pipeline.data import inventory
@@ -33,8 +32,9 @@ from pipeline.errors import UserError
 from pipeline.plain import from_plain, to_plain
 from pipeline.stages import train_estimate
 from pipeline.stages.options import TrainConfig
-from pipeline.train import artifact, calibrate, checkpoint, inputs, optim
+from pipeline.train import artifact, calibrate, checkpoint, inputs, optim, warm
 from pipeline.train import run as runs
+from pipeline.train.artifact import Trained
 from pipeline.train.inputs import Inputs, Recompute, Statistics
 from pipeline.train.loop import Plan, Trainer
 from pipeline.train.objective import Objective
@@ -52,11 +52,10 @@ def run(cfg: TrainConfig) -> Path:
     cache = _find_cache(cfg)
     plan = _plan(cfg, cache)
     device = resolve_device(cfg.train.device)
-    if cfg.arch.init == Init.data and cache.n_rows < cfg.arch.d_features:
-        raise UserError(
-            f"arch.init=data draws {cfg.arch.d_features} different rows, the cache has {cache.n_rows}; "
-            "use arch.init=uniform or a larger dataset.n_tokens"
-        )
+    dims = Dims(cache.n_layers, cache.d_model)
+    earlier = _earlier(cfg, dims)
+    if cfg.train.init_from is None:
+        init.check(cfg.arch, cfg.activation.name, cache.n_rows)
     torch.manual_seed(cfg.train.seed)
     maps = inputs.scaling(cfg.train.norm, _statistics(cache, cfg.arch.site), _statistics(cache, cfg.arch.writes))
     y_statistics = _statistics(cache, cfg.arch.writes)
@@ -64,11 +63,11 @@ def run(cfg: TrainConfig) -> Path:
     optim.check(cfg.optim)
     if cfg.dry_run:
         with torch.device("meta"):  # shapes alone
-            model = _build(cfg, cache)
+            model = build(cfg, dims)
         objective = Objective(cfg.loss, model, variances[0], plan.n_steps, variances[1], cfg.train.seed)
         train_estimate.say(cfg, cache, plan, model, objective.needs_pre_acts)
         return runs.RUNS / cfg.name
-    model = _build(cfg, cache).to(device)
+    model = build(cfg, dims).to(device)
     activations.check_batch(model.activation, plan.batch_tokens)
     done = runs.finished(runs.RUNS / cfg.name)
     mlps = mlps_of(cache, device) if cache.targets is Targets.recompute and not done else None
@@ -90,6 +89,9 @@ def run(cfg: TrainConfig) -> Path:
         _say_targets(cache, mlps, plan.batch_tokens)
     if last is not None:
         trainer.resume(last)
+    elif earlier is not None:
+        logger.info("weights    from %s", earlier.path)
+        warm.start_from(model, earlier, prepare.scaling)
     else:
         _initialise(cfg, model, cache, prepare)
     start, ahead = trainer.state.step, cfg.cache.shards_ahead
@@ -102,9 +104,8 @@ def run(cfg: TrainConfig) -> Path:
     return directory
 
 
-def _build(cfg: TrainConfig, cache: Cache) -> Transcoder:
+def build(cfg: TrainConfig, dims: Dims) -> Transcoder:
     """The transcoder, its weights zero."""
-    dims = Dims(cache.n_layers, cache.d_model)
     rule = activations.build(cfg.activation, table.n_sources(cfg.arch, dims), cfg.arch.d_features)
     return table.build(cfg.arch, dims, rule)
 
@@ -289,16 +290,26 @@ def _say_share(directory: Path) -> None:
         logger.info("targets    recomputing them took %.0f %% of the training steps", 100 * targets / steps)
 
 
+def _earlier(cfg: TrainConfig, dims: Dims) -> Trained | None:
+    """The finished run that `train.init_from` names, if any; not where this run has begun."""
+    if cfg.train.init_from is None or checkpoint.newest(runs.RUNS / str(cfg.name)) is not None:
+        return None
+    earlier = artifact.read(runs.named(cfg.train.init_from))
+    warm.check(earlier, cfg.arch, dims)
+    return earlier
+
+
 def _initialise(cfg: TrainConfig, model: Transcoder, cache: Cache, prepare: Inputs) -> None:
     generator = torch.Generator().manual_seed(cfg.train.seed)
-    if cfg.arch.init == Init.uniform:
-        init.uniform(model, generator)
+    if not init.needs_sample(cfg.arch):
+        nothing = torch.empty(0, *model.dims)
+        init.initialise(model, nothing, nothing, generator)
         return
     n = min(cache.n_rows, max(8192, 4 * model.d_features))
     with Loader(cache, n, cfg.train.seed, cfg.cache.read, shards_ahead=cfg.cache.shards_ahead) as batches:
         batch = next(iter(batches))
         x, y = prepare(batch.resid_mid, batch.mlp_out)
-    init.from_data(model, x, y, generator)
+    init.initialise(model, x, y, generator)
 
 
 def _finish(cfg: TrainConfig, cache: Cache, trainer: Trainer, metrics: dict[str, object]) -> None:

@@ -2,9 +2,9 @@
 
 import logging
 
+from pipeline.arch import init
 from pipeline.arch.base import Transcoder
 from pipeline.arch.cost import flops
-from pipeline.arch.options import Init
 from pipeline.core.activations import BatchTopKAcross
 from pipeline.data.cache import Cache
 from pipeline.data.layout import gb, prefix
@@ -25,7 +25,7 @@ LIBRARIES = 500 * 10**6
 
 def say(cfg: TrainConfig, cache: Cache, plan: Plan, model: Transcoder, needs_pre_acts: bool) -> None:
     """`model` may lie on the meta device: only its shapes are read."""
-    learned = sum(p.numel() for p in model.parameters())
+    learned = model.n_parameters
     cost = flops(model, needs_pre_acts)
     weights, peak = FLOAT * learned, peak_bytes(cfg, model, plan, needs_pre_acts, held_out_rows(cache))
     tokens = plan.n_steps * plan.batch_tokens
@@ -54,15 +54,16 @@ def say(cfg: TrainConfig, cache: Cache, plan: Plan, model: Transcoder, needs_pre
 def disk_bytes(model: Transcoder, plan: Plan) -> int:
     """What a run writes: weights and two moments in each checkpoint, one more of them while it is being written, and
     the result."""
-    weights = FLOAT * sum(p.numel() for p in model.parameters())
+    weights = FLOAT * model.n_parameters
     return weights * (3 * (plan.keep_checkpoints + 1) + 1)
 
 
 def peak_bytes(cfg: TrainConfig, model: Transcoder, plan: Plan, needs_pre_acts: bool, held_out: int) -> int:
     """Memory at the worst of four moments: the start from data, a step, a checkpoint, the end. An estimate."""
-    weights = FLOAT * sum(p.numel() for p in model.parameters())
+    weights = FLOAT * model.n_parameters
     row = FLOAT * model.dims.n_layers * model.dims.d_model
-    n_first = max(8192, 4 * model.d_features) if cfg.arch.init == Init.data else 0
+    sampled = cfg.train.init_from is None and init.needs_sample(cfg.arch)
+    n_first = max(8192, 4 * model.d_features) if sampled else 0
     start = weights + 6 * n_first * row
     kept = 4 * weights  # weights, gradients and the two moments, from the first step on
     # As they are stored, as floats, through the norm, scaled, and the reconstruction with its gradient.

@@ -58,6 +58,23 @@ def thresholds(model: Transcoder, x: Tensor, batch: int, seed: int) -> Tensor:
     return theta
 
 
+@torch.no_grad()
+def layer_thresholds(model: Transcoder, x: Tensor, batch: int, seed: int) -> Tensor:
+    """theta [L, F] >= 0, one number for a layer, with which the layer fires as often as under the model's own rule.
+
+    x [n, L, D] are the calibration inputs, in the transcoder's units; the rule is one that chooses.
+    """
+    counts = firing_counts(model, x, batch, seed).sum(dim=1)
+    largest = [x.new_empty(0) for _ in counts]
+    for rows in x.split(batch):
+        for layer, h in enumerate(model.encode(rows).unbind(1)):
+            # One more than fires, so that the midpoint has two sides; the rest of the pre-activations is forgotten.
+            found = torch.cat([largest[layer], h[h > 0]])
+            largest[layer] = found.topk(min(int(counts[layer]) + 1, found.numel())).values
+    theta = [at_count(values[:, None], n[None].to(x.device)) for values, n in zip(largest, counts, strict=True)]
+    return torch.stack(theta).expand(-1, model.d_features).contiguous()
+
+
 def at_count(pre_acts: Tensor, counts: Tensor) -> Tensor:
     """Thresholds above which exactly counts[i] of the positive values in column i lie. [n, F], [F] -> [F]"""
     ordered = pre_acts.clamp(min=0).sort(dim=0, descending=True).values

@@ -55,6 +55,10 @@ class TrainOptions:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
+    init_from: str | None = None
+    """A finished run, by name or path, whose weights the run begins with, in place of arch.init; with
+    activation=jumprelu its thresholds too."""
+
     norm: Norm = Norm.rms
     """rms: one scalar for each layer and side. standard: mean and standard deviation of each dimension."""
 

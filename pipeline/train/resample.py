@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.arch.base import Transcoder
-from pipeline.arch.init import FIRING
+from pipeline.arch.init_rows import FIRING
 from pipeline.core.activations import JumpReLU
 
 SHARE = 0.2

@@ -29,12 +29,22 @@ def start(name: str, config: Any) -> Path:
     directory = RUNS / name
     if RUNS.resolve() not in directory.resolve().parents:
         raise UserError(f"name={name!r} is no place under {RUNS}/; use a plain name such as name=demo")
+    return begin(directory, config, key="name")
+
+
+def place(to: str) -> Path:
+    """The directory that `to=` means: runs/NAME for a plain name, else the path."""
+    return Path(to) if "/" in to else RUNS / to
+
+
+def begin(directory: Path, config: Any, key: str) -> Path:
+    """Make the directory with its config.yaml, or find that it is a run of the same settings. `key` chooses another."""
     file = directory / "config.yaml"
     plain = to_plain(config)
     if file.exists():
-        _refuse_difference(name, flatten(yaml.safe_load(file.read_text())), flatten(plain))
+        _refuse_difference(directory, key, flatten(yaml.safe_load(file.read_text())), flatten(plain))
     elif directory.exists() and any(not child.name.isdigit() for child in directory.iterdir()):
-        raise UserError(f"{directory} exists and is no run (it has no config.yaml); choose another name=")
+        raise UserError(f"{directory} exists and is no run (it has no config.yaml); choose another {key}=")
     else:
         directory.mkdir(parents=True, exist_ok=True)
         write_aside(file, yaml.safe_dump(plain, sort_keys=False).encode())
@@ -74,11 +84,11 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _refuse_difference(name: str, old: dict[str, Any], new: dict[str, Any]) -> None:
-    old = {key: value for key, value in ADDED.items() if key in new} | old
-    keys = sorted(old.keys() | new.keys())
-    differ = [key for key in keys if old.get(key) != new.get(key) and key not in NO_EFFECT]
+def _refuse_difference(directory: Path, key: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    old = {name: value for name, value in ADDED.items() if name in new} | old
+    names = sorted(old.keys() | new.keys())
+    differ = [name for name in names if old.get(name) != new.get(name) and name not in NO_EFFECT]
     if differ:
-        shown = ", ".join(f"{key}={new.get(key)} (was {old.get(key)})" for key in differ[:6])
+        shown = ", ".join(f"{name}={new.get(name)} (was {old.get(name)})" for name in differ[:6])
         more = f" and {len(differ) - 6} more" if len(differ) > 6 else ""
-        raise UserError(f"runs/{name} was trained with other settings: {shown}{more}; choose another name=")
+        raise UserError(f"{directory} was made with other settings: {shown}{more}; choose another {key}=")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.arch import init, table
+from pipeline.arch import init_rows, table
 from pipeline.arch.base import Dims
 from pipeline.arch.matryoshka import Matryoshka
 from pipeline.arch.options import ArchOptions
@@ -339,7 +339,7 @@ def test_a_planted_dictionary_is_found_again(options: dict[str, object]) -> None
         x += 0.05 * torch.randn(x.shape, generator=generator)
         return x, planted(x).y_hat
 
-    init.from_data(learner, *rows(1024), generator)
+    init_rows.from_data(learner, *rows(1024), generator)
     before = found(planted, learner)
     objective = Objective(MSE, learner, 1.0, n_steps)
     optimizer = torch.optim.Adam(learner.parameters())

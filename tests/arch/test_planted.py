@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.arch import init, table
+from pipeline.arch import init_random, init_rows, table
 from pipeline.arch.base import Dims, Transcoder
 from pipeline.arch.options import Tie
 from pipeline.core import activations
@@ -89,9 +89,9 @@ def test_a_planted_dictionary_is_found(architecture: str, options: dict[str, Any
     rule = activations.build(ActivationOptions("topk", k=ACTIVE), table.n_sources(chosen, Dims(L, D)), LEARNED)
     model = table.build(chosen, Dims(L, D), rule)
     world = World(model)
-    init.uniform(model, torch.Generator().manual_seed(1))
+    init_random.uniform(model, torch.Generator().manual_seed(1))
     before = recovered(model, world)
-    init.from_data(model, *world.batch(1024), torch.Generator().manual_seed(1))
+    init_rows.from_data(model, *world.batch(1024), torch.Generator().manual_seed(1))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, fused=True)
     for step in range(STEPS):
         for group in optimizer.param_groups:

@@ -145,3 +145,12 @@ def test_inputs_are_normed_only_where_the_transcoder_reads_behind_the_norm(site:
     raw_x, raw_y = prepare.raw(resid, mlp_out)
     torch.testing.assert_close(raw_x, read)
     assert torch.equal(raw_y, mlp_out.float())
+
+
+def test_the_inverse_maps_undo_the_maps() -> None:
+    maps = Scaling(*(torch.randn(3, 4, dtype=torch.float64) for _ in range(4)))
+    x = torch.randn(5, 3, 4, dtype=torch.float64)
+    back = maps.inverse()
+    torch.testing.assert_close(back.x(maps.x(x)), x)
+    torch.testing.assert_close(back.y(maps.y(x)), x)
+    torch.testing.assert_close(back.y_inverse(maps.y_inverse(x)), x)
