@@ -338,6 +338,11 @@ def activation_options(name: str) -> ActivationOptions:
     return ActivationOptions(name, **{option: values[option] for option in activations.USES[name]})
 
 
+def allowed(architecture: str, activation: str) -> bool:
+    """Whether the two go together: in one feature space over all layers nothing can compete across."""
+    return not (activation == "batchtopk_across" and ARCHS[architecture].sources(Dims(3, 6)) == 1)
+
+
 def arch_options(architecture: str, **options: Any) -> ArchOptions:
     """An architecture's options, with those that it fixes, and a width of 11."""
     return ArchOptions(architecture, **{"d_features": 11, **ARCHS[architecture].fixed, **options})
