@@ -12,7 +12,7 @@ number for each layer that fits the sample best. Drawing apart (each next row is
 before) spreads features over rare inputs too, and leaves fewer of them dead.
 
 A rule that does not choose how many features fire (ReLU, JumpReLU) gets a bias for each feature in place of the
-centring one, such that it fires on the share `FIRING / F` of the sample.
+centring one, such that it fires on the share `FIRING / F` of the sample, or another that is asked for.
 """
 
 import torch
@@ -41,8 +41,9 @@ def uniform(model: Transcoder, generator: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def from_data(model: Transcoder, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
-    """x, y [n, L, D]: a sample in the transcoder's units, n at least d_features."""
+def from_data(model: Transcoder, x: Tensor, y: Tensor, generator: torch.Generator, firing: float = FIRING) -> None:
+    """x, y [n, L, D]: a sample in the transcoder's units, n at least d_features. firing: active features of a token and
+    layer to begin with, for a rule that does not choose them."""
     for layer, weight in enumerate(model.encoders):
         inputs, outputs = x[:, layer].float(), y[:, layer].float()
         centred = inputs - inputs.mean(dim=0)
@@ -50,7 +51,7 @@ def from_data(model: Transcoder, x: Tensor, y: Tensor, generator: torch.Generato
         weight.copy_(F.normalize(centred[rows], dim=1))
         model.b_enc[layer] = -weight @ inputs.mean(dim=0)
         if not model.activation.chooses:
-            model.b_enc[layer] = _firing_bias(model, inputs, layer)
+            model.b_enc[layer] = _firing_bias(model, inputs, layer, firing)
         model.b_dec[layer] = outputs.mean(dim=0)
         own = next(model.tables(layer))
         own.copy_((outputs[rows] - outputs.mean(dim=0)) / centred[rows].norm(dim=1, keepdim=True))
@@ -79,9 +80,9 @@ def _draw_uniform(weight: Tensor, bound: float, generator: torch.Generator) -> N
     weight.copy_(torch.empty(weight.shape, dtype=weight.dtype).uniform_(-bound, bound, generator=generator))
 
 
-def _firing_bias(model: Transcoder, inputs: Tensor, layer: int) -> Tensor:
-    """Biases with which each feature exceeds its threshold on the share FIRING / F of the inputs [n, D]. -> [F]"""
-    share = min(0.5, FIRING / model.d_features)
+def _firing_bias(model: Transcoder, inputs: Tensor, layer: int, firing: float) -> Tensor:
+    """Biases with which each feature exceeds its threshold on the share firing / F of the inputs [n, D]. -> [F]"""
+    share = min(0.5, firing / model.d_features)
     rank = max(1, round(share * inputs.shape[0]))
     blocks = model.encoders[layer].split(BLOCK)
     reached = torch.cat([(inputs @ block.T).topk(rank, dim=0).values[-1] for block in blocks])
