@@ -43,7 +43,8 @@ the table, and rows of V have length 1 on average, from U(+-sqrt(3/d)) or in the
 
 Biases (`arch.init_firing=p`): a rule that does not choose how many features fire (ReLU, JumpReLU) gets a bias for each
 feature, in place of the one above, such that it fires on the share p of the sample (January update: p = 10,000/m). It
-goes with each of the above. Null is `FIRING`/F (more where `loss.target_l0` aims high) for `data` and `random_rows`, and the table's bias for the others.
+goes with each of the above. Null is the table's bias, and for `data` and `random_rows` p = `FIRING`/F, or more where
+`loss.target_l0` aims high.
 """
 
 from collections.abc import Callable

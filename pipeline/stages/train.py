@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.arch import init, table
 from pipeline.arch.base import Dims, Transcoder
+from pipeline.arch.init_rows import FIRING
 from pipeline.core import activations
 from pipeline.data import cache as caches
 from pipeline.data import inventory
@@ -311,7 +312,7 @@ def _initialise(cfg: TrainConfig, model: Transcoder, cache: Cache, prepare: Inpu
         x, y = prepare(batch.resid_mid, batch.mlp_out)
     # L0 falls while features form, penalty or not, so that a run which aims high begins higher still.
     target = cfg.loss.target_l0 or 0.0
-    init.initialise(model, x, y, generator, max(init.FIRING, 2 * target / model.n_sources))
+    init.initialise(model, x, y, generator, max(FIRING, 2 * target / model.n_sources))
 
 
 def _finish(cfg: TrainConfig, cache: Cache, trainer: Trainer, metrics: dict[str, object]) -> None:
