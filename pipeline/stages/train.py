@@ -8,49 +8,42 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from pipeline.arch import init, table
 from pipeline.arch.base import Dims, Transcoder
 from pipeline.arch.init_rows import FIRING
 from pipeline.core import activations
-from pipeline.data import cache as caches
-from pipeline.data import inventory
-from pipeline.data.address import Place, cache_place, is_address, local_of, resolved
 from pipeline.data.cache import Cache
-from pipeline.data.layout import MERGED, directory_of, gb, request_of
+from pipeline.data.layout import gb
 from pipeline.data.loader import Loader
 from pipeline.data.mlps import Mlps
 from pipeline.data.models import resolve_device
-from pipeline.data.options import Codec, DatasetOptions, ModelOptions, Targets
+from pipeline.data.options import Targets
 from pipeline.data.plan import disk_of, free_bytes
 from pipeline.data.recompute import mlps_of
-from pipeline.data.tokens import Split, count
+from pipeline.data.tokens import count
 from pipeline.errors import UserError
-from pipeline.plain import from_plain, to_plain
 from pipeline.stages import train_estimate
 from pipeline.stages.options import TrainConfig
-from pipeline.train import artifact, calibrate, checkpoint, inputs, optim, warm
+from pipeline.stages.train_cache import find_cache, statistics
+from pipeline.stages.train_finish import finish, last_metrics
+from pipeline.train import artifact, checkpoint, inputs, optim, warm
 from pipeline.train import run as runs
 from pipeline.train.artifact import Trained
-from pipeline.train.inputs import Inputs, Recompute, Statistics
+from pipeline.train.inputs import Inputs, Recompute
 from pipeline.train.loop import Plan, Trainer
 from pipeline.train.objective import Objective
 
 logger = logging.getLogger(__name__)
-
-TOLERANCE = 0.05
-"""How far held-out L0 may lie from loss.target_l0 before the run says so."""
 
 
 def run(cfg: TrainConfig) -> Path:
     """Train, calibrate, fold and save; or continue, or say that the run is finished. -> runs/NAME, which a dry run does
     not make."""
     assert cfg.name is not None
-    cache = _find_cache(cfg)
+    cache = find_cache(cfg)
     plan = _plan(cfg, cache)
     device = resolve_device(cfg.train.device)
     dims = Dims(cache.n_layers, cache.d_model)
@@ -58,8 +51,8 @@ def run(cfg: TrainConfig) -> Path:
     if cfg.train.init_from is None:
         init.check(cfg.arch, cfg.activation.name, cache.n_rows)
     torch.manual_seed(cfg.train.seed)
-    maps = inputs.scaling(cfg.train.norm, _statistics(cache, cfg.arch.site), _statistics(cache, cfg.arch.writes))
-    y_statistics = _statistics(cache, cfg.arch.writes)
+    maps = inputs.scaling(cfg.train.norm, statistics(cache, cfg.arch.site), statistics(cache, cfg.arch.writes))
+    y_statistics = statistics(cache, cfg.arch.writes)
     variances = inputs.variance(y_statistics, maps), inputs.layer_variance(y_statistics, maps)
     optim.check(cfg.optim)
     if cfg.dry_run:
@@ -100,7 +93,7 @@ def run(cfg: TrainConfig) -> Path:
         metrics = trainer.fit(iter(batches))
     if mlps is not None:
         _say_share(directory)
-    _finish(cfg, cache, trainer, metrics or _last_metrics(directory))
+    finish(cfg, cache, trainer, metrics or last_metrics(directory))
     logger.info("%s\nnext: clt eval run=%s", directory, directory)
     return directory
 
@@ -109,68 +102,6 @@ def build(cfg: TrainConfig, dims: Dims) -> Transcoder:
     """The transcoder, its weights zero."""
     rule = activations.build(cfg.activation, table.n_sources(cfg.arch, dims), cfg.arch.d_features)
     return table.build(cfg.arch, dims, rule)
-
-
-def _find_cache(cfg: TrainConfig) -> Cache:
-    """The cache that the settings name; with `newest_cache` (neither a model nor a dataset named) `cache.path`, that of
-    the unfinished run of this name, or the newest.
-
-    The settings take on the cache's model, dataset, codec and targets, so that config.yaml says what was used, in one
-    spelling.
-    """
-    root = cache_place(cfg.cache)
-    assert cfg.name is not None
-    before = runs.saved(runs.RUNS / cfg.name) if cfg.newest_cache else None
-    if before is not None:
-        _take_on(cfg, before)
-        cfg.cache.path = cfg.cache.path or before["cache"].get("path")
-        cfg.cache.codec = Codec(before["cache"]["codec"]) if cfg.cache.codec is Codec.raw else cfg.cache.codec
-        if cfg.cache.targets is Targets.stored:  # the default: nothing was said
-            cfg.cache.targets = Targets(before["cache"].get("targets", Targets.stored))
-    if cfg.cache.path is not None:
-        cache = _named_cache(cfg, root, cfg.cache.path)
-    elif before is not None or not cfg.newest_cache:
-        cache = caches.find(root, cfg.model, cfg.dataset, cfg.cache.codec, cfg.cache.targets)
-    else:
-        asked = cfg.cache.targets if cfg.cache.targets is not Targets.stored else None
-        newest = caches.newest(root, asked)
-        if newest is None:
-            kind, word = (f" with cache.targets={asked}", f" cache.targets={asked}") if asked else ("", "")
-            fix = f"make one with clt extract model={cfg.model.name}{word}"
-            raise UserError(f"no finished cache{kind} under {root}/; {fix}")
-        logger.info("no model or dataset named: using the newest cache, %s", newest.path)
-        cache = newest
-    _take_on(cfg, cache.request)
-    cfg.cache.path, cfg.cache.codec, cfg.cache.targets = _spelled(cache, root), cache.codec, cache.targets
-    return cache
-
-
-def _named_cache(cfg: TrainConfig, root: Place, name: str) -> Cache:
-    """Of `cache.path`. Raises UserError where a model, a dataset or a codec is named as well, and is another."""
-    local = local_of(cfg.cache) if is_address(name) else None
-    cache = Cache.open(inventory.find(root, name, local).path)
-    if not cfg.newest_cache:
-        asked = request_of(cfg.model, cfg.dataset)
-        differ = [part for part in ("model", "dataset") if asked[part] != cache.request[part]]
-        if differ:
-            what = f"cache.path={name}: {cache.path} is of another {' and another '.join(differ)} than named"
-            raise UserError(f"{what}; leave model and dataset out")
-    if cfg.cache.codec not in (Codec.raw, cache.codec):
-        raise UserError(f"cache.path={name}: {cache.path} is stored as {cache.codec}; leave cache.codec out")
-    return cache
-
-
-def _spelled(cache: Cache, root: Place) -> str | None:
-    """`cache.path` as config.yaml has it: null for the cache that model, dataset and codec name."""
-    path = resolved(cache.path)
-    if path == resolved(directory_of(root, cache.request)) and MERGED not in cache.request:
-        return None
-    return path.name if path.parent == resolved(root) else str(path)
-
-
-def _take_on(cfg: TrainConfig, saved: dict[str, Any]) -> None:
-    cfg.model = from_plain(ModelOptions, saved["model"])
-    cfg.dataset = from_plain(DatasetOptions, saved["dataset"])
 
 
 def _plan(cfg: TrainConfig, cache: Cache) -> Plan:
@@ -206,7 +137,7 @@ def _plan(cfg: TrainConfig, cache: Cache) -> Plan:
         resample_steps=resample_steps,
         last_resample=int(cfg.loss.resample_until * n_steps),
         seed=options.seed,
-        y_variance=_statistics(cache, cfg.arch.writes).std.square(),
+        y_variance=statistics(cache, cfg.arch.writes).std.square(),
     )
 
 
@@ -313,59 +244,3 @@ def _initialise(cfg: TrainConfig, model: Transcoder, cache: Cache, prepare: Inpu
     # L0 falls while features form, penalty or not, so that a run which aims high begins higher still.
     target = cfg.loss.target_l0 or 0.0
     init.initialise(model, x, y, generator, max(FIRING, 2 * target / model.n_sources))
-
-
-def _finish(cfg: TrainConfig, cache: Cache, trainer: Trainer, metrics: dict[str, object]) -> None:
-    """Thresholds from the calibration split, their L0 and FVU on the evaluation split, folding, runs/NAME/final."""
-    model, prepare, batch = trainer.model.eval(), trainer.inputs, trainer.plan.batch_tokens
-    x, _ = _held_out(cache, Split.calibration, prepare)
-    rank_norms = model.rank_norms()
-    threshold = calibrate.thresholds(model, x, batch, cfg.train.seed)
-    measured_x, measured_y = _held_out(cache, Split.evaluation, prepare)
-    y_scale = prepare.scaling.y_scale
-    before = calibrate.measure(model, measured_x, measured_y, y_scale, batch, cfg.train.seed)
-    model.activation = activations.FixedThreshold(threshold)
-    after = calibrate.measure(model, measured_x, measured_y, y_scale, batch, cfg.train.seed)
-    logger.info("held out   %s: L0 %.2f, FVU %.4f", cfg.activation.name, before["l0"], before["fvu"])
-    logger.info("           fixed thresholds: L0 %.2f, FVU %.4f", after["l0"], after["fvu"])
-    _compare(cfg.loss.target_l0, after["l0"])
-    model.fold(prepare.scaling)
-    y_mean = _statistics(cache, "mlp_out").mean  # ablation is of the MLPs, whatever is reconstructed
-    config = {
-        **artifact.describe(cfg.arch, model.dims, cfg.activation),
-        "units": "model",
-        "hooks": cache.hooks,
-        "model": cache.model,
-        "dataset": cache.dataset,
-        "cache": {"key": cache.key, "path": str(cache.path), "request": cache.request},
-        "train": to_plain(cfg.train),
-        "calibration": {
-            "calibration_tokens": x.shape[0],
-            "evaluation_tokens": measured_x.shape[0],
-            "exact": before,
-            "threshold": after,
-        },
-        "metrics": metrics,
-    }
-    artifact.save(trainer.directory, model, threshold, y_mean, config, rank_norms)
-
-
-def _compare(target: float | None, l0: float | None) -> None:
-    """Say so when a run missed the L0 that it aimed at."""
-    if target is not None and l0 is not None and abs(l0 / target - 1) > TOLERANCE:
-        start = "larger" if l0 > target else "smaller"
-        fix = f"a longer run, or a {start} loss.sparsity to begin with, comes closer"
-        logger.warning("held-out L0 is %.1f, loss.target_l0 was %g; %s", l0, target, fix)
-
-
-def _held_out(cache: Cache, split: Split, prepare: Inputs) -> tuple[Tensor, Tensor]:
-    _, resid_mid, mlp_out = cache.held_out(split)
-    return prepare(resid_mid, mlp_out)
-
-
-def _statistics(cache: Cache, site: str) -> Statistics:
-    return Statistics(*cache.stats(site))
-
-
-def _last_metrics(directory: Path) -> dict[str, object]:
-    return json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])

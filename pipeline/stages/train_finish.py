@@ -1,0 +1,74 @@
+"""The end of `clt train`: thresholds, folding, `runs/NAME/final/`."""
+
+import json
+import logging
+from pathlib import Path
+
+from torch import Tensor
+
+from pipeline.core import activations
+from pipeline.data.cache import Cache
+from pipeline.data.tokens import Split
+from pipeline.plain import to_plain
+from pipeline.stages.options import TrainConfig
+from pipeline.stages.train_cache import statistics
+from pipeline.train import artifact, calibrate
+from pipeline.train.inputs import Inputs
+from pipeline.train.loop import Trainer
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 0.05
+"""How far held-out L0 may lie from loss.target_l0 before the run says so."""
+
+
+def finish(cfg: TrainConfig, cache: Cache, trainer: Trainer, metrics: dict[str, object]) -> None:
+    """Thresholds from the calibration split, their L0 and FVU on the evaluation split, folding, runs/NAME/final."""
+    model, prepare, batch = trainer.model.eval(), trainer.inputs, trainer.plan.batch_tokens
+    x, _ = _held_out(cache, Split.calibration, prepare)
+    rank_norms = model.rank_norms()
+    threshold = calibrate.thresholds(model, x, batch, cfg.train.seed)
+    measured_x, measured_y = _held_out(cache, Split.evaluation, prepare)
+    y_scale = prepare.scaling.y_scale
+    before = calibrate.measure(model, measured_x, measured_y, y_scale, batch, cfg.train.seed)
+    model.activation = activations.FixedThreshold(threshold)
+    after = calibrate.measure(model, measured_x, measured_y, y_scale, batch, cfg.train.seed)
+    logger.info("held out   %s: L0 %.2f, FVU %.4f", cfg.activation.name, before["l0"], before["fvu"])
+    logger.info("           fixed thresholds: L0 %.2f, FVU %.4f", after["l0"], after["fvu"])
+    _compare(cfg.loss.target_l0, after["l0"])
+    model.fold(prepare.scaling)
+    y_mean = statistics(cache, "mlp_out").mean  # ablation is of the MLPs, whatever is reconstructed
+    config = {
+        **artifact.describe(cfg.arch, model.dims, cfg.activation),
+        "units": "model",
+        "hooks": cache.hooks,
+        "model": cache.model,
+        "dataset": cache.dataset,
+        "cache": {"key": cache.key, "path": str(cache.path), "request": cache.request},
+        "train": to_plain(cfg.train),
+        "calibration": {
+            "calibration_tokens": x.shape[0],
+            "evaluation_tokens": measured_x.shape[0],
+            "exact": before,
+            "threshold": after,
+        },
+        "metrics": metrics,
+    }
+    artifact.save(trainer.directory, model, threshold, y_mean, config, rank_norms)
+
+
+def _compare(target: float | None, l0: float | None) -> None:
+    """Say so when a run missed the L0 that it aimed at."""
+    if target is not None and l0 is not None and abs(l0 / target - 1) > TOLERANCE:
+        start = "larger" if l0 > target else "smaller"
+        fix = f"a longer run, or a {start} loss.sparsity to begin with, comes closer"
+        logger.warning("held-out L0 is %.1f, loss.target_l0 was %g; %s", l0, target, fix)
+
+
+def _held_out(cache: Cache, split: Split, prepare: Inputs) -> tuple[Tensor, Tensor]:
+    _, resid_mid, mlp_out = cache.held_out(split)
+    return prepare(resid_mid, mlp_out)
+
+
+def last_metrics(directory: Path) -> dict[str, object]:
+    return json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])
