@@ -27,6 +27,8 @@ SHORT += ["train.batch_tokens=128", "log.every=5", "train.checkpoint_every=640"]
 
 VARIANTS = {
     **{name: [f"arch={name}"] for name in sorted(ARCHS)},
+    "molt": ["arch=molt", "arch.ranks=[6,4,2]"],
+    "matryoshka": ["arch=matryoshka", "arch.random_prefixes=3"],
     "tied to target": ["arch=tied", "arch.tie=target", "arch.offset=true"],
     "sae of mlp_out": ["arch=sae", "arch.site=mlp_out"],
     "crosscoder of mlp_out": ["arch=crosscoder", "arch.target=site", "arch.site=mlp_out"],

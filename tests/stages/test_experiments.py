@@ -11,7 +11,7 @@ from pipeline.stages import train
 from pipeline.stages.options import TrainConfig
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-SMALL = ["arch.d_features=40", "train.n_tokens=null", "train.n_steps=2", "train.batch_tokens=64", "newest_cache=true"]
+SMALL = ["arch.d_features=112", "train.n_tokens=null", "train.n_steps=2", "train.batch_tokens=64", "newest_cache=true"]
 SMALL += ["train.dead_window=64"]
 
 
@@ -46,6 +46,8 @@ def composed(experiment: str, *words: str) -> TrainConfig:
         ("goreg_jumprelu", ("gpt2", "openwebtext", "clt", 10_000, "jumprelu", 1e-4)),
         ("goreg_topk", ("gpt2", "openwebtext", "clt", 20_000, "topk", 1e-4)),
         ("goreg_plt", ("gpt2", "openwebtext", "per_layer", 10_000, "jumprelu", 1e-4)),
+        ("sparsify_skip", ("pythia-160m", "pile", "skip", 32 * 768, "topk", 1.63e-4)),
+        ("crosscode", ("pythia-160m", "pile", "crosscoder", 8192, "topk", 5e-3)),
     ],
 )
 def test_an_experiment_of_another_project_has_its_model_text_and_sizes(experiment: str, expected: Any) -> None:
