@@ -22,8 +22,9 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.data import root
-from pipeline.data.cache import Cache, damage, read_attributes
+from pipeline.data.cache import Cache
 from pipeline.data.codecs import LOSSLESS, Int8, Loss, compress, encoded, fit_int8, sample_rows, told, warning_of
+from pipeline.data.condition import damage, read_attributes
 from pipeline.data.journal import read_state
 from pipeline.data.layout import (
     CRC_BYTES,

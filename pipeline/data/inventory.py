@@ -23,7 +23,7 @@ import numpy as np
 
 from pipeline.data import root
 from pipeline.data.address import Local, Place, Remote, is_address, place_of
-from pipeline.data.cache import damage, is_finished, read_attributes, zarr_json
+from pipeline.data.condition import damage, is_finished, read_attributes, zarr_json
 from pipeline.data.journal import read_state
 from pipeline.data.layout import (
     COPYING,

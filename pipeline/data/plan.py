@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 import pipeline
 from pipeline.core.normalize import MlpNorm
 from pipeline.data import tokens
-from pipeline.data.cache import read_attributes
 from pipeline.data.codecs import COMPRESSED
+from pipeline.data.condition import read_attributes
 from pipeline.data.journal import read_state
 from pipeline.data.layout import (
     HOOKS,

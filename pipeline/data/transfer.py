@@ -23,8 +23,8 @@ import google_crc32c
 
 from pipeline.data import root
 from pipeline.data.address import Place, Remote
-from pipeline.data.cache import damage, is_finished, read_attributes
 from pipeline.data.chunk_files import wrong
+from pipeline.data.condition import damage, is_finished, read_attributes
 from pipeline.data.layout import COPYING, JOURNAL, Json, file_bytes, gb, spec_of
 from pipeline.data.plan import disk_of, free_bytes
 from pipeline.data.remote import Store

@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.data.cache import read_attributes
 from pipeline.data.codecs import Int8, told
+from pipeline.data.condition import read_attributes
 from pipeline.data.harvest import Rows, statistics
 from pipeline.data.journal import Journal
 from pipeline.data.layout import JOURNAL, SITES, STORED, Json, prefix, stored

@@ -28,7 +28,8 @@ import torch
 
 from pipeline.data import models, tokens
 from pipeline.data.address import Place, Remote, cache_place
-from pipeline.data.cache import Cache, damage, newest, read_attributes
+from pipeline.data.cache import Cache, newest
+from pipeline.data.condition import damage, read_attributes
 from pipeline.data.convert import describe as describe_codec
 from pipeline.data.conveyor import Conveyor, n_buffers
 from pipeline.data.harvest import Buffers, harvest

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from pipeline.data import local_copies
 from pipeline.data.address import Remote
-from pipeline.data.cache import Cache, read_attributes
+from pipeline.data.cache import Cache
+from pipeline.data.condition import read_attributes
 from pipeline.data.layout import Json, directory_of, gb, overrides_of, request_of
 from pipeline.data.parts import Part
 from pipeline.data.plan import disk_of, free_bytes
