@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import cache as caches
-from pipeline.data import inventory, verify
+from pipeline.data import condition, inventory, verify
 from pipeline.data.inventory import State
 from pipeline.data.layout import JOURNAL, spec_of
 from pipeline.errors import UserError
@@ -256,7 +255,7 @@ def check(path: Path) -> set[tuple[str, int, str]]:
         total += n
 
     problems = list(verify.problems(path, found.about, report))
-    specs = caches.read_attributes(path)["manifest"]["arrays"].values()
+    specs = condition.read_attributes(path)["manifest"]["arrays"].values()
     spec = [spec_of(entry) for entry in specs]
     assert total == sum(each.n_chunks * each.file_bytes for each in spec)  # the bar ends at its end
     return {(problem.array or problem.file.name, problem.chunk, problem.what) for problem in problems}
