@@ -411,6 +411,11 @@ def activation_options(name: str) -> ActivationOptions:
     )
 
 
+def allowed(architecture: str, activation: str) -> bool:
+    """Whether the two go together: in one feature space over all layers nothing can compete across."""
+    return not (activation == "batchtopk_across" and ARCHS[architecture].sources(Dims(3, 6)) == 1)
+
+
 def arch_options(architecture: str, **options: Any) -> ArchOptions:
     """An architecture's options, with those that it fixes or must have set, and a width of 11."""
     # 2 transforms of rank 6, 3 of rank 4, 6 of rank 2, or as many times that; 1 of rank 3 and 3 of rank 1.

@@ -12,6 +12,7 @@ from pipeline.data.plan import disk_of, free_bytes
 from pipeline.data.tokens import Split
 from pipeline.stages.options import TrainConfig
 from pipeline.train import run as runs
+from pipeline.train.calibrate import FEATURES_AT_ONCE
 from pipeline.train.loop import Plan
 
 logger = logging.getLogger(__name__)
@@ -19,8 +20,11 @@ logger = logging.getLogger(__name__)
 FLOAT = 4
 """Bytes of a float32, which weights, gradients and moments are."""
 
-LIBRARIES = 500 * 10**6
-"""Bytes of a process that has imported torch and read nothing."""
+LIBRARIES = 160 * 10**6
+"""Bytes of a process that has imported torch and read nothing, pages of files apart."""
+
+RANKED = 28
+"""Bytes that calibration takes for each pre-activation it sorts: four floats and an index."""
 
 
 def say(cfg: TrainConfig, cache: Cache, plan: Plan, model: Transcoder, needs_pre_acts: bool) -> None:
@@ -59,7 +63,8 @@ def disk_bytes(model: Transcoder, plan: Plan) -> int:
 
 
 def peak_bytes(cfg: TrainConfig, model: Transcoder, plan: Plan, needs_pre_acts: bool, held_out: int) -> int:
-    """Memory at the worst of four moments: the start from data, a step, a checkpoint, the end. An estimate."""
+    """Memory at the worst of four moments: the start from data, a step, a checkpoint, the calibration at the end. An
+    estimate; pages of the cache's files, which the system takes back when it needs them, are not in it."""
     weights = FLOAT * model.n_parameters
     row = FLOAT * model.dims.n_layers * model.dims.d_model
     sampled = cfg.train.init_from is None and init.needs_sample(cfg.arch)
@@ -70,7 +75,8 @@ def peak_bytes(cfg: TrainConfig, model: Transcoder, plan: Plan, needs_pre_acts: 
     batch = 8 * plan.batch_tokens * row
     step = kept + batch + _features_bytes(model, plan, needs_pre_acts)
     checkpoint = kept + 2 * weights  # the moments are laid out as bytes once more
-    end = kept + weights + 5 * held_out * row
+    ranked = RANKED * held_out * min(FEATURES_AT_ONCE, model.d_features) if model.activation.chooses else 0
+    end = kept + weights + 5 * held_out * row + ranked
     return LIBRARIES + max(start, step, checkpoint, end)
 
 

@@ -36,9 +36,8 @@ ALLOWED = [
     (variant, activation)
     for variant in sorted(VARIANTS)
     for activation in [*sorted(ACTIVATIONS), "threshold"]
-    if not (VARIANTS[variant].name == "crosscoder" and activation == "batchtopk_across")
+    if oracle.allowed(VARIANTS[variant].name, activation)
 ]
-"""One feature space: there is nothing to compete across."""
 
 PER_TOKEN = [(v, a) for v, a in ALLOWED if a == "threshold" or ACTIVATIONS[a].per_token]
 CAUSAL = [(v, a) for v, a in PER_TOKEN if ARCHS[VARIANTS[v].name].causal]

@@ -16,6 +16,8 @@ from pipeline.core import activations
 from pipeline.core.normalize import Scaling
 from pipeline.core.options import ActivationOptions
 from pipeline.errors import UserError
+from pipeline.train import calibrate
+from pipeline.train.objective import explain_error
 from tests import oracle
 
 B, L, F, D = 5, 4, 11, 6
@@ -215,3 +217,36 @@ def test_competing_across_one_feature_space_is_refused_with_the_rule_that_is_mea
     with pytest.raises(UserError, match=r"one feature space.*same as batchtopk; use activation=batchtopk$"):
         table.build(options, Dims(L, D), rule)
     table.build(oracle.arch_options("clt"), Dims(1, D), rule)  # a model of one layer is another matter
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [("clt", {"max_reach": 1}), ("skip", {}), ("tied", {}), ("tied", {"tie": Tie.target}), ("crosscoder", {})],
+)
+def test_dead_features_explain_the_error_through_the_effective_decoder(
+    architecture: str, options: dict[str, Any]
+) -> None:
+    model, x = model_of(architecture, **options), oracle.normal(B, L, D)
+    dead = torch.zeros(model.n_sources, F, dtype=torch.bool)
+    dead[0, [3, 8]] = dead[-1] = True
+    encode = oracle.encode_all if model.n_sources == 1 else oracle.encode
+    h = encode(x, model.W_enc, model.b_enc).detach()
+    chosen = set()
+    for b in range(B):
+        for l in range(model.n_sources):
+            ids = [i for i in range(F) if dead[l, i]]
+            order = sorted(ids, key=lambda i: -float(h[b, l, i]))
+            chosen |= {(b, l, i) for i in order[: min(D // 2, len(ids))] if h[b, l, i] > 0}
+    weights = {**model.weights(), "b_dec": torch.zeros(L, D)}
+    linear = replace(model.options, skip=False)
+    expected = oracle.reconstruct(linear, weights, oracle.at_pairs(h, chosen), x)
+    assert oracle.normwise(explain_error(model, x, dead), expected) < 1e-12
+
+
+@pytest.mark.parametrize("architecture", sorted(oracle.SUMS))
+def test_calibrated_thresholds_fire_each_feature_as_often_as_its_rule(architecture: str) -> None:
+    model, x = model_of(architecture, "batchtopk"), oracle.normal(103, L, D)
+    before = calibrate.firing_counts(model, x, 16, 3)
+    assert before.shape == (model.n_sources, F)
+    theta = calibrate.thresholds(model, x, 16, 3)
+    assert torch.equal((model.encode(x) > theta).sum(dim=0), before)

@@ -33,7 +33,10 @@ Run = tuple[Transcoder, torch.optim.Optimizer, State]
 def new_run(architecture: str, activation: str, seed: int, dtype: torch.dtype = torch.float32) -> Run:
     torch.manual_seed(seed)
     model = oracle.transcoder(architecture, activation, seed=seed, dtype=dtype).train()
-    return model, optim.build(model.parameters(), OPTIM), State(0, torch.zeros(L, F, dtype=torch.int64))
+    with torch.no_grad():
+        model.b_enc[0, 5] = -100.0  # a feature that stays silent, so that a counter is not 0
+    counters = torch.zeros(model.n_sources, F, dtype=torch.int64)
+    return model, optim.build(model.parameters(), OPTIM), State(0, counters)
 
 
 def train(run: Run, steps: int) -> None:
@@ -75,8 +78,10 @@ def assert_same(one: Run, other: Run) -> None:
     assert one[2].log_lambda == other[2].log_lambda
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHS))
-@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize(
+    ("activation", "architecture"),
+    [(a, name) for a in sorted(ACTIVATIONS) for name in sorted(ARCHS) if oracle.allowed(name, a)],
+)
 def test_six_steps_equal_three_a_checkpoint_and_three_in_fresh_objects(
     tmp_path: Path, architecture: str, activation: str
 ) -> None:
