@@ -43,10 +43,11 @@ the table, and rows of V have length 1 on average, from U(+-sqrt(3/d)) or in the
 
 Biases (`arch.init_firing=p`): a rule that does not choose how many features fire (ReLU, JumpReLU) gets a bias for each
 feature, in place of the one above, such that it fires on the share p of the sample (January update: p = 10,000/m). It
-goes with each of the above. Null is `FIRING`/F for `data` and `random_rows`, and the table's bias for the others.
+goes with each of the above. Null is `firing`/F for `data` and `random_rows`, and the table's bias for the others.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -55,7 +56,7 @@ from torch import Tensor
 from pipeline.arch import table
 from pipeline.arch.base import Transcoder
 from pipeline.arch.init_random import active_subspace, transposed, uniform, zero_decoder
-from pipeline.arch.init_rows import firing_bias, from_data
+from pipeline.arch.init_rows import FIRING, firing_bias, from_data
 from pipeline.arch.options import ArchOptions, Init
 from pipeline.core.activations import ACTIVATIONS
 from pipeline.errors import UserError
@@ -64,8 +65,8 @@ from pipeline.errors import UserError
 class Start(NamedTuple):
     """How one name of `arch.init` fills a transcoder."""
 
-    fill: Callable[[Transcoder, Tensor, Tensor, torch.Generator], None]
-    """(model, x, y, generator), x and y [n, L, D] the sample; the weights of the model are 0."""
+    fill: Callable[[Transcoder, Tensor, Tensor, torch.Generator, float], None]
+    """(model, x, y, generator, firing), x and y [n, L, D] the sample; the weights of the model are 0."""
     draws_rows: bool = False
     """Whether each feature takes a row of the sample of its own, so that there must be as many."""
     needs_sample: bool = True
@@ -112,9 +113,11 @@ def needs_sample(options: ArchOptions) -> bool:
 
 
 @torch.no_grad()
-def initialise(model: Transcoder, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
-    """Fill a fresh transcoder as `arch.init` says. x, y [n, L, D]: a sample in the transcoder's units."""
-    INITS[model.options.init].fill(model, x, y, generator)
+def initialise(model: Transcoder, x: Tensor, y: Tensor, generator: torch.Generator, firing: float = FIRING) -> None:
+    """Fill a fresh transcoder as `arch.init` says. x, y [n, L, D]: a sample in the transcoder's units. firing: active
+    features of a token and source to begin with, for rules that do not choose them, where `arch.init_firing` is null
+    and the start draws rows."""
+    INITS[model.options.init].fill(model, x, y, generator, firing)
     share = model.options.init_firing
     if share is not None and not INITS[model.options.init].draws_rows:
         for source, read in enumerate(model.inputs(x.float())):
@@ -123,9 +126,9 @@ def initialise(model: Transcoder, x: Tensor, y: Tensor, generator: torch.Generat
 
 INITS: dict[str, Start] = {
     Init.data: Start(from_data, draws_rows=True),
-    Init.random_rows: Start(lambda model, x, y, g: from_data(model, x, y, g, apart=False), draws_rows=True),
-    Init.uniform: Start(lambda model, x, y, g: uniform(model, g), needs_sample=False),
-    Init.transposed: Start(lambda model, x, y, g: transposed(model, g), needs_sample=False, needs_directions=True),
-    Init.zero_decoder: Start(zero_decoder),
-    Init.active_subspace: Start(active_subspace),
+    Init.random_rows: Start(partial(from_data, apart=False), draws_rows=True),
+    Init.uniform: Start(lambda model, x, y, g, _: uniform(model, g), needs_sample=False),
+    Init.transposed: Start(lambda model, x, y, g, _: transposed(model, g), needs_sample=False, needs_directions=True),
+    Init.zero_decoder: Start(lambda model, x, y, g, _: zero_decoder(model, x, y, g)),
+    Init.active_subspace: Start(lambda model, x, y, g, _: active_subspace(model, x, y, g)),
 }

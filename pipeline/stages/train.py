@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.arch import init, table
 from pipeline.arch.base import Dims, Transcoder
+from pipeline.arch.init_rows import FIRING
 from pipeline.core import activations
 from pipeline.data import cache as caches
 from pipeline.data.cache import Cache
@@ -236,7 +237,9 @@ def _initialise(cfg: TrainConfig, model: Transcoder, cache: Cache, prepare: Inpu
     with Loader(cache, n, cfg.train.seed, cfg.cache.read, shards_ahead=cfg.cache.shards_ahead) as batches:
         batch = next(iter(batches))
         x, y = prepare(batch.resid_mid, batch.mlp_out)
-    init.initialise(model, x, y, generator)
+    # L0 falls while features form, penalty or not, so that a run which aims high begins higher still.
+    target = cfg.loss.target_l0 or 0.0
+    init.initialise(model, x, y, generator, max(FIRING, 2 * target / model.n_sources))
 
 
 def _finish(cfg: TrainConfig, cache: Cache, trainer: Trainer, metrics: dict[str, object]) -> None:
@@ -277,7 +280,9 @@ def _finish(cfg: TrainConfig, cache: Cache, trainer: Trainer, metrics: dict[str,
 def _compare(target: float | None, l0: float | None) -> None:
     """Say so when a run missed the L0 that it aimed at."""
     if target is not None and l0 is not None and abs(l0 / target - 1) > TOLERANCE:
-        logger.warning("held-out L0 is %.1f, loss.target_l0 was %g: a longer run settles better", l0, target)
+        start = "larger" if l0 > target else "smaller"
+        fix = f"a longer run, or a {start} loss.sparsity to begin with, comes closer"
+        logger.warning("held-out L0 is %.1f, loss.target_l0 was %g; %s", l0, target, fix)
 
 
 def _held_out(cache: Cache, split: Split, prepare: Inputs) -> tuple[Tensor, Tensor]:

@@ -131,6 +131,13 @@ def test_a_rule_that_does_not_choose_starts_at_the_wanted_firing_rate(activation
     assert ((fires - wanted).abs() <= 1).all()
 
 
+def test_another_firing_rate_can_be_asked_for() -> None:
+    model, x, y = started("jumprelu", 128)
+    init_rows.from_data(model, x, y, generator(), firing=16.0)
+    fires = (model.activation(model.encode(x)) > 0).sum(dim=0)
+    assert ((fires - round(16 / 128 * N)).abs() <= 1).all()
+
+
 def test_blocks_of_features_get_the_same_bias_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, *_ = started("jumprelu", 40)
     monkeypatch.setattr(init_rows, "BLOCK", 7)
