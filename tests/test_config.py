@@ -241,7 +241,7 @@ def test_evaluation_takes_another_text_or_none() -> None:
         (["newest_cache=maybe"], ["'maybe' is neither true nor false"]),
         (["optim.lr=null"], ["optim.lr: null"]),
         (["train=3"], ["train: '3' given for a whole section"]),
-        (["arch.site=mlp_im"], ["arch.site: 'mlp_im'", "did you mean mlp_in? choices: mlp_in, resid_mid"]),
+        (["arch.site=mlp_im"], ["arch.site: 'mlp_im'", "did you mean mlp_in? choices: mlp_in"]),
         (["model=wordl"], ["model=wordl: no such model", "did you mean world?", "gpt2"]),
         (["arch=null"], ["arch=null: no such arch", "clt"]),
         (["+experiment=topkk"], ["experiment=topkk: no such experiment", "did you mean topk?", "jumprelu"]),
