@@ -43,11 +43,11 @@ the table, and rows of V have length 1 on average, from U(+-sqrt(3/d)) or in the
 
 Biases (`arch.init_firing=p`): a rule that does not choose how many features fire (ReLU, JumpReLU) gets a bias for each
 feature, in place of the one above, such that it fires on the share p of the sample (January update: p = 10,000/m). It
-goes with each of the above. Null is the table's bias, and for `data` and `random_rows` p = `FIRING`/F, or more where
-`loss.target_l0` aims high.
+goes with each of the above. Null is `firing`/F for `data` and `random_rows`, and the table's bias for the others.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -115,7 +115,8 @@ def needs_sample(options: ArchOptions) -> bool:
 @torch.no_grad()
 def initialise(model: Transcoder, x: Tensor, y: Tensor, generator: torch.Generator, firing: float = FIRING) -> None:
     """Fill a fresh transcoder as `arch.init` says. x, y [n, L, D]: a sample in the transcoder's units. firing: active
-    features of a token and layer to begin with, where `arch.init_firing` does not say."""
+    features of a token and source to begin with, for rules that do not choose them, where `arch.init_firing` is null
+    and the start draws rows."""
     INITS[model.options.init].fill(model, x, y, generator, firing)
     share = model.options.init_firing
     if share is not None and not INITS[model.options.init].draws_rows:
@@ -125,9 +126,9 @@ def initialise(model: Transcoder, x: Tensor, y: Tensor, generator: torch.Generat
 
 INITS: dict[str, Start] = {
     Init.data: Start(from_data, draws_rows=True),
-    Init.random_rows: Start(lambda model, x, y, g, n: from_data(model, x, y, g, n, apart=False), draws_rows=True),
-    Init.uniform: Start(lambda model, x, y, g, n: uniform(model, g), needs_sample=False),
-    Init.transposed: Start(lambda model, x, y, g, n: transposed(model, g), needs_sample=False, needs_directions=True),
-    Init.zero_decoder: Start(lambda model, x, y, g, n: zero_decoder(model, x, y, g)),
-    Init.active_subspace: Start(lambda model, x, y, g, n: active_subspace(model, x, y, g)),
+    Init.random_rows: Start(partial(from_data, apart=False), draws_rows=True),
+    Init.uniform: Start(lambda model, x, y, g, _: uniform(model, g), needs_sample=False),
+    Init.transposed: Start(lambda model, x, y, g, _: transposed(model, g), needs_sample=False, needs_directions=True),
+    Init.zero_decoder: Start(lambda model, x, y, g, _: zero_decoder(model, x, y, g)),
+    Init.active_subspace: Start(lambda model, x, y, g, _: active_subspace(model, x, y, g)),
 }

@@ -26,15 +26,10 @@ BLOCK = 1024
 
 @torch.no_grad()
 def from_data(
-    model: Transcoder,
-    x: Tensor,
-    y: Tensor,
-    generator: torch.Generator,
-    firing: float = FIRING,
-    apart: bool = True,
+    model: Transcoder, x: Tensor, y: Tensor, generator: torch.Generator, firing: float = FIRING, apart: bool = True
 ) -> None:
     """x, y [n, L, D]: a sample in the transcoder's units, n at least d_features. firing: active features of a token and
-    layer to begin with, for a rule that does not choose them. apart: `draw_apart`."""
+    source to begin with, for a rule that does not choose them. `apart`: `draw_apart`."""
     share = model.options.init_firing or min(0.5, firing / model.d_features)
     inputs = model.inputs(x.float())
     every = _draw_shared(inputs, model.d_features, apart, generator) if _tied_to(model, Tie.target) else None

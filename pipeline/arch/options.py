@@ -53,8 +53,8 @@ class ArchOptions:
     the formulas and sources."""
 
     init_firing: float | None = None
-    """relu, jumprelu: share of tokens on which each feature fires at the start. Null is 32 / d_features for init=data
-    and random_rows, and the zero or centring bias of the other starts."""
+    """relu, jumprelu: share of tokens on which each feature fires at the start. Null is 32 / d_features
+    for init=data and random_rows (more with a high loss.target_l0), and the zero or centring bias of the others."""
 
     init_variance: float | None = None
     """init=active_subspace: share of the variance that the principal components keep; null is 0.99."""

@@ -133,7 +133,7 @@ def test_a_rule_that_does_not_choose_starts_at_the_wanted_firing_rate(activation
 
 def test_another_firing_rate_can_be_asked_for() -> None:
     model, x, y = started("jumprelu", 128)
-    init.from_data(model, x, y, generator(), firing=16.0)
+    init_rows.from_data(model, x, y, generator(), firing=16.0)
     fires = (model.activation(model.encode(x)) > 0).sum(dim=0)
     assert ((fires - round(16 / 128 * N)).abs() <= 1).all()
 
