@@ -23,6 +23,9 @@ FLOAT = 4
 LIBRARIES = 160 * 10**6
 """Bytes of a process that has imported torch and read nothing, pages of files apart."""
 
+DENSE = 13
+"""Tensors of the size of all pre-activations that live at once on the dense path: measured with the tanh recipe."""
+
 RANKED = 28
 """Bytes that calibration takes for each pre-activation it sorts: four floats and an index."""
 
@@ -89,7 +92,7 @@ def _features_bytes(model: Transcoder, plan: Plan, needs_pre_acts: bool) -> int:
     """Pre-activations, features and what autograd keeps of them."""
     layer = FLOAT * plan.batch_tokens * model.d_features
     if needs_pre_acts or not model.activation.chooses:
-        return 6 * layer * model.n_sources
+        return DENSE * layer * model.n_sources
     # The sparse path drops pre-activations layer by layer, unless layers compete.
     return 2 * layer * (model.n_sources if isinstance(model.activation, BatchTopKAcross) else 1)
 
