@@ -1,12 +1,14 @@
 """Files and directories that are on disk as a whole, or not at all: after a crash, and after a loss of power."""
 
 import fcntl
+import json
 import logging
 import os
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -47,6 +49,12 @@ class atomic_directory:
         shutil.rmtree(self.aside, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
             raise UserError(f"{self.target} could not be written ({error}); free some space and run again") from error
+
+
+def write_report(file: Path, report: Any) -> None:
+    """What people read as well, as JSON; its folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(file, (json.dumps(report, indent=2) + "\n").encode())
 
 
 def sync(paths: Iterable[Path]) -> None:

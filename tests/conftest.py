@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,3 +106,12 @@ def s3(s3_server: "Server", monkeypatch: pytest.MonkeyPatch) -> "Server":
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     return s3_server
+
+
+@pytest.fixture
+def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of a module's own `made`, as the working directory."""
+    place = tmp_path / "work"
+    shutil.copytree(made, place)
+    monkeypatch.chdir(place)
+    return place

@@ -51,15 +51,6 @@ def made(tmp_path_factory: pytest.TempPathFactory, source: list[str]) -> Path:
     return place
 
 
-@pytest.fixture
-def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, as the working directory."""
-    place = tmp_path / "work"
-    shutil.copytree(made, place)
-    monkeypatch.chdir(place)
-    return place
-
-
 def test_the_metrics_have_the_documented_keys_and_make_sense(work: Path) -> None:
     metrics = json.loads(Path("runs/a/eval/metrics.json").read_text())
     assert metrics["split"] == "evaluation"

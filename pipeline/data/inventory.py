@@ -10,7 +10,6 @@ What none of these is, is left alone and out of every list. In a store there are
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -40,6 +39,7 @@ from pipeline.data.layout import (
     prefix,
     stored,
     sums_shape,
+    unchecked_attributes,
 )
 from pipeline.data.merged import part_problem
 from pipeline.data.options import Codec
@@ -321,11 +321,7 @@ def _is_barely_begun(path: Path) -> bool:
 
 def _raw_attributes(path: Place) -> Json | None:
     """Of zarr.json, unchecked; None where there is none or it is no JSON."""
-    try:
-        attributes = json.loads(zarr_json(path) or b"")["attributes"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-    return attributes if isinstance(attributes, dict) else None
+    return unchecked_attributes(zarr_json(path) or b"")
 
 
 def _progress(path: Path, about: Json) -> str:

@@ -216,15 +216,23 @@ def directory_of(cache_dir: SomePlace, request: Json) -> SomePlace:
     return cache_dir / f"{names[0]}-{names[1]}-{key_of(request)}"
 
 
+def unchecked_attributes(data: bytes) -> Json | None:
+    """Those in the bytes of a zarr.json, of whatever program; None where there are none."""
+    try:
+        attributes = json.loads(data)["attributes"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return attributes if isinstance(attributes, dict) else None
+
+
 def found_at(cache_dir: SomePlace, request: Json) -> SomePlace:
     """The same, with a merged cache found under whatever name it was given."""
     usual = directory_of(cache_dir, request)
     if MERGED not in request or isinstance(cache_dir, Remote) or isinstance(usual, Remote) or usual.exists():
         return usual
     for file in sorted(cache_dir.glob("[!.]*/zarr.json")):
-        with suppress(ValueError, KeyError, TypeError):  # no JSON, no attributes, none of ours
-            if json.loads(file.read_bytes())["attributes"]["request"] == request:
-                return file.parent
+        if (unchecked_attributes(file.read_bytes()) or {}).get("request") == request:
+            return file.parent
     return usual
 
 

@@ -7,6 +7,7 @@ Only these modules are held. Dropping the model frees the rest of it.
 """
 
 import inspect
+import time
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,18 @@ class Mlps:
                     value = self._checked(module(value), module)
                 out[start : start + ROWS, layer] = value[0]
         return out
+
+    def rows_per_second(self, n_rows: int) -> float:
+        """Of random rows, alone, the best of three; the first time does not count."""
+        rows = torch.randn(n_rows, len(self.layers), self.d_model, dtype=torch.bfloat16).to(self.device)
+
+        def seconds() -> float:
+            start = time.perf_counter()
+            self(rows)[-1, -1, -1].item()  # waits for the device
+            return time.perf_counter() - start
+
+        seconds()
+        return n_rows / min(seconds() for _ in range(3))
 
     @property
     def flops(self) -> int:

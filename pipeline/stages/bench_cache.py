@@ -32,7 +32,7 @@ from pipeline.data.layout import STORED, gb, stored
 from pipeline.data.options import Targets
 from pipeline.data.plan import disk_of, free_bytes
 from pipeline.errors import UserError
-from pipeline.files import existing, write_aside
+from pipeline.files import existing, write_report
 from pipeline.progress import Progress
 from pipeline.stages import bench_cache_passes as passes
 from pipeline.stages.options import BenchCacheConfig
@@ -62,8 +62,7 @@ def run(cfg: BenchCacheConfig) -> Path:
     for line in _table(report):
         logger.info(line)
     to = Path(cfg.to or "bench/cache.json")
-    to.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(to, (json.dumps(report, indent=2) + "\n").encode())
+    write_report(to, report)
     logger.info("%s\nnext: clt train with cache.shards_ahead= and cache.read= as they measured best", to)
     return to
 

@@ -14,7 +14,6 @@ lost      part of its FVU that the clipped numbers cost
 bound     of the rest: half a step for every number, (scale / 2 sd)^2
 """
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from pipeline.data.codecs import WORST_FVU, Int8, encoded, fit_int8
 from pipeline.errors import UserError
-from pipeline.files import write_aside
+from pipeline.files import write_report
 from pipeline.stages.options import BenchCodecConfig, BenchCodecOptions
 
 logger = logging.getLogger(__name__)
@@ -44,8 +43,7 @@ def run(cfg: BenchCodecConfig) -> Path:
         marks = " above the warning" if row["fitted"] > WORST_FVU else ""
         logger.info("%-18s%s%s", name, "".join(f"{value:10.1e}" for value in row.values()), marks)
     to = Path(cfg.to or "bench/codec.json")
-    to.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(to, (json.dumps(report, indent=2) + "\n").encode())
+    write_report(to, report)
     logger.info("%s\nnext: clt extract cache.codec=int8 prints the same of a model's own channels", to)
     return to
 

@@ -13,7 +13,6 @@ all of them. A ratio is the median of the rounds' own ratios, with its quartiles
 together. The disk is waited for every half minute, as in an extraction: three times as often by what is written here.
 """
 
-import json
 import logging
 import statistics
 import tempfile
@@ -37,7 +36,7 @@ from pipeline.data.plan import Block, check_space, make_plan
 from pipeline.data.tokens import Packed, Split
 from pipeline.data.writer import Writer
 from pipeline.errors import UserError
-from pipeline.files import existing, write_aside
+from pipeline.files import existing, write_report
 from pipeline.progress import Progress
 from pipeline.stages.options import BenchExtractConfig
 
@@ -66,8 +65,7 @@ def run(cfg: BenchExtractConfig) -> Path:
     for line in _table(report):
         logger.info(line)
     to = Path(cfg.to or "bench/extract.json")
-    to.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(to, (json.dumps(report, indent=2) + "\n").encode())
+    write_report(to, report)
     logger.info("%s\nnext: clt extract with the model and text of your own, --dry-run first", to)
     return to
 

@@ -9,6 +9,7 @@ would: what is finished is left as it is, so the same command goes on after any 
 import copy
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,14 @@ import torch
 from pipeline.arch import init, size, table
 from pipeline.arch.base import Dims
 from pipeline.core import activations
-from pipeline.data import cache as caches
 from pipeline.data.cache import Cache
-from pipeline.data.options import DatasetOptions, ModelOptions
 from pipeline.data.tokens import count
 from pipeline.errors import UserError
 from pipeline.files import write_aside
-from pipeline.plain import from_plain
 from pipeline.stages import compare_table, evaluate, train
 from pipeline.stages.compare_table import Row
 from pipeline.stages.options import CompareConfig, EvalConfig, TrainConfig
+from pipeline.stages.train_cache import named_or_newest, take_on
 from pipeline.train import run as runs
 
 logger = logging.getLogger(__name__)
@@ -36,7 +35,7 @@ def run(cfg: CompareConfig) -> Path:
     """Train and evaluate every experiment with every seed. -> runs/NAME/compare.md"""
     assert cfg.name is not None
     _check(cfg)
-    cache = _cache(cfg)
+    cache = named_or_newest(cfg, cfg.newest_cache)
     dims = Dims(cache.n_layers, cache.d_model)
     jobs = {name: _matched(cfg, name, job, cache, dims) for name, job in cfg.jobs.items()}
     for name, job in jobs.items():
@@ -75,24 +74,11 @@ def _check(cfg: CompareConfig) -> None:
         raise UserError(f"compare.l0={options.l0} must be at least 1")
 
 
-def _cache(cfg: CompareConfig) -> Cache:
-    """The cache of all runs: the one that the command names, or the newest."""
-    root = Path(cfg.cache.dir)
-    if not cfg.newest_cache:
-        return caches.find(root, cfg.model, cfg.dataset, cfg.cache.codec)
-    found = caches.newest(root)
-    if found is None:
-        raise UserError(f"no finished cache under {root}/; make one with clt extract model={cfg.model.name}")
-    logger.info("no model or dataset named: using the newest cache, %s", found.path)
-    return found
-
-
 def _matched(cfg: CompareConfig, name: str, job: TrainConfig, cache: Cache, dims: Dims) -> TrainConfig:
     """The experiment with this cache, and the tokens, L0 and parameters of all."""
     job = copy.deepcopy(job)
-    job.model = from_plain(ModelOptions, cache.request["model"])
-    job.dataset = from_plain(DatasetOptions, cache.request["dataset"])
-    job.cache, job.newest_cache, job.experiment = cfg.cache, False, name
+    job.cache, job.newest_cache, job.experiment = replace(cfg.cache), False, name
+    take_on(job, cache)
     job.train.n_tokens, job.train.n_steps = cfg.train.n_tokens, None
     if cfg.compare.l0 is not None:
         _match_l0(name, job, cfg.compare.l0, dims)

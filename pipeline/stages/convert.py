@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.core.activations import FixedThreshold
 from pipeline.core.options import ActivationOptions
 from pipeline.data import cache as caches
+from pipeline.data.address import cache_place
 from pipeline.data.cache import Cache
 from pipeline.data.models import resolve_device
 from pipeline.data.tokens import Split
@@ -29,9 +30,7 @@ logger = logging.getLogger(__name__)
 
 def run(cfg: ConvertConfig) -> Path:
     """Calibrate, measure before and after, and write a run directory. -> it"""
-    source = runs.named(cfg.run) if cfg.run else runs.newest()
-    if not cfg.run:
-        logger.info("no run named: using the newest, %s", source)
+    source = runs.chosen(cfg.run)
     trained = artifact.read(source)
     rule = trained.exact()
     if rule is None:
@@ -41,7 +40,7 @@ def run(cfg: ConvertConfig) -> Path:
             "only topk, batchtopk and batchtopk_across are converted"
         )
     request = trained.config["cache"]["request"]
-    cache = caches.with_key(Path(cfg.cache.dir), trained.config["cache"]["key"], request)
+    cache = caches.with_key(cache_place(cfg.cache), trained.config["cache"]["key"], request)
     device = resolve_device(cfg.device)
     cfg.run = str(source)
     cfg.to = cfg.to or f"{source.name}-jumprelu"

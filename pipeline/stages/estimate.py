@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from pipeline.data import tokens
 from pipeline.data.codecs import COMPRESSED
@@ -79,18 +78,9 @@ def _size_as(codec: Codec, raw: dict[str, Spec], targets: Targets) -> str:
 def recomputing(model: LanguageModel) -> str:
     """What `cache.targets=recompute` costs in training, timed on this device."""
     mlps = model.mlps()
-    rows = torch.randn(TIMED_ROWS, model.n_layers, model.d_model, device=model.device, dtype=model.dtype)
-
-    def once() -> float:
-        start = time.perf_counter()
-        mlps(rows)[-1, -1, -1].item()  # waits for the device
-        return time.perf_counter() - start
-
-    once()
-    rate = TIMED_ROWS / min(once() for _ in range(3))
     return (
         f"mlp_out of training rows is not stored; recomputing it takes {mlps.flops / 1e6:,.3g} MFLOP a token "
-        f"({rate:,.0f} tokens/s here, alone) and {gb(mlps.n_bytes)} of weights in training"
+        f"({mlps.rows_per_second(TIMED_ROWS):,.0f} tokens/s here, alone) and {gb(mlps.n_bytes)} of weights in training"
     )
 
 

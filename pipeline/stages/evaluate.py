@@ -35,9 +35,7 @@ logger = logging.getLogger(__name__)
 
 def run(cfg: EvalConfig) -> Path:
     """Measure a finished run; print a table and write metrics.json. -> its path"""
-    directory = runs.named(cfg.run) if cfg.run else runs.newest()
-    if not cfg.run:
-        logger.info("no run named: using the newest, %s", directory)
+    directory = runs.chosen(cfg.run)
     trained = artifact.read(directory)
     asked = trained.config["cache"]["request"]["model"]
     revision = trained.config["model"]["revision"] or asked["revision"]  # the commit, where a branch was asked for

@@ -64,7 +64,7 @@ def run(cfg: ExtractConfig) -> Place:
     part = part_of(cfg.extract.part, os.environ)
     place = cache_place(cfg.cache)
     with one_voice(os.environ):
-        return extract_remote.run(cfg, place, part, _make) if isinstance(place, Remote) else _run(cfg, place, part)
+        return extract_remote.run(cfg, place, part, _ensure) if isinstance(place, Remote) else _run(cfg, place, part)
 
 
 def _run(cfg: ExtractConfig, place: Path, part: Part | None) -> Path:
@@ -78,10 +78,13 @@ def _run(cfg: ExtractConfig, place: Path, part: Part | None) -> Path:
     return path
 
 
+def _ensure(cfg: ExtractConfig, part: Part | None, request: Json, path: Path) -> bool:
+    """Make the cache unless it is there. -> whether it is finished"""
+    return _is_there(path) or _make(cfg, part, request, path)
+
+
 def _make(cfg: ExtractConfig, part: Part | None, request: Json, path: Path) -> bool:
-    """Make the cache or a part of it, unless it is there or this is a dry run. -> whether it is finished"""
-    if _is_there(path):
-        return True
+    """Make the cache or a part of it, but for a dry run. -> whether it is finished"""
     model = models.load(replace(cfg.model, device=_device(cfg)))
     model.check_context(cfg.dataset.context)
     bos = tokens.bos_of(cfg.dataset, model.tokenizer)

@@ -16,7 +16,6 @@ from pathlib import Path
 from pipeline.data import local_copies
 from pipeline.data.address import Remote
 from pipeline.data.cache import Cache
-from pipeline.data.condition import read_attributes
 from pipeline.data.layout import Json, directory_of, gb, overrides_of, request_of
 from pipeline.data.parts import Part
 from pipeline.data.plan import disk_of, free_bytes
@@ -61,13 +60,12 @@ def run(cfg: ExtractConfig, parent: Remote, part: Part | None, make: Make) -> Re
         mend_root(work, request)
         is_finished = make(_in_folder(cfg, work), None, request, work)
         assert is_finished
-        attributes, size = read_attributes(work), Cache.open(work).n_bytes
+        made = Cache.open(work)
         copy(work, target)
-        is_kept = local_copies.adopt(
-            parent.local, work, local_copies.folder_of(target, store.server, attributes["checksum"])
-        )
+        folder = local_copies.folder_of(target, store.server, made.attributes["checksum"])
+        is_kept = local_copies.adopt(parent.local, work, folder)
         kept = f"copies are kept in {parent.local.root}" if is_kept else "no copies are kept (cache.local_gb)"
-        logger.info("%s: %s, %s\n%s", target, gb(size), kept, next_command)
+        logger.info("%s: %s, %s\n%s", target, gb(made.n_bytes), kept, next_command)
         return target
     finally:
         shutil.rmtree(work.parent / SENDING / work.name, ignore_errors=True)

@@ -6,7 +6,6 @@ clt train arch=tied --dry-run
 
 import json
 import logging
-import time
 from pathlib import Path
 
 import torch
@@ -80,7 +79,7 @@ def run(cfg: TrainConfig) -> Path:
     last = checkpoint.newest(directory)
     _say(cfg, cache, plan, model, device, last)
     if mlps is not None:
-        _say_targets(cache, mlps, plan.batch_tokens)
+        _say_targets(mlps, plan.batch_tokens)
     if last is not None:
         trainer.resume(last)
     elif earlier is not None:
@@ -196,20 +195,12 @@ def _say(
         logger.info("continuing from %s", last)
 
 
-def _say_targets(cache: Cache, mlps: Mlps, batch_tokens: int) -> None:
-    """What recomputing costs, timed on a batch of random rows."""
-    rows = torch.randn(batch_tokens, cache.n_layers, cache.d_model, dtype=torch.bfloat16).to(mlps.device)
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        mlps(rows)[-1, -1, -1].item()  # waits for the device
-        return time.perf_counter() - start
-
-    seconds()
+def _say_targets(mlps: Mlps, batch_tokens: int) -> None:
+    """What recomputing costs, timed on a batch."""
     logger.info(
         "targets    recomputed from resid_mid: %s MFLOP a token, %s tokens/s alone, %s of weights, %s",
         f"{mlps.flops / 1e6:,.3g}",
-        f"{batch_tokens / min(seconds() for _ in range(3)):,.0f}",
+        f"{mlps.rows_per_second(batch_tokens):,.0f}",
         gb(mlps.n_bytes),
         str(mlps.dtype).removeprefix("torch."),
     )

@@ -11,7 +11,7 @@ from pipeline.data.layout import MERGED, directory_of, request_of
 from pipeline.data.options import Codec, DatasetOptions, ModelOptions, Targets
 from pipeline.errors import UserError
 from pipeline.plain import from_plain
-from pipeline.stages.options import TrainConfig
+from pipeline.stages.options import CompareConfig, TrainConfig
 from pipeline.train import run as runs
 from pipeline.train.inputs import Statistics
 
@@ -36,20 +36,32 @@ def find_cache(cfg: TrainConfig) -> Cache:
             cfg.cache.targets = Targets(before["cache"].get("targets", Targets.stored))
     if cfg.cache.path is not None:
         cache = _named_cache(cfg, root, cfg.cache.path)
-    elif before is not None or not cfg.newest_cache:
-        cache = caches.find(root, cfg.model, cfg.dataset, cfg.cache.codec, cfg.cache.targets)
     else:
-        asked = cfg.cache.targets if cfg.cache.targets is not Targets.stored else None
-        newest = caches.newest(root, asked)
-        if newest is None:
-            kind, word = (f" with cache.targets={asked}", f" cache.targets={asked}") if asked else ("", "")
-            fix = f"make one with clt extract model={cfg.model.name}{word}"
-            raise UserError(f"no finished cache{kind} under {root}/; {fix}")
-        logger.info("no model or dataset named: using the newest cache, %s", newest.path)
-        cache = newest
-    _take_on(cfg, cache.request)
-    cfg.cache.path, cfg.cache.codec, cfg.cache.targets = _spelled(cache, root), cache.codec, cache.targets
+        cache = named_or_newest(cfg, newest=before is None and cfg.newest_cache)
+    take_on(cfg, cache)
     return cache
+
+
+def named_or_newest(cfg: TrainConfig | CompareConfig, newest: bool) -> Cache:
+    """The cache of the model, dataset, codec and targets, or the newest. Raises UserError where there is none."""
+    root = cache_place(cfg.cache)
+    if not newest:
+        return caches.find(root, cfg.model, cfg.dataset, cfg.cache.codec, cfg.cache.targets)
+    asked = cfg.cache.targets if cfg.cache.targets is not Targets.stored else None
+    found = caches.newest(root, asked)
+    if found is None:
+        kind, word = (f" with cache.targets={asked}", f" cache.targets={asked}") if asked else ("", "")
+        fix = f"make one with clt extract model={cfg.model.name}{word}"
+        raise UserError(f"no finished cache{kind} under {root}/; {fix}")
+    logger.info("no model or dataset named: using the newest cache, %s", found.path)
+    return found
+
+
+def take_on(cfg: TrainConfig, cache: Cache) -> None:
+    """Make the settings those of a cache, however it was found."""
+    _take_on(cfg, cache.request)
+    root = cache_place(cfg.cache)
+    cfg.cache.path, cfg.cache.codec, cfg.cache.targets = _spelled(cache, root), cache.codec, cache.targets
 
 
 def _named_cache(cfg: TrainConfig, root: Place, name: str) -> Cache:

@@ -1,5 +1,6 @@
 """The run directory: `runs/NAME/`, and what a second start under the same name means."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import yaml
 from pipeline.errors import UserError
 from pipeline.files import write_aside
 from pipeline.plain import to_plain
+
+logger = logging.getLogger(__name__)
 
 RUNS = Path("runs")
 
@@ -74,6 +77,15 @@ def newest() -> Path:
             f"no finished run under {RUNS}/; train one (clt train +experiment=batchtopk_across) or name it with run=DIR"
         )
     return max(done, key=lambda run: (run / "final" / "config.json").stat().st_mtime_ns)
+
+
+def chosen(run: str | None) -> Path:
+    """The directory that `run=` means; without it the newest finished run, which is said."""
+    if run:
+        return named(run)
+    found = newest()
+    logger.info("no run named: using the newest, %s", found)
+    return found
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

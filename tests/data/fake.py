@@ -89,6 +89,20 @@ def pack(seed: int = 0, sizes: dict[Split, tuple[int, int]] | None = None, conte
     return packed
 
 
+class Crash(Exception):
+    """What a test stops an extraction with."""
+
+
+def stop_after(number: int) -> Callable[[int], None]:
+    """For `after_block` of `extract`: a crash after so many blocks."""
+
+    def after_block(done: int) -> None:
+        if done == number:
+            raise Crash
+
+    return after_block
+
+
 def request(**changes: Any) -> dict[str, Any]:
     model = {"name": "fake", "path": "fake", "revision": None, "dtype": "auto", "attention": "auto", "layers": None}
     options = {"name": "text", "kind": "text", "n_tokens": "244", "path": "x.txt", "split_by": None, "context": T}

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from pipeline.data.verify import problems
 from pipeline.data.writer import Writer
 from pipeline.errors import UserError
 from tests.data import fake
-from tests.data.fake import FakeModel, stored_files
+from tests.data.fake import Crash, FakeModel, stop_after, stored_files
 
 INT8 = Codec["int8"]
 CODECS = [codec for codec in Codec if codec is not Codec.raw]
@@ -50,18 +49,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[Codec, dict[str, byt
         return {
             codec: stored_files(fake.extract(tmp_path_factory.mktemp(codec.value), codec=codec)) for codec in CODECS
         }
-
-
-class Crash(Exception):
-    pass
-
-
-def stop_after(number: int) -> Callable[[int], None]:
-    def after_block(done: int) -> None:
-        if done == number:
-            raise Crash
-
-    return after_block
 
 
 def name_of(codec: Codec) -> str:

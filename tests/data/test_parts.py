@@ -26,7 +26,7 @@ from pipeline.data.writer import Writer
 from pipeline.errors import UserError
 from pipeline.files import take_lock
 from tests.data import fake
-from tests.data.fake import FakeModel
+from tests.data.fake import Crash, FakeModel
 
 NAME = directory_of(Path(), fake.request(seed=7)).name
 N_BLOCKS = 9
@@ -36,10 +36,6 @@ WRITES = [Write.scatter, Write.spill]
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return fake.stored_files(fake.extract(tmp_path_factory.mktemp("cache")))
-
-
-class Crash(Exception):
-    pass
 
 
 def start(directory: Path, part: str, write: Write = Write.auto, seconds: float = 0.01) -> subprocess.Popen[bytes]:

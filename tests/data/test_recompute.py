@@ -27,7 +27,7 @@ from pipeline.errors import UserError
 from pipeline.stages import extract
 from pipeline.stages.options import ExtractConfig
 from tests.data import fake
-from tests.data.fake import stored_files
+from tests.data.fake import Crash, stop_after, stored_files
 from tests.families import FAMILIES, Plain
 
 MEASURED = {"float32": 4.0, "bfloat16": 1.0}
@@ -336,22 +336,11 @@ def test_keys_of_ordinary_caches_do_not_change_and_the_command_asks_for_the_same
     assert packed == f"{command_of(ordinary, Path('cache'))} cache.codec=pcodec cache.targets=recompute"
 
 
-class Crash(Exception):
-    pass
-
-
 @pytest.mark.parametrize("write", [Write.scatter, Write.spill])
 def test_stopped_after_any_block_it_goes_on_to_the_same_bytes(tmp_path: Path, write: Write) -> None:
     expected = stored_files(fake.extract(tmp_path / "whole", targets="recompute"))
     ordinary = stored_files(fake.extract(tmp_path / "ordinary"))
     assert expected.keys() == {name for name in ordinary if not name.startswith("mlp_out/")}
-
-    def stop_after(number: int) -> Callable[[int], None]:
-        def after_block(done: int) -> None:
-            if done == number:
-                raise Crash
-
-        return after_block
 
     for number in range(0, 9, 2):
         with pytest.raises(Crash):

@@ -5,7 +5,6 @@ import logging
 import os
 import shutil
 from collections import namedtuple
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from pipeline.data.parts import Part
 from pipeline.data.writer import Writer
 from pipeline.errors import UserError
 from tests.data import fake
-from tests.data.fake import FakeModel
+from tests.data.fake import Crash, FakeModel, stop_after
 
 NAME = directory_of(Path(), fake.request(seed=7)).name
 N_BLOCKS = 9
@@ -35,18 +34,6 @@ def scattered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of the five shards of 1,470 bytes each."""
     monkeypatch.setattr(spill, "BUCKET_BYTES", 3000)
-
-
-class Crash(Exception):
-    pass
-
-
-def stop_after(number: int) -> Callable[[int], None]:
-    def after_block(done: int) -> None:
-        if done == number:
-            raise Crash
-
-    return after_block
 
 
 def buckets(path: Path) -> list[str]:

@@ -23,7 +23,7 @@ from pipeline.data.options import Codec
 from pipeline.data.publish import mend_root
 from pipeline.errors import UserError
 from tests.data import fake
-from tests.data.fake import FakeModel, read_everything
+from tests.data.fake import Crash, FakeModel, read_everything
 
 ROOT = Path(__file__).parents[2]
 NAME = directory_of(Path(), fake.request(seed=7)).name
@@ -284,10 +284,6 @@ def test_a_copy_of_another_request_is_not_put_back(tmp_path: Path) -> None:
     (path / "zarr.json").unlink()
     mend_root(path, fake.request(seed=8))
     assert not (path / "zarr.json").exists()
-
-
-class Crash(Exception):
-    pass
 
 
 @pytest.mark.parametrize("step", range(8))

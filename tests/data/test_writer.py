@@ -22,7 +22,7 @@ from pipeline.data.layout import command_of, directory_of
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 from tests.data import fake
-from tests.data.fake import FakeModel
+from tests.data.fake import Crash, FakeModel, stop_after
 from tests.disk import files_of_at_most
 
 N_BLOCKS = 9  # 41, 4 and 3 contexts in blocks of 6: 7 + 1 + 1
@@ -32,18 +32,6 @@ NAME = directory_of(Path(), fake.request(seed=7)).name
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return fake.stored_files(fake.extract(tmp_path_factory.mktemp("cache")))
-
-
-class Crash(Exception):
-    pass
-
-
-def stop_after(number: int) -> Any:
-    def after_block(done: int) -> None:
-        if done == number:
-            raise Crash
-
-    return after_block
 
 
 @pytest.mark.parametrize("commit_seconds", [0.0, 1e9])

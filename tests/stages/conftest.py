@@ -2,8 +2,13 @@
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from pipeline.data.address import Remote
+    from tests.data.s3 import Server
 
 
 @pytest.fixture(scope="session")
@@ -58,3 +63,28 @@ def finished(cached: Path, trained_runs: Path) -> Path:
     """A working directory with the cache and copies of those runs."""
     shutil.copytree(trained_runs / "runs", cached / "runs")
     return cached
+
+
+@pytest.fixture
+def place(s3: "Server", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Remote":
+    """A cache directory in the store; files are kept where a user's are kept, in a home of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    from pipeline.data.address import Local, Remote, place_of
+
+    found = place_of(f"s3://bucket/{tmp_path.name}")
+    assert isinstance(found, Remote)
+    assert found.local == Local(tmp_path / "home/clt", 50 * 10**9)
+    return found
+
+
+@pytest.fixture
+def words(tiny_gpt2: Path, english: Path) -> list[str]:
+    text = [
+        "dataset=text",
+        f"dataset.path={english}",
+        "dataset.context=24",
+        "dataset.n_tokens=1k",
+        "dataset.held_out=8",
+    ]
+    return ["model=local", f"model.path={tiny_gpt2}", "model.device=cpu", *text]

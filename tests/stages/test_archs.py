@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -53,14 +52,6 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_gpt2: Path, english: Pat
         patch.chdir(place)
         text = ["dataset=text", f"dataset.path={english}", "dataset.context=24", "dataset.n_tokens=3k"]
         extract.run(compose("extract", ["model=local", f"model.path={tiny_gpt2}", *text, "dataset.held_out=20"]))
-    return place
-
-
-@pytest.fixture
-def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    place = tmp_path / "work"
-    shutil.copytree(made, place)
-    monkeypatch.chdir(place)
     return place
 
 

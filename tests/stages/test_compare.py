@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import pytest
 from pipeline.arch import size
 from pipeline.arch.base import Dims
 from pipeline.config import Request, compose, launch
+from pipeline.data.cache import Cache
+from pipeline.data.convert import convert
+from pipeline.data.options import Codec
 from pipeline.errors import UserError
 from pipeline.stages import compare, compare_table, evaluate, train
 from pipeline.stages.options import CompareConfig, TrainConfig
@@ -171,3 +175,13 @@ def test_steps_that_were_taken_twice_count_once(tmp_path: Path) -> None:
     text = "".join(json.dumps({"step": step, "step_ms": ms}) + "\n" for step, ms in steps)
     (tmp_path / "timings.jsonl").write_text(text)
     assert compare_table.seconds(tmp_path / "timings.jsonl") == pytest.approx(5 * 0.3 + 5 * 0.4 + 2 * 1.0)
+
+
+def test_the_newest_cache_is_trained_on_in_whatever_form_it_is_stored(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_cache / "cache", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    newest = convert(Cache.open(next(Path("cache").glob("*/zarr.json")).parent), Codec["int8"])
+    compare.run(composed("name=all", "compare.experiments=[topk]", *SHORT))
+    assert final("topk-0")["cache"]["path"] == str(newest)

@@ -43,15 +43,6 @@ def made(tmp_path_factory: pytest.TempPathFactory, source: list[str]) -> Path:
     return place
 
 
-@pytest.fixture
-def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, as the working directory."""
-    place = tmp_path / "work"
-    shutil.copytree(made, place)
-    monkeypatch.chdir(place)
-    return place
-
-
 def caches_by_targets() -> dict[Targets, Cache]:
     found = [Cache.open(path) for path in Path("cache").iterdir() if (path / "zarr.json").exists()]
     return {cache.targets: cache for cache in found}

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config import Request, compose, launch
 from pipeline.data import models, transfer
-from pipeline.data.address import Local, Remote, place_of
+from pipeline.data.address import Remote
 from pipeline.data.cache import Cache
 from pipeline.data.layout import directory_of, request_of
 from pipeline.data.loader import Loader
@@ -22,29 +22,6 @@ from tests.data.s3 import Server
 
 SHORT = ["+experiment=batchtopk", "activation.k=4", "arch.d_features=33", "train.n_steps=6", "train.n_tokens=null"]
 SHORT += ["train.batch_tokens=128", "log.every=5", "train.checkpoint_every=640", "train.device=cpu"]
-
-
-@pytest.fixture
-def place(s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Remote:
-    """A cache directory in the store; files are kept where a user's are kept, in a home of the test's own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
-    found = place_of(f"s3://bucket/{tmp_path.name}")
-    assert isinstance(found, Remote)
-    assert found.local == Local(tmp_path / "home/clt", 50 * 10**9)
-    return found
-
-
-@pytest.fixture
-def words(tiny_gpt2: Path, english: Path) -> list[str]:
-    text = [
-        "dataset=text",
-        f"dataset.path={english}",
-        "dataset.context=24",
-        "dataset.n_tokens=1k",
-        "dataset.held_out=8",
-    ]
-    return ["model=local", f"model.path={tiny_gpt2}", "model.device=cpu", *text]
 
 
 def content(target: Any) -> dict[str, bytes]:

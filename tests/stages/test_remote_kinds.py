@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from pipeline.config import compose
-from pipeline.data.address import Local, Remote, place_of
+from pipeline.data.address import Local, Remote
 from pipeline.data.cache import Cache
 from pipeline.data.options import Targets
 from pipeline.data.remote import Store
@@ -22,24 +22,8 @@ SHORT += ["train.batch_tokens=128", "log.every=5", "train.checkpoint_every=640",
 
 
 @pytest.fixture
-def place(s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Remote:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
-    found = place_of(f"s3://bucket/{tmp_path.name}")
-    assert isinstance(found, Remote)
-    return found
-
-
-@pytest.fixture
-def words(tiny_gpt2: Path, english: Path) -> list[str]:
-    text = [
-        "dataset=text",
-        f"dataset.path={english}",
-        "dataset.context=24",
-        "dataset.n_tokens=1k",
-        "dataset.held_out=8",
-    ]
-    return ["model=local", f"model.path={tiny_gpt2}", "model.device=cpu", *text, "cache.shard_mb=0.05"]
+def words(words: list[str]) -> list[str]:
+    return [*words, "cache.shard_mb=0.05"]
 
 
 def metrics(run: str) -> str:
