@@ -67,7 +67,7 @@ def run(cfg: TrainConfig) -> Path:
     recompute = None if mlps is None else Recompute(mlps, device)
     prepare = inputs.build(cache.norm, cfg.arch.site, maps, device, cfg.arch.target, recompute)
     objective = Objective(cfg.loss, model, variances[0], plan.n_steps, variances[1], cfg.train.seed)
-    optimizer = optim.build(model.parameters(), cfg.optim)
+    optimizer = optim.build(model.named_parameters(), cfg.optim)
     _check_space(model, plan)
 
     directory = runs.start(cfg.name, cfg)

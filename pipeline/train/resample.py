@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from pipeline.arch.base import Transcoder
 from pipeline.arch.init_rows import FIRING
 from pipeline.core.activations import JumpReLU
+from pipeline.train.optimisers import forget
 
 SHARE = 0.2
 """How much of its token's error a resampled feature explains: several of a token's features may begin at once."""
@@ -79,6 +80,4 @@ def _forget(model: Transcoder, optimizer: torch.optim.Optimizer, restarted: Tens
     for layer in range(model.n_sources):
         by_layer += [(table, restarted[layer]) for table in (model.encoders[layer], *model.tables(layer))]
     for parameter, rows in by_layer:
-        for moment in optimizer.state.get(parameter, {}).values():
-            if isinstance(moment, Tensor) and moment.shape == parameter.shape:
-                moment[rows] = 0
+        forget(optimizer, parameter, rows)
