@@ -3,7 +3,8 @@
     checkpoints/step_N/
         model.safetensors        weights (with signsgd the averaged ones) and buffers, in the transcoder's units
         optimizer.safetensors    what the optimiser remembers (`train/optimisers.py`)
-        state.safetensors        tokens since each feature fired, the random generator, the controller's log lambda
+        state.safetensors        tokens since each feature fired, random generators, the controller's log lambda, and
+                                 the small tensors of whatever else remembers something (`State.more`), by their names
         state.json               step, tokens, the cache's key
 
 The data position is the step: batch n of a run is a function of the seed and n (`data/loader.py`). A checkpoint is
@@ -14,7 +15,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -39,33 +40,47 @@ class State:
     log_lambda: float | None = None
     """Of the sparsity penalty, where a controller steers it."""
 
+    more: dict[str, Tensor] = field(default_factory=dict)
+    """Small tensors of whatever else remembers something from step to step, named owner/what ("density/share"), on the
+    CPU. The owner puts its own here before a save and takes them back after a load; dtypes and bits survive."""
+
 
 def save(
     directory: Path, model: Transcoder, optimizer: torch.optim.Optimizer, state: State, about: dict[str, object]
 ) -> Path:
     """Write checkpoints/step_N of a run directory. `about` goes into state.json."""
     target = directory / "checkpoints" / f"step_{state.step}"
-    tensors = {"tokens_since_fired": state.tokens_since_fired, "torch_rng": torch.get_rng_state()}
-    if state.log_lambda is not None:
-        tensors["log_lambda"] = torch.tensor(state.log_lambda, dtype=torch.float64)
     with atomic_directory(target) as aside:
         with averaged(optimizer):
             save_file(contiguous(model.state_dict()), aside / "model.safetensors")
         save_file(contiguous(optimizer_tensors(model, optimizer)), aside / "optimizer.safetensors")
-        save_file(contiguous(tensors), aside / "state.safetensors")
+        save_file(contiguous(_state_tensors(state)), aside / "state.safetensors")
         (aside / "state.json").write_text(json.dumps({"step": state.step, **about}, indent=2) + "\n")
     return target
 
 
 def load(checkpoint: Path, model: Transcoder, optimizer: torch.optim.Optimizer) -> State:
-    """Restore model, optimiser and random generator in place, and return the rest."""
+    """Restore model, optimiser and random generators in place, and return the rest."""
     model.load_state_dict(load_file(checkpoint / "model.safetensors"))
     restore_optimizer(model, optimizer, load_file(checkpoint / "optimizer.safetensors"))
     tensors = load_file(checkpoint / "state.safetensors")
-    torch.set_rng_state(tensors["torch_rng"])
+    torch.set_rng_state(tensors.pop("torch_rng"))
+    if "cuda_rng" in tensors:
+        torch.cuda.set_rng_state(tensors.pop("cuda_rng"), model.b_enc.device)
     step = json.loads((checkpoint / "state.json").read_text())["step"]
-    log_lambda = float(tensors["log_lambda"]) if "log_lambda" in tensors else None
-    return State(step, tensors["tokens_since_fired"].to(model.b_enc.device), log_lambda)
+    fired = tensors.pop("tokens_since_fired").to(model.b_enc.device)
+    log_lambda = float(tensors.pop("log_lambda")) if "log_lambda" in tensors else None
+    return State(step, fired, log_lambda, tensors)
+
+
+def _state_tensors(state: State) -> dict[str, Tensor]:
+    own = {"tokens_since_fired": state.tokens_since_fired, "torch_rng": torch.get_rng_state()}
+    if state.tokens_since_fired.is_cuda:
+        own["cuda_rng"] = torch.cuda.get_rng_state(state.tokens_since_fired.device)
+    if state.log_lambda is not None:
+        own["log_lambda"] = torch.tensor(state.log_lambda, dtype=torch.float64)
+    assert not own.keys() & state.more.keys(), "a name of State.more is taken"
+    return own | state.more
 
 
 def newest(directory: Path) -> Path | None:
