@@ -28,7 +28,7 @@ from pipeline.stages import train_estimate
 from pipeline.stages.options import TrainConfig
 from pipeline.stages.train_cache import find_cache, statistics
 from pipeline.stages.train_finish import finish, last_metrics
-from pipeline.train import artifact, checkpoint, inputs, optim, warm
+from pipeline.train import artifact, checkpoint, inputs, optim, precision, warm
 from pipeline.train import run as runs
 from pipeline.train.artifact import Trained
 from pipeline.train.inputs import Inputs, Recompute
@@ -57,10 +57,12 @@ def run(cfg: TrainConfig) -> Path:
     if cfg.dry_run:
         with torch.device("meta"):  # shapes alone
             model = build(cfg, dims)
+        precision.check(cfg.train.weights, cfg.optim.name, model)
         objective = Objective(cfg.loss, model, variances[0], plan.n_steps, variances[1], cfg.train.seed)
         train_estimate.say(cfg, cache, plan, model, objective.needs_pre_acts)
         return runs.RUNS / cfg.name
     model = build(cfg, dims).to(device)
+    precision.check(cfg.train.weights, cfg.optim.name, model)
     activations.check_batch(model.activation, plan.batch_tokens)
     done = runs.finished(runs.RUNS / cfg.name)
     mlps = mlps_of(cache, device) if cache.targets is Targets.recompute and not done else None
@@ -81,12 +83,14 @@ def run(cfg: TrainConfig) -> Path:
     if mlps is not None:
         _say_targets(mlps, plan.batch_tokens)
     if last is not None:
+        precision.store(model, cfg.train.weights)
         trainer.resume(last)
     elif earlier is not None:
         logger.info("weights    from %s", earlier.path)
         warm.start_from(model, earlier, prepare.scaling)
     else:
         _initialise(cfg, model, cache, prepare)
+    precision.store(model, cfg.train.weights)
     start, ahead = trainer.state.step, cfg.cache.shards_ahead
     with Loader(cache, plan.batch_tokens, cfg.train.seed, cfg.cache.read, start, shards_ahead=ahead) as batches:
         metrics = trainer.fit(iter(batches))

@@ -12,7 +12,7 @@ from pipeline.data.tokens import Split
 from pipeline.plain import to_plain
 from pipeline.stages.options import TrainConfig
 from pipeline.stages.train_cache import statistics
-from pipeline.train import artifact, calibrate
+from pipeline.train import artifact, calibrate, precision
 from pipeline.train.inputs import Inputs
 from pipeline.train.loop import Trainer
 from pipeline.train.optimisers import settle
@@ -26,6 +26,7 @@ TOLERANCE = 0.05
 def finish(cfg: TrainConfig, cache: Cache, trainer: Trainer, metrics: dict[str, object]) -> None:
     """Thresholds from the calibration split, their L0 and FVU on the evaluation split, folding, runs/NAME/final."""
     settle(trainer.optimizer)
+    precision.restore(trainer.model)
     model, prepare, batch = trainer.model.eval(), trainer.inputs, trainer.plan.batch_tokens
     x, _ = _held_out(cache, Split.calibration, prepare)
     rank_norms = model.rank_norms()

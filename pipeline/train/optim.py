@@ -1,11 +1,10 @@
 """Optimisers by name."""
 
-import importlib
 import importlib.util
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import Parameter
@@ -41,13 +40,8 @@ def _adamw(named: Named, options: OptimOptions) -> Optimizer:
 
 def _adam8bit(named: Named, options: OptimOptions) -> Optimizer:
     parameters = [p for _, p in named]
-    part = _torchao().AdamW8bit(
-        parameters,
-        lr=options.lr,
-        betas=_betas(options),
-        weight_decay=options.weight_decay,
-        bf16_stochastic_round=True,  # of parameters that are bfloat16; others are not rounded
-    )
+    decay = options.weight_decay
+    part = EightBit.adam(parameters, lr=options.lr, betas=_betas(options), weight_decay=decay)
     if parameters[0].device.type == "cpu":
         logger.warning("optim=adam8bit is slow on a CPU, far slower than optim=adam; it is meant for CUDA")
     return EightBit([part], options.clip)
@@ -79,6 +73,10 @@ class Entry(NamedTuple):
     """The options that it reads, beyond those that all read."""
     library: str | None = None
     """What has to be installed for it."""
+    state_bytes: float = 8
+    """Of a float32 weight's state, on the device and in a checkpoint."""
+    rounds: bool = False
+    """Whether it rounds weights that are bfloat16 at random, so that small steps are not lost."""
 
 
 BETAS = frozenset({"beta1", "beta2"})
@@ -86,9 +84,9 @@ BETAS = frozenset({"beta1", "beta2"})
 OPTIMISERS: dict[str, Entry] = {
     "adam": Entry(_adam, BETAS),
     "adamw": Entry(_adamw, BETAS | {"weight_decay"}),
-    "adam8bit": Entry(_adam8bit, BETAS | {"weight_decay"}, "torchao"),
-    "muon": Entry(_muon, BETAS | {"weight_decay", "momentum"}),
-    "signsgd": Entry(_signsgd, frozenset({"momentum"}), "schedulefree"),
+    "adam8bit": Entry(_adam8bit, BETAS | {"weight_decay"}, "torchao", 2, rounds=True),
+    "muon": Entry(_muon, BETAS | {"weight_decay", "momentum"}, None, 4),
+    "signsgd": Entry(_signsgd, frozenset({"momentum"}), "schedulefree", 4),
 }
 
 
@@ -133,13 +131,3 @@ def _check_meaning(options: OptimOptions) -> None:
             f"optim.decay={options.decay} has no meaning for optim=signsgd, whose weights are averaged instead; use "
             "optim.decay=0"
         )
-
-
-def _torchao() -> Any:
-    # On import it complains of kernels for other machines, which have nothing to do with optimisers.
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        return importlib.import_module("torchao.optim")
-    finally:
-        logging.disable(before)

@@ -9,6 +9,8 @@ result; and y, between the two, where gradients are taken. The parameters hold y
 z, and x follows from both. `averaged` puts x into the parameters for a while, `settle` for good.
 """
 
+import importlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -18,9 +20,12 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from pipeline.core import deferred
+
 
 class Optimiser(Optimizer):
-    """Optimisers that share their groups and their state with this one. Before each step the gradients are clipped."""
+    """Optimisers that share their groups and their state with this one. Before each step gradients that are kept as
+    terms (`core/deferred.py`) are summed, and all are clipped."""
 
     def __init__(self, parts: Sequence[Optimizer], clip: float | None = None) -> None:
         """clip: the largest norm of all gradients together; None for no limit."""
@@ -36,9 +41,15 @@ class Optimiser(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None
+        for parameter in self.parameters():
+            deferred.materialise(parameter)
         if self.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters(), self.clip)
         self._advance()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        deferred.discard(self.parameters())
 
     def _advance(self) -> None:
         for part in self.parts:
@@ -48,6 +59,24 @@ class Optimiser(Optimizer):
 class EightBit(Optimiser):
     """torchao's optimisers compile their step, which a CPU does not repay: a minute of compiling comes first, and the
     step is slow either way."""
+
+    @staticmethod
+    def adam(parameters: Iterable[Parameter], **numbers: Any) -> Optimizer:
+        """AdamW with 8-bit moments. Of parameters that are bfloat16 each step is rounded at random."""
+        library, state = _quietly("torchao.optim"), _quietly("torchao.optim.subclass_8bit")
+
+        class Adam(library.AdamW8bit):  # type: ignore[misc, name-defined]
+            @staticmethod
+            def _subclass_zeros(p: Tensor, signed: bool, block_size: int) -> Any:
+                zeros = state.OptimState8bit.zeros(p.shape, signed, block_size, p.device, dtype=p.dtype)
+                if not signed:
+                    # A second moment below the smallest step of its block would become 0, and the update, which is
+                    # divided by its root, would be without bounds where the first moment is not 0 too: in features
+                    # that fire rarely, that is the rule.
+                    zeros.qmap[0] = zeros.qmap[1] / 2
+                return zeros
+
+        return Adam(parameters, bf16_stochastic_round=True, **numbers)
 
     def _advance(self) -> None:
         for group in self.param_groups:
@@ -186,6 +215,15 @@ def _plain(tensor: Tensor) -> dict[str, Tensor]:
 
 
 def _eight_bit(what: str, parts: dict[str, Tensor], parameter: Tensor) -> Any:
-    from torchao.optim.subclass_8bit import OptimState8bit
+    state = _quietly("torchao.optim.subclass_8bit")
+    return state.OptimState8bit(**parts, signed=what == "exp_avg", dtype=parameter.dtype)
 
-    return OptimState8bit(**parts, signed=what == "exp_avg", dtype=parameter.dtype)
+
+def _quietly(module: str) -> Any:
+    """torchao's modules. On import it complains of kernels for other machines, which no optimiser uses."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        return importlib.import_module(module)
+    finally:
+        logging.disable(before)

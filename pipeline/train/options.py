@@ -17,6 +17,11 @@ class Norm(StrEnum):
     standard = "standard"
 
 
+class Precision(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 @dataclass
 class OptimOptions:
     name: str
@@ -73,6 +78,10 @@ class TrainOptions:
 
     norm: Norm = Norm.rms
     """rms: one scalar for each layer and side. standard: mean and standard deviation of each dimension."""
+
+    weights: Precision = Precision.float32
+    """Of the encoder and decoder tables while they are trained. bfloat16 halves their memory; it needs optim=adam8bit,
+    which rounds at random, and is meant for CUDA."""
 
     dead_window: str = "auto"
     """A feature is dead when it has not fired for so many tokens; auto is a tenth of the run, at most 10M."""

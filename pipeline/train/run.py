@@ -20,7 +20,8 @@ NO_EFFECT = {
 }  # fmt: skip
 """Settings that do not change what a run computes, so they may differ when it is continued."""
 
-ADDED = {"dataset.skip_tokens": "0", "optim.momentum": 0.95, "optim.weight_decay": 0.0, "optim.clip": None}
+ADDED = {"dataset.skip_tokens": "0", "optim.momentum": 0.95, "optim.weight_decay": 0.0, "optim.clip": None,
+         "train.weights": "float32"}  # fmt: skip
 """Settings that the config.yaml of an older run lacks, and what they were then."""
 
 
