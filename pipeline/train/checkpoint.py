@@ -5,7 +5,8 @@
         optimizer.safetensors    what the optimiser remembers (`train/optimisers.py`)
         state.safetensors        tokens since each feature fired, random generators, the controller's log lambda, and
                                  the small tensors of whatever else remembers something (`State.more`), by their names
-        state.json               step, tokens, the cache's key
+        state.json               step, the cache's key, where it was scored the FVU on held-out text
+        metrics.jsonl            what had been logged by then
 
 The data position is the step: batch n of a run is a function of the seed and n (`data/loader.py`). A checkpoint is
 written beside its place, synced and renamed, so that whatever bears its name is whole.
@@ -25,6 +26,10 @@ from torch import Tensor
 from pipeline.arch.base import Transcoder
 from pipeline.files import atomic_directory
 from pipeline.train.optimisers import averaged, optimizer_tensors, restore_optimizer
+from pipeline.train.run_log import METRICS
+
+SCORE = "held_out_fvu"
+"""What the best checkpoints have the least of; in state.json."""
 
 
 @dataclass
@@ -48,7 +53,8 @@ class State:
 def save(
     directory: Path, model: Transcoder, optimizer: torch.optim.Optimizer, state: State, about: dict[str, object]
 ) -> Path:
-    """Write checkpoints/step_N of a run directory. `about` goes into state.json."""
+    """Write checkpoints/step_N of a run directory. `about` goes into state.json; a copy of metrics.jsonl lies beside
+    it, from which whatever happens to that file is mended."""
     target = directory / "checkpoints" / f"step_{state.step}"
     with atomic_directory(target) as aside:
         with averaged(optimizer):
@@ -56,6 +62,8 @@ def save(
         save_file(contiguous(optimizer_tensors(model, optimizer)), aside / "optimizer.safetensors")
         save_file(contiguous(_state_tensors(state)), aside / "state.safetensors")
         (aside / "state.json").write_text(json.dumps({"step": state.step, **about}, indent=2) + "\n")
+        if (directory / METRICS).exists():
+            shutil.copyfile(directory / METRICS, aside / METRICS)
     return target
 
 
@@ -83,23 +91,41 @@ def _state_tensors(state: State) -> dict[str, Tensor]:
     return own | state.more
 
 
-def newest(directory: Path) -> Path | None:
-    """The checkpoint with the most steps in a run directory."""
-    found = _all(directory)
+def newest(directory: Path, before: int | None = None) -> Path | None:
+    """The checkpoint with the most steps in a run directory; of those with at most `before` steps."""
+    found = [path for path in _all(directory) if before is None or _step(path) <= before]
     return found[-1] if found else None
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
-    for old in _all(directory)[:-keep]:
-        shutil.rmtree(old)
+def best(directory: Path, n: int = 1) -> list[Path]:
+    """The n checkpoints of the lowest score, the best first; of equal ones the earlier."""
+    scores = {path: json.loads((path / "state.json").read_text()).get(SCORE) for path in _all(directory)}
+    return sorted((path for path in scores if scores[path] is not None), key=lambda path: scores[path])[:n]
+
+
+def prune(directory: Path, keep: int, keep_best: int = 0) -> None:
+    """Remove all but the newest `keep` checkpoints and the best `keep_best`."""
+    found = _all(directory)
+    kept = {*found[-keep:], *(best(directory, keep_best) if keep_best else [])}
+    for old in found:
+        if old not in kept:
+            # Under its name, what is half removed would pass for a checkpoint.
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.tmp")))
+
+
+def tidy(directory: Path) -> None:
+    """Remove what a process that was killed left of checkpoints half written or half removed."""
+    for left in (directory / "checkpoints").glob(".step_*.tmp"):
+        shutil.rmtree(left)
 
 
 def _all(directory: Path) -> list[Path]:
-    named = [
-        (int(m[1]), p) for p in (directory / "checkpoints").glob("step_*") if (m := re.fullmatch(r"step_(\d+)", p.name))
-    ]
-    return [path for _, path in sorted(named)]
+    named = (directory / "checkpoints").glob("step_*")
+    return sorted((path for path in named if re.fullmatch(r"step_\d+", path.name)), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

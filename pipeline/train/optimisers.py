@@ -179,11 +179,13 @@ def restore_optimizer(model: torch.nn.Module, optimizer: Optimizer, tensors: dic
             continue
         # Step counters stay where the optimiser put them: on the CPU unless it is fused on a GPU.
         device = parameter.device if tensor.dim() or groups[parameter].get("fused") else tensor.device
+        # A copy, or the moments would lie in the mapped file of a checkpoint that is soon removed.
+        copied = tensor.to(device, copy=True)
         base, _, part = what.partition(".")
         if part:
-            coded.setdefault((base, name), {})[part] = tensor.to(device)
+            coded.setdefault((base, name), {})[part] = copied
         else:
-            optimizer.state[parameter][what] = tensor.to(device)
+            optimizer.state[parameter][what] = copied
     for (what, name), parts in coded.items():
         optimizer.state[parameters[name]][what] = _eight_bit(what, parts, parameters[name])
 

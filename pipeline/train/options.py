@@ -6,6 +6,11 @@ from enum import StrEnum
 from pipeline.data.options import Dtype
 
 
+class Finish(StrEnum):
+    last = "last"
+    best = "best"
+
+
 class LrSchedule(StrEnum):
     constant = "constant"
     linear = "linear"
@@ -66,6 +71,10 @@ class TrainOptions:
     batch_tokens: int = 1024
     """Tokens of a step."""
 
+    accumulate: int = 1
+    """Equal parts of a step's tokens that go through the model one after the other, their gradients added up: less
+    memory, the same step. Under the batchtopk rules tokens compete within a part."""
+
     seed: int = 0
     """Seed of the initial weights and of the order of the rows."""
 
@@ -91,6 +100,17 @@ class TrainOptions:
 
     keep_checkpoints: int = 1
     """How many of the newest checkpoints stay."""
+
+    keep_best: int = 0
+    """How many of the best checkpoints stay besides: those of the lowest FVU on the first rows of the calibration
+    split, under the rule of training. No effect on the weights."""
+
+    finish: Finish = Finish.last
+    """Which checkpoint becomes final/: the last, or the best, with keep_best."""
+
+    diverged: float | None = 10.0
+    """The run stops when its reconstruction loss has been so many times its lowest, and above that of predicting the
+    means, for 100 steps in a row. Null: it goes on as long as numbers are finite."""
 
 
 @dataclass
