@@ -29,7 +29,7 @@ from pipeline.stages.options import TrainConfig
 from pipeline.stages.train_cache import find_cache, statistics
 from pipeline.stages.train_finish import finish, held_out_fvu, use_best
 from pipeline.stages.train_resume import alone, check_resume
-from pipeline.train import artifact, checkpoint, inputs, optim, warm
+from pipeline.train import artifact, checkpoint, inputs, optim, precision, warm
 from pipeline.train import run as runs
 from pipeline.train.artifact import Trained
 from pipeline.train.inputs import Inputs, Recompute
@@ -61,17 +61,19 @@ def run(cfg: TrainConfig) -> Path:
     if cfg.dry_run:
         with torch.device("meta"):  # shapes alone
             model = build(cfg, dims)
+        precision.check(cfg.train.weights, cfg.optim.name, model)
         objective = Objective(cfg.loss, model, variances[0], plan.n_steps, variances[1], cfg.train.seed)
         train_estimate.say(cfg, cache, plan, model, objective.needs_pre_acts)
         return runs.RUNS / cfg.name
     model = build(cfg, dims).to(device)
+    precision.check(cfg.train.weights, cfg.optim.name, model)
     activations.check_batch(model.activation, plan.part_tokens)
     done = runs.finished(runs.RUNS / cfg.name)
     mlps = mlps_of(cache, device) if cache.targets is Targets.recompute and not done else None
     recompute = None if mlps is None else Recompute(mlps, device)
     prepare = inputs.build(cache.norm, cfg.arch.site, maps, device, cfg.arch.target, recompute)
     objective = Objective(cfg.loss, model, variances[0], plan.n_steps, variances[1], cfg.train.seed)
-    optimizer = optim.build(model.parameters(), cfg.optim)
+    optimizer = optim.build(model.named_parameters(), cfg.optim)
     _check_space(model, plan)
 
     directory = runs.start(cfg.name, cfg)
@@ -92,6 +94,7 @@ def run(cfg: TrainConfig) -> Path:
             warm.start_from(model, earlier, prepare.scaling)
         elif last is None:
             _initialise(cfg, model, cache, prepare)
+        precision.store(model, cfg.train.weights)
         trainer.begin(last)
         start, ahead = trainer.state.step, cfg.cache.shards_ahead
         with Loader(cache, plan.batch_tokens, cfg.train.seed, cfg.cache.read, start, shards_ahead=ahead) as batches:

@@ -10,9 +10,10 @@ from pipeline.data.tokens import Split
 from pipeline.plain import to_plain
 from pipeline.stages.options import TrainConfig
 from pipeline.stages.train_cache import statistics
-from pipeline.train import artifact, calibrate, checkpoint
+from pipeline.train import artifact, calibrate, checkpoint, precision
 from pipeline.train.inputs import Inputs
 from pipeline.train.loop import Trainer
+from pipeline.train.optimisers import averaged, settle
 from pipeline.train.run_log import METRICS, last_line
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ TOLERANCE = 0.05
 
 def finish(cfg: TrainConfig, cache: Cache, trainer: Trainer, metrics: dict[str, object]) -> None:
     """Thresholds from the calibration split, their L0 and FVU on the evaluation split, folding, runs/NAME/final."""
+    settle(trainer.optimizer)
+    precision.restore(trainer.model)
     model, prepare, batch = trainer.model.eval(), trainer.inputs, trainer.plan.part_tokens
     x, _ = _held_out(cache, Split.calibration, prepare)
     rank_norms = model.rank_norms()
@@ -79,7 +82,8 @@ def held_out_fvu(cfg: TrainConfig, cache: Cache, trainer: Trainer) -> float:
     _, resid_mid, mlp_out = cache.held_out(Split.calibration)
     n = max(SCORED_ROWS, batch)
     x, y = trainer.inputs(resid_mid[:n], mlp_out[:n])
-    measured = calibrate.measure(model.eval(), x, y, trainer.inputs.scaling.y_scale, batch, cfg.train.seed)
+    with averaged(trainer.optimizer):
+        measured = calibrate.measure(model.eval(), x, y, trainer.inputs.scaling.y_scale, batch, cfg.train.seed)
     model.train()
     assert measured["fvu"] is not None
     return measured["fvu"]

@@ -1,8 +1,8 @@
 """Checkpoints: everything that an exact continuation needs, as safetensors and JSON. Nothing is pickled.
 
     checkpoints/step_N/
-        model.safetensors        weights and buffers of the transcoder, in the transcoder's units
-        optimizer.safetensors    the optimiser's tensors, named <what>/<parameter>
+        model.safetensors        weights (with signsgd the averaged ones) and buffers, in the transcoder's units
+        optimizer.safetensors    what the optimiser remembers (`train/optimisers.py`)
         state.safetensors        tokens since each feature fired, random generators, the controller's log lambda, and
                                  the small tensors of whatever else remembers something (`State.more`), by their names
         state.json               step, the cache's key, where it was scored the FVU on held-out text
@@ -21,10 +21,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.arch.base import Transcoder
 from pipeline.files import atomic_directory
+from pipeline.train.optimisers import averaged, optimizer_tensors, restore_optimizer
 from pipeline.train.run_log import METRICS
 
 SCORE = "held_out_fvu"
@@ -56,7 +57,8 @@ def save(
     it, from which whatever happens to that file is mended."""
     target = directory / "checkpoints" / f"step_{state.step}"
     with atomic_directory(target) as aside:
-        save_file(contiguous(model.state_dict()), aside / "model.safetensors")
+        with averaged(optimizer):
+            save_file(contiguous(model.state_dict()), aside / "model.safetensors")
         save_file(contiguous(optimizer_tensors(model, optimizer)), aside / "optimizer.safetensors")
         save_file(contiguous(_state_tensors(state)), aside / "state.safetensors")
         (aside / "state.json").write_text(json.dumps({"step": state.step, **about}, indent=2) + "\n")
@@ -129,26 +131,3 @@ def _step(path: Path) -> int:
 def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """As safetensors wants them."""
     return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-
-
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's moments, as moment/parameter."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{what}/{names[parameter]}": torch.as_tensor(tensor)
-        for parameter, moments in optimizer.state.items()
-        for what, tensor in moments.items()
-    }
-
-
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`."""
-    parameters = dict(model.named_parameters())
-    optimizer.state.clear()
-    for key, tensor in tensors.items():
-        what, name = key.split("/", 1)
-        parameter = parameters[name]
-        # Step counters stay where the optimiser put them: on the CPU unless it is fused on a GPU.
-        device = parameter.device if tensor.dim() or optimizer.defaults.get("fused") else tensor.device
-        # A copy, or the moments would lie in the mapped file of a checkpoint that is soon removed.
-        optimizer.state[parameter][what] = tensor.to(device, copy=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.arch.base import Transcoder
-from pipeline.train.checkpoint import optimizer_tensors
+from pipeline.train.optimisers import optimizer_tensors
 
 STEPS = 100
 

@@ -247,7 +247,7 @@ def explain_error(model: Transcoder, x: Tensor, dead: Tensor) -> Tensor:
         ids = dead[source].nonzero().squeeze(1)
         if not ids.numel():
             continue
-        pre_acts = F.linear(read, model.encoders[source][ids], model.b_enc[source][ids])
+        pre_acts = F.linear(read, model.encoders[source][ids], model.b_enc[source][ids].to(read.dtype))
         values, indices = pre_acts.topk(min(d_model // 2, ids.numel()), dim=1)
         z = torch.zeros_like(pre_acts).scatter(1, indices, values.relu())
         for target, part in model.write_rows(z, ids, source, read):

@@ -22,16 +22,33 @@ class Norm(StrEnum):
     standard = "standard"
 
 
+class Precision(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 @dataclass
 class OptimOptions:
     name: str
-    """adam."""
+    """adam, adamw, adam8bit, muon or signsgd."""
 
     lr: float = 1e-3
     """Peak learning rate."""
 
     beta1: float = 0.9
+    """Of Adam's first moment; with muon of its Adam for what is no matrix."""
+
     beta2: float = 0.999
+    """Of the second."""
+
+    momentum: float = 0.95
+    """muon: of the gradient's mean. signsgd: how far from its newest point towards the average gradients are taken."""
+
+    weight_decay: float = 0.0
+    """adamw, adam8bit, muon: the share of each weight, times the learning rate, that a step takes away."""
+
+    clip: float | None = None
+    """The largest norm of all gradients together; longer ones are scaled down to it. Null for no limit."""
 
     warmup: float = 0.02
     """Share of the run over which the learning rate rises from 0."""
@@ -70,6 +87,10 @@ class TrainOptions:
 
     norm: Norm = Norm.rms
     """rms: one scalar for each layer and side. standard: mean and standard deviation of each dimension."""
+
+    weights: Precision = Precision.float32
+    """Of the encoder and decoder tables while they are trained. bfloat16 halves their memory; it needs optim=adam8bit,
+    which rounds at random, and is meant for CUDA."""
 
     dead_window: str = "auto"
     """A feature is dead when it has not fired for so many tokens; auto is a tenth of the run, at most 10M."""

@@ -20,7 +20,10 @@ NO_EFFECT = {
 }  # fmt: skip
 """Settings that do not change what a run computes, so they may differ when it is continued."""
 
-ADDED = {"dataset.skip_tokens": "0", "train.accumulate": 1, "train.finish": "last"}
+ADDED = {
+    "dataset.skip_tokens": "0", "train.accumulate": 1, "train.finish": "last", "train.weights": "float32",
+    "optim.momentum": 0.95, "optim.weight_decay": 0.0, "optim.clip": None,
+}  # fmt: skip
 """Settings that the config.yaml of an older run lacks, and what they were then."""
 
 
