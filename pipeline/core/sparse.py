@@ -11,6 +11,7 @@ transposed pattern: torch's own weight gradient scatters into a dense table row 
 The dense products in `tests/oracle.py` are the reference.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -47,22 +48,44 @@ class Pattern:
         return order, self.tokens[order], torch.searchsorted(features, edges)
 
 
-class Sparse(NamedTuple):
-    """Features of all layers in sparse form: `patterns[l]` and `values[l]` [nnz_l]."""
+class Chosen(NamedTuple):
+    """One layer's features in sparse form: values [nnz] at the pairs of the pattern."""
 
-    patterns: list[Pattern]
-    values: list[Tensor]
+    pattern: Pattern
+    values: Tensor
+
+
+class Sparse(NamedTuple):
+    """Features of all layers, each in its own form: `patterns[l]` and `values[l]` [nnz_l], or None and [B, F]."""
+
+    patterns: Sequence[Pattern | None]
+    values: Sequence[Tensor]
 
     def dense(self) -> Tensor:
         """[B, L, F]"""
-        return torch.stack([_scatter(p, v) for p, v in zip(self.patterns, self.values, strict=True)], dim=1)
+        layers = [of_layer(self, layer) for layer in range(len(self.values))]
+        return torch.stack([_scatter(*one) if isinstance(one, Chosen) else one for one in layers], dim=1)
 
 
 _SUM = 0
 """torch's number for mode="sum"."""
 
 Features = Tensor | Sparse
-"""[B, L, F], or the same in sparse form."""
+"""[B, L, F], or the same layer by layer, in sparse form where few are active."""
+
+
+def of_layer(features: Features, layer: int) -> Tensor | Chosen:
+    """One layer's features: [B, F], or in sparse form."""
+    if isinstance(features, Tensor):
+        return features[:, layer]
+    pattern, values = features.patterns[layer], features.values[layer]
+    return values if pattern is None else Chosen(pattern, values)
+
+
+def n_tokens(features: Features) -> int:
+    """B"""
+    one = of_layer(features, 0)
+    return one.pattern.n_tokens if isinstance(one, Chosen) else one.shape[0]
 
 
 def fixed_k(indices: Tensor, n_features: int) -> Pattern:
@@ -79,8 +102,18 @@ def from_pairs(tokens: Tensor, indices: Tensor, n_tokens: int, n_features: int) 
 
 def from_mask(mask: Tensor) -> Pattern:
     """The pattern of a boolean [B, F]."""
-    tokens, indices = mask.nonzero(as_tuple=True)
-    return from_pairs(tokens, indices, *mask.shape)
+    n_features, flat = mask.shape[1], _positions(mask)
+    tokens = flat // n_features
+    return from_pairs(tokens, flat - tokens * n_features, *mask.shape)
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """Where a mask [B, F] is set, laid flat, ascending. [nnz]"""
+    flat = mask.flatten()
+    if flat.device.type == "cpu":
+        # NumPy's skips whole words: 13 times as fast as torch's at a density of 1 %.
+        return torch.from_numpy(flat.numpy().nonzero()[0])
+    return flat.nonzero().squeeze(1)
 
 
 def sparsify(features: Tensor) -> Sparse:

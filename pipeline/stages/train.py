@@ -57,7 +57,7 @@ def run(cfg: TrainConfig) -> Path:
     if cfg.dry_run:
         with torch.device("meta"):  # shapes alone
             model = build(cfg, dims)
-        objective = Objective(cfg.loss, model, variances[0], plan.n_steps, variances[1], cfg.train.seed)
+        objective = Objective(cfg.loss, model, variances[0], plan.n_steps, variances[1], cfg.train.seed, cfg.train.sparse)
         train_estimate.say(cfg, cache, plan, model, objective.needs_pre_acts)
         return runs.RUNS / cfg.name
     model = build(cfg, dims).to(device)
@@ -66,7 +66,7 @@ def run(cfg: TrainConfig) -> Path:
     mlps = mlps_of(cache, device) if cache.targets is Targets.recompute and not done else None
     recompute = None if mlps is None else Recompute(mlps, device)
     prepare = inputs.build(cache.norm, cfg.arch.site, maps, device, cfg.arch.target, recompute)
-    objective = Objective(cfg.loss, model, variances[0], plan.n_steps, variances[1], cfg.train.seed)
+    objective = Objective(cfg.loss, model, variances[0], plan.n_steps, variances[1], cfg.train.seed, cfg.train.sparse)
     optimizer = optim.build(model.parameters(), cfg.optim)
     _check_space(model, plan)
 

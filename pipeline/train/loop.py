@@ -14,7 +14,8 @@ from torch import Tensor
 from pipeline.arch.base import Output, Transcoder
 from pipeline.arch.matryoshka import Matryoshka
 from pipeline.core.activations import Choosing
-from pipeline.core.sparse import Sparse
+from pipeline.core.gates import Gate
+from pipeline.core.sparse import Chosen, Pattern, of_layer
 from pipeline.data.loader import Batch
 from pipeline.data.shuffle import derive
 from pipeline.errors import UserError
@@ -176,13 +177,16 @@ class Trainer:
         }
 
     def _in_force(self) -> dict[str, object]:
-        """What changes over the run in the settings of this one: lambda of the sparsity penalty, an annealed k."""
+        """What changes over the run in the settings of this one: lambda of the sparsity penalty, an annealed k, the
+        share of layers in sparse form."""
         changing: dict[str, object] = {}
         if self.objective.penalises:
             changing["lambda"] = self.objective.lambda_at(self.state.step - 1, self.state.log_lambda)
         rule = self.model.activation
         if isinstance(rule, Choosing) and rule.k_start is not None:
             changing["k"] = sum(rule.k) / len(rule.k)
+        if isinstance(rule, Gate):
+            changing["sparse_layers"] = float(rule.is_sparse.double().mean())
         return changing
 
     def _fvu(self, y_hat: Tensor, y: Tensor) -> float:
@@ -208,21 +212,21 @@ class Trainer:
 
 def fired(out: Output) -> Tensor:
     """Which features fired at all in the batch. [L, F] bool"""
-    if isinstance(out.features, Sparse):
-        return torch.stack(
-            [
-                torch.zeros(p.n_features, dtype=torch.bool, device=v.device).index_fill(0, p.indices[v > 0], True)
-                for p, v in zip(out.features.patterns, out.features.values, strict=True)
-            ]
-        )
-    return (out.features > 0).any(dim=0)
+    if isinstance(out.features, Tensor):
+        return (out.features > 0).any(dim=0)
+    layers = [of_layer(out.features, layer) for layer in range(len(out.features.values))]
+    return torch.stack([_fired(*one) if isinstance(one, Chosen) else (one > 0).any(dim=0) for one in layers])
+
+
+def _fired(pattern: Pattern, values: Tensor) -> Tensor:
+    none = torch.zeros(pattern.n_features, dtype=torch.bool, device=values.device)
+    return none.index_fill(0, pattern.indices[values > 0], True)
 
 
 def active(out: Output) -> int:
     """Number of active (token, feature) pairs over all layers."""
-    if isinstance(out.features, Sparse):
-        return sum(int((values > 0).sum()) for values in out.features.values)
-    return int((out.features > 0).sum())
+    layers = [out.features] if isinstance(out.features, Tensor) else out.features.values
+    return sum(int((values > 0).sum()) for values in layers)
 
 
 class _Clock:
