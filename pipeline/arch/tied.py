@@ -129,7 +129,10 @@ class Tied(Transcoder):
     def _written_to(self, target: int, features: Features) -> Tensor:
         """What all sources write to one target, in one product with its table for each form. -> [B, D]"""
         sent = [self._sent(features, source, target) for source in range(target + 1)]
-        dense, chosen = [one for one in sent if isinstance(one, Tensor)], [one for one in sent if isinstance(one, Chosen)]
+        dense, chosen = (
+            [one for one in sent if isinstance(one, Tensor)],
+            [one for one in sent if isinstance(one, Chosen)],
+        )
         table, parts = self._shared(target, target), []
         if dense:
             parts.append(torch.stack(dense).sum(dim=0) @ table)

@@ -149,9 +149,9 @@ class _JumpReLU(torch.autograd.Function):
         theta = log_threshold.exp()
         window = (h - theta).abs() < ctx.bandwidth / 2
         power = theta if ctx.rule == ThetaGrad.anthropic else theta.square()
-        # Thresholds [F] were broadcast over tokens.
-        per_token = (grad * window).reshape(-1, theta.shape[-1]).sum(dim=0)
-        return grad * (h > theta), -per_token * power / ctx.bandwidth, None, None
+        # Thresholds [F] were broadcast over tokens; those of single pairs were not.
+        per_threshold = (grad * window).sum_to_size(theta.shape)
+        return grad * (h > theta), -per_threshold * power / ctx.bandwidth, None, None
 
 
 class _Step(torch.autograd.Function):
@@ -166,4 +166,4 @@ class _Step(torch.autograd.Function):
         h, log_threshold = ctx.saved_tensors
         theta = log_threshold.exp()
         window = (h - theta).abs() < ctx.bandwidth / 2
-        return None, -(grad * window).sum(dim=0) * theta / ctx.bandwidth, None
+        return None, -(grad * window).sum_to_size(theta.shape) * theta / ctx.bandwidth, None

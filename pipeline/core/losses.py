@@ -58,9 +58,7 @@ def pre_activation(pre_acts: Tensor | Sequence[Tensor]) -> Tensor:
     return torch.stack([(-h).relu().sum() for h in layers]).sum() / layers[0].shape[0]
 
 
-def pre_activation_january(
-    pre_acts: Tensor | Sequence[Tensor], threshold: Tensor, decoder_norms: Tensor
-) -> Tensor:
+def pre_activation_january(pre_acts: Tensor | Sequence[Tensor], threshold: Tensor, decoder_norms: Tensor) -> Tensor:
     """sum_{l,i} relu(theta - h) |W_dec,i|, mean over tokens. [B, L, F] or [B, F] a layer, [L, F], [L, F] -> []"""
     layers = _layers(pre_acts)
     each = zip(layers, threshold, decoder_norms, strict=True)
@@ -82,16 +80,14 @@ def aux_k(error: Tensor, error_hat: Tensor, n_dead: int, variance: float) -> Ten
 
 def _over_written(features: Features, decoder_norms: Tensor, penalty: Callable[[Tensor], Tensor]) -> Tensor:
     """mean_n sum_{l,i} penalty(|W_dec,i^l| a_i^l), for a penalty that is 0 at 0."""
-    terms = []
-    for layer, norms in enumerate(decoder_norms):
-        one = of_layer(features, layer)
-        if isinstance(one, Chosen):
-            # Its gradient adds up, where that of norms[indices] first sorts.
-            written = norms.index_select(0, one.pattern.indices) * one.values
-        else:
-            written = norms * one
-        terms.append(penalty(written).sum())
+    terms = [penalty(_written(of_layer(features, i), norms)).sum() for i, norms in enumerate(decoder_norms)]
     return torch.stack(terms).sum() / n_tokens(features)
+
+
+def _written(one: Tensor | Chosen, norms: Tensor) -> Tensor:
+    """|W_dec,i| a_i of a layer: [B, F], or [nnz]."""
+    # Not norms[indices], whose gradient sorts before it adds up.
+    return norms.index_select(0, one.pattern.indices) * one.values if isinstance(one, Chosen) else norms * one
 
 
 def _layers(pre_acts: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:

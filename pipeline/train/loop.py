@@ -26,7 +26,7 @@ from pipeline.train.checkpoint import State
 from pipeline.train.inputs import Inputs
 from pipeline.train.interrupt import stop_requests
 from pipeline.train.objective import Objective
-from pipeline.train.options import OptimOptions
+from pipeline.train.options import OptimOptions, SparseStep
 from pipeline.train.resample import resample
 from pipeline.train.schedule import learning_rate
 
@@ -185,7 +185,7 @@ class Trainer:
         rule = self.model.activation
         if isinstance(rule, Choosing) and rule.k_start is not None:
             changing["k"] = sum(rule.k) / len(rule.k)
-        if isinstance(rule, Gate):
+        if isinstance(rule, Gate) and self.objective.sparse != SparseStep.never:
             changing["sparse_layers"] = float(rule.is_sparse.double().mean())
         return changing
 
