@@ -3,13 +3,14 @@
     checkpoints/step_N/
         model.safetensors        weights and buffers of the transcoder, in the transcoder's units
         optimizer.safetensors    the optimiser's tensors, named <what>/<parameter>
-        state.safetensors        tokens since each feature fired, the random generator, the controller's log lambda
+        state.safetensors        tokens since each feature fired, the random generator, the controller's numbers
         state.json               step, tokens, the cache's key
 
 The data position is the step: batch n of a run is a function of the seed and n (`data/loader.py`). A checkpoint is
 written beside its place, synced and renamed, so that whatever bears its name is whole.
 """
 
+import dataclasses
 import json
 import re
 import shutil
@@ -23,6 +24,10 @@ from torch import Tensor, nn
 
 from pipeline.arch.base import Transcoder
 from pipeline.files import atomic_directory
+from pipeline.train.controller import Steering
+
+STEERING = "steering/"
+"""What the names of the controller's numbers begin with."""
 
 
 @dataclass
@@ -35,8 +40,13 @@ class State:
     tokens_since_fired: Tensor
     """[L, F] int64"""
 
-    log_lambda: float | None = None
-    """Of the sparsity penalty, where a controller steers it."""
+    steering: Steering | None = None
+    """Where a controller sets lambda of the sparsity penalty."""
+
+    @property
+    def log_lambda(self) -> float | None:
+        """Of the sparsity penalty, where a controller steers it."""
+        return None if self.steering is None else self.steering.log_lambda
 
 
 def save(
@@ -45,8 +55,9 @@ def save(
     """Write checkpoints/step_N of a run directory. `about` goes into state.json."""
     target = directory / "checkpoints" / f"step_{state.step}"
     tensors = {"tokens_since_fired": state.tokens_since_fired, "torch_rng": torch.get_rng_state()}
-    if state.log_lambda is not None:
-        tensors["log_lambda"] = torch.tensor(state.log_lambda, dtype=torch.float64)
+    if state.steering is not None:
+        for name, value in dataclasses.asdict(state.steering).items():
+            tensors[STEERING + name] = torch.tensor(value, dtype=torch.float64)
     with atomic_directory(target) as aside:
         save_file(contiguous(model.state_dict()), aside / "model.safetensors")
         save_file(contiguous(optimizer_tensors(model, optimizer)), aside / "optimizer.safetensors")
@@ -62,8 +73,9 @@ def load(checkpoint: Path, model: Transcoder, optimizer: torch.optim.Optimizer) 
     tensors = load_file(checkpoint / "state.safetensors")
     torch.set_rng_state(tensors["torch_rng"])
     step = json.loads((checkpoint / "state.json").read_text())["step"]
-    log_lambda = float(tensors["log_lambda"]) if "log_lambda" in tensors else None
-    return State(step, tensors["tokens_since_fired"].to(model.b_enc.device), log_lambda)
+    steering = {name.removeprefix(STEERING): float(t) for name, t in tensors.items() if name.startswith(STEERING)}
+    tokens_since_fired = tensors["tokens_since_fired"].to(model.b_enc.device)
+    return State(step, tokens_since_fired, Steering(**steering) if steering else None)
 
 
 def newest(directory: Path) -> Path | None:
