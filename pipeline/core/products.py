@@ -102,7 +102,7 @@ def bag_of_tokens(pattern: Pattern, weights: Tensor, rows: Tensor) -> Tensor:
 
 
 def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of relu(pre_acts) of each row, descending, ties to the lowest index.
+    """The k largest of relu(pre_acts) of each row, in some order, ties to the lowest index.
 
     [..., F] -> values [..., k], indices [..., k]; where fewer than k are above 0 the rest are 0 at some index.
     """
