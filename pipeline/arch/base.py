@@ -124,7 +124,7 @@ class Transcoder(nn.Module):
 
     def inputs(self, x: Tensor) -> tuple[Tensor, ...]:
         """What each source reads. x [B, L, D] -> [B, width()] for each source"""
-        return x.unbind(1)
+        return x.to(self.encoders[0].dtype).unbind(1)
 
     def width(self) -> int:
         """Length of an encoder row."""
@@ -179,7 +179,8 @@ class Transcoder(nn.Module):
 
     def encode_layer(self, x: Tensor, layer: int) -> Tensor:
         """One source's pre-activations. x [B, width()] -> [B, F]"""
-        return nn.functional.linear(x, self.encoders[layer], self.b_enc[layer])
+        weight = self.encoders[layer]
+        return nn.functional.linear(x, weight, self.b_enc[layer].to(weight.dtype))
 
     def encode(self, x: Tensor) -> Tensor:
         """x [B, L, D] -> pre_acts [B, S, F]"""
@@ -221,7 +222,8 @@ class Transcoder(nn.Module):
         rows: list[Tensor | None] = [None for _ in range(self.dims.n_layers)]
         for source in range(self.n_sources):
             for target in self.targets(source):
-                part = self.write(features, source, target)
+                # Sums are float32 where tables are bfloat16.
+                part = self.write(features, source, target).to(self.b_dec.dtype)
                 so_far = rows[target]
                 rows[target] = part if so_far is None else so_far + part
         return torch.stack([row for row in rows if row is not None], dim=1)

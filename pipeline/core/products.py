@@ -126,9 +126,9 @@ def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def largest(flat: Tensor, n: int, guess: float) -> tuple[Tensor, Tensor]:
     """Positions of the n largest values above 0, ascending, ties to the lowest position; and the smallest of them.
 
-    flat [N], n at least 1. Exact whatever `guess` is: where at least n values exceed 0.8 of it, the n largest lie among those, and
-    only they are ranked. From one step to the next the threshold hardly moves, so that the ranking sees a few percent
-    of the values.
+    flat [N], n at least 1. Exact whatever `guess` is: where at least n values exceed 0.8 of it, the n largest lie among
+    those, and only they are ranked. From one step to the next the threshold hardly moves, so that the ranking sees a
+    few percent of the values.
     """
     compiled = _compiled(flat)
     if compiled is not None:

@@ -73,8 +73,9 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 def supports(parameters: Iterable[Tensor]) -> bool:
-    """Whether these parameters may be handed to it: on a CPU, each in one piece."""
-    return all(p.device.type == "cpu" and p.is_contiguous() for p in parameters)
+    """Whether these parameters may be handed to it: on a CPU, in float32 or float64, each in one piece."""
+    floats = (torch.float32, torch.float64)
+    return all(p.device.type == "cpu" and p.dtype in floats and p.is_contiguous() for p in parameters)
 
 
 def _compiled_step(parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The compiled kernels against double loops in float64, and against torch's way bit for bit where the choice is exact."""
+"""The compiled kernels against double loops in float64, and choices against sorts, bit for bit."""
 
 import logging
 import shutil
@@ -241,14 +241,14 @@ def test_without_a_compiler_auto_takes_torch_and_says_so(
     with caplog.at_level(logging.INFO), products.using(Kernels.auto, CPU) as kernels:
         assert kernels == products.active() == Kernels.torch
     assert "no C++ compiler" in caplog.text
-    with pytest.raises(UserError, match="no C\\+\\+ compiler.*install one"), products.using(Kernels.compiled, CPU):
+    with pytest.raises(UserError, match=r"no C\+\+ compiler.*install one"), products.using(Kernels.compiled, CPU):
         pass
     assert products.active() == Kernels.torch
 
 
 def test_kernels_for_another_device_are_refused() -> None:
     for kernels, device in ((Kernels.compiled, "cuda"), (Kernels.triton, "cpu")):
-        with pytest.raises(UserError, match="use train.kernels=auto"), products.using(kernels, torch.device(device)):
+        with pytest.raises(UserError, match=r"use train\.kernels=auto"), products.using(kernels, torch.device(device)):
             pass
 
 
@@ -263,7 +263,7 @@ def test_a_compiler_that_fails_is_an_error_with_its_words(fresh: Path, monkeypat
         fresh / "cc", 'test "$1" = --version && exit 0; echo "kernels.cpp: error: no such flag" >&2; exit 1'
     )
     monkeypatch.setenv("CXX", compiler)
-    with pytest.raises(UserError, match="no such flag.*train.kernels=torch"):
+    with pytest.raises(UserError, match=r"no such flag.*train\.kernels=torch"):
         native_build.built()
     assert list(native_build.folder().iterdir()) == []
 
