@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from pipeline.arch.options import ArchOptions
 from pipeline.core.activations import Activation
 from pipeline.core.normalize import Scaling
+from pipeline.core.norms import row_norms
 from pipeline.core.sparse import Chosen, Features, Pattern, Sparse, bag, chosen_features, from_mask, of_layer
 
 
@@ -262,10 +263,8 @@ class Transcoder(nn.Module):
 
     def decoder_norms(self) -> Tensor:
         """L2 norm of each feature's decoder rows, concatenated over its targets; gradient 0 at 0. -> [S, F]"""
-        squares = [
-            sum(self.table(i, target).square().sum(dim=1) for target in self.targets(i)) for i in range(self.n_sources)
-        ]
-        return safe_root(torch.stack([s for s in squares if isinstance(s, Tensor)]))
+        sources = range(self.n_sources)
+        return torch.stack([row_norms([self.table(i, target) for target in self.targets(i)]) for i in sources])
 
     def rank_norms(self) -> Tensor | None:
         """The decoder norms for a rule that ranks by them, without gradient. -> [L, F] or None"""
