@@ -45,10 +45,13 @@ def l1_sparsity(features: Features, decoder_norms: Tensor) -> Tensor:
     return _over_written(features, decoder_norms, lambda written: written)
 
 
-def l0_target(active: Features, target: float) -> Tensor:
-    """(L0 / target - 1)^2. active [B, L, F], or sparse, is 1 where a feature is active (`JumpReLU.active`) -> []"""
+def l0_target(active: Features, target: float, unseen: Tensor | float = 0.0) -> Tensor:
+    """(L0 / target - 1)^2. active [B, L, F], or sparse, is 1 where a feature is active (`JumpReLU.active`) -> []
+
+    `unseen` [] is added to the number of active pairs: 0, but it may have a gradient.
+    """
     layers = [active] if isinstance(active, Tensor) else active.values
-    total = torch.stack([layer.sum() for layer in layers]).sum()
+    total = torch.stack([layer.sum() for layer in layers]).sum() + unseen
     return (total / n_tokens(active) / target - 1).square()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.arch.base import Output, Transcoder
 from pipeline.arch.matryoshka import Matryoshka
 from pipeline.core.activations import Choosing
+from pipeline.core.density import Form
 from pipeline.core.gates import Gate
 from pipeline.core.sparse import Chosen, Pattern, of_layer
 from pipeline.data.loader import Batch
@@ -186,7 +187,9 @@ class Trainer:
         if isinstance(rule, Choosing) and rule.k_start is not None:
             changing["k"] = sum(rule.k) / len(rule.k)
         if isinstance(rule, Gate) and self.objective.sparse != SparseStep.never:
-            changing["sparse_layers"] = float(rule.is_sparse.double().mean())
+            changing["sparse_layers"] = float((rule.form != Form.dense).double().mean())
+            if rule.windowed:
+                changing["dense_windows"] = float((rule.form == Form.dense_window).double().mean())
         return changing
 
     def _fvu(self, y_hat: Tensor, y: Tensor) -> float:
