@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from pipeline.arch.options import ArchOptions
 from pipeline.core.activations import Activation
 from pipeline.core.normalize import Scaling
+from pipeline.core.norms import row_norms
 from pipeline.core.sparse import Chosen, Features, Pattern, Sparse, bag, bags, chosen_features, from_mask, of_layer
 
 
@@ -47,6 +48,8 @@ class Encoded(NamedTuple):
     """[B, S, F], or sparse."""
     gated: Features | None = None
     """The pre-activations that a gate made `features` of in the sparse step, in the same form, without gradient."""
+    beyond: tuple[Tensor | None, ...] = ()
+    """For each source what `core/gates.Pairs` says, in the sparse step of a gate."""
 
 
 class Output(NamedTuple):
@@ -57,6 +60,7 @@ class Output(NamedTuple):
     shorter: tuple[Tensor, ...] = ()
     """Reconstructions [B, L, D] from shorter prefixes of the features, where an architecture nests them."""
     gated: Features | None = None
+    beyond: tuple[Tensor | None, ...] = ()
 
 
 class Transcoder(nn.Module):
@@ -276,14 +280,12 @@ class Transcoder(nn.Module):
     def decoded(self, encoded: Encoded, x: Tensor) -> Output:
         """The Output that follows. x [B, L, D] is read by a skip path alone."""
         y_hat = self.decode(encoded.features, x)
-        return Output(encoded.pre_acts, encoded.features, y_hat, gated=encoded.gated)
+        return Output(encoded.pre_acts, encoded.features, y_hat, (), encoded.gated, encoded.beyond)
 
     def decoder_norms(self) -> Tensor:
         """L2 norm of each feature's decoder rows, concatenated over its targets; gradient 0 at 0. -> [S, F]"""
-        squares = [
-            sum(self.table(i, target).square().sum(dim=1) for target in self.targets(i)) for i in range(self.n_sources)
-        ]
-        return safe_root(torch.stack([s for s in squares if isinstance(s, Tensor)]))
+        sources = range(self.n_sources)
+        return torch.stack([row_norms([self.table(i, target) for target in self.targets(i)]) for i in sources])
 
     def rank_norms(self) -> Tensor | None:
         """The decoder norms for a rule that ranks by them, without gradient. -> [L, F] or None"""

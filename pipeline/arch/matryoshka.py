@@ -106,7 +106,7 @@ class Matryoshka(CLT):
             return super().decoded(encoded, x)
         assert sizes[-1] == self.d_features
         *shorter, y_hat = self.nested(encoded.features, sizes)
-        return Output(encoded.pre_acts, encoded.features, y_hat, tuple(shorter), encoded.gated)
+        return Output(encoded.pre_acts, encoded.features, y_hat, tuple(shorter), encoded.gated, encoded.beyond)
 
 
 def _added(one: list[Tensor], other: list[Tensor]) -> list[Tensor]:

@@ -1,25 +1,47 @@
-"""Features of a training step, in sparse form wherever few are active.
+"""A training step's forward pass, in sparse form wherever few features are active.
 
     topk family     the chosen pairs, always
-    relu, jumprelu  layer by layer: the pairs that the gradients need while they are few, else dense (`core/density.py`)
+    relu, jumprelu  layer by layer, in the form that `core/density.py` finds
 
 Pre-activations are dropped layer by layer, but for those of dense layers. A loss that reads every pre-activation keeps
 them all and makes the encoder's gradient dense; decoding and its gradients stay sparse.
 """
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from pipeline.arch.base import Encoded, Transcoder
+from pipeline.arch.base import Encoded, Output, Transcoder
+from pipeline.arch.matryoshka import Matryoshka
 from pipeline.core.density import Limits
-from pipeline.core.gates import Gate
+from pipeline.core.gates import Gate, JumpReLU
 from pipeline.core.sparse import Pattern, Sparse, chosen_features
 
 
-def encode(model: Transcoder, x: Tensor, limits: Limits, keep_pre_acts: bool) -> Encoded:
-    """What `Transcoder.activate` gives, at the cost of the active pairs. x [B, L, D]; the limits are those of gates."""
+def forward(
+    model: Transcoder, x: Tensor, limits: Limits, keep_pre_acts: bool = False, sizes: Sequence[int] = ()
+) -> Output:
+    """The model's output, with the gradients of its dense form. x [B, L, D]; the limits are those of gates.
+
+    `sizes` are a Matryoshka transcoder's prefixes, ascending, the last F.
+    """
     if isinstance(model.activation, Gate):
-        return _gated(model, model.activation, x, limits, keep_pre_acts)
+        encoded = _gated(model, model.activation, x, limits, keep_pre_acts, wide=model.directions and len(sizes) < 2)
+    else:
+        encoded = _chosen(model, x, keep_pre_acts)
+    out = model.decoded(encoded, x, sizes) if isinstance(model, Matryoshka) else model.decoded(encoded, x)
+    y_hat = out.y_hat
+    for source, beyond in enumerate(out.beyond):
+        if beyond is not None:
+            assert isinstance(model.activation, JumpReLU)
+            tables = {target: partial(model.table, source, target) for target in model.targets(source)}
+            y_hat = model.activation.write_beyond(y_hat, beyond, source, tables)
+    return out._replace(y_hat=y_hat)
+
+
+def _chosen(model: Transcoder, x: Tensor, keep_pre_acts: bool) -> Encoded:
     assert model.activation.chooses
     if not keep_pre_acts:
         return Encoded(None, model.choose(x))
@@ -32,23 +54,27 @@ def encode(model: Transcoder, x: Tensor, limits: Limits, keep_pre_acts: bool) ->
     return Encoded(pre_acts, Sparse([pattern for pattern, _ in chosen], values))
 
 
-def _gated(model: Transcoder, rule: Gate, x: Tensor, limits: Limits, keep_pre_acts: bool) -> Encoded:
+def _gated(model: Transcoder, rule: Gate, x: Tensor, limits: Limits, keep_pre_acts: bool, wide: bool) -> Encoded:
     patterns: list[Pattern | None] = []
+    beyond: list[Tensor | None] = []
     features, gated, kept = [], [], []
     for layer, read in enumerate(model.inputs(x)):
         # Recorded for autograd, which needs no more than its arguments, before it is known whether it is needed.
         h = model.encode_layer(read, layer)
-        pattern, here = rule.pairs(h.detach(), layer, limits), h.detach()
+        here = h.detach()
+        pattern, window = rule.pairs(here, layer, limits, wide)
         if pattern is None:
             features.append(rule.layer(h, layer))
         else:
             here = here.flatten().index_select(0, pattern.tokens * pattern.n_features + pattern.indices)
             features.append(rule.at_pairs(_taught(model, layer, pattern, here, read), pattern, layer))
         patterns.append(pattern)
+        beyond.append(window)
         gated.append(here)
         if keep_pre_acts:
             kept.append(h)
-    return Encoded(tuple(kept) if keep_pre_acts else None, Sparse(patterns, features), Sparse(patterns, gated))
+    pre_acts = tuple(kept) if keep_pre_acts else None
+    return Encoded(pre_acts, Sparse(patterns, features), Sparse(patterns, gated), tuple(beyond))
 
 
 def _taught(model: Transcoder, layer: int, pattern: Pattern, values: Tensor, read: Tensor) -> Tensor:

@@ -1,18 +1,31 @@
-"""When a layer's features are few enough for the sparse step.
+"""In which form a layer of a gate (relu, jumprelu) takes a training step.
 
-A dense product costs the same however many features are active; a sparse one grows with them. A gate (relu, jumprelu)
-has no fixed number, so each layer is measured at each step, and changes its form with hysteresis: sparse layers become
-dense above one share of active pairs, dense ones sparse below a lower one, so that a layer near the limit does not
-alternate. Both forms compute the same gradients.
+A dense product costs the same however many features are active; a sparse one grows with them. A gate has no fixed
+number, so each layer is measured at each step:
 
-Measured on a CPU (256 tokens, 3,072 features, 1,536 outputs; decode, value and weight gradients): the two cost the
-same at a share of 16 % against products in float32, at 2.7 % against products in bfloat16.
+    sparse         the pattern holds every pair whose gradient is needed: the active ones and those in the window
+    dense_window   the pattern holds the active pairs; the window, far larger, gets its gradient from a dense product
+    dense          everything is dense
+
+The forms compute the same gradients. They change with hysteresis: a layer leaves a sparse form above one share of
+pairs and comes back below a lower one, so that a layer near the limit does not alternate.
+
+Measured on a CPU (256 tokens, 3,072 features, 1,536 outputs; decode, value and weight gradients): sparse and dense cost
+the same at a share of 16 % against products in float32, at 2.7 % against products in bfloat16. A dense window costs one
+of the three dense products, so that the pairs of `sparse` must be a third of that where it can be had.
 """
 
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Form(IntEnum):
+    dense = 0
+    dense_window = 1
+    sparse = 2
 
 
 class Limits(NamedTuple):
@@ -22,6 +35,13 @@ class Limits(NamedTuple):
     """A dense layer becomes sparse at this share or less."""
     above: float
     """A sparse layer becomes dense above this share."""
+
+    def hold(self, share: float, was_sparse: bool) -> bool:
+        """Whether a layer with such a share of pairs is to be sparse."""
+        return share <= (self.above if was_sparse else self.below)
+
+    def third(self) -> "Limits":
+        return Limits(self.below / 3, self.above / 3)
 
 
 FLOAT32 = Limits(0.12, 0.16)

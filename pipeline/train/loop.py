@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.arch.base import Transcoder
 from pipeline.core.activations import Choosing
+from pipeline.core.density import Form
 from pipeline.core.gates import Gate
 from pipeline.data.loader import Batch
 from pipeline.data.shuffle import derive
@@ -231,7 +232,9 @@ class Trainer:
         if isinstance(rule, Choosing) and rule.k_start is not None:
             changing["k"] = sum(rule.k) / len(rule.k)
         if isinstance(rule, Gate) and self.objective.sparse != SparseStep.never:
-            changing["sparse_layers"] = float(rule.is_sparse.double().mean())
+            changing["sparse_layers"] = float((rule.form != Form.dense).double().mean())
+            if rule.windowed:
+                changing["dense_windows"] = float((rule.form == Form.dense_window).double().mean())
         return changing
 
     def _not_finite(self, what: str, bad: list[str]) -> str:

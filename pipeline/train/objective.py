@@ -13,9 +13,9 @@ from pipeline.arch import sparse_step
 from pipeline.arch.base import Output, Transcoder
 from pipeline.arch.matryoshka import Matryoshka
 from pipeline.core import activations, density, losses
-from pipeline.core.activations import Choosing, GroupMax, JumpReLU
+from pipeline.core.activations import Activation, Choosing, GroupMax, JumpReLU
 from pipeline.core.options import LayerWeighting, LossOptions, PreActForm, Ramp, Shape, SparsityForm
-from pipeline.core.sparse import Sparse
+from pipeline.core.sparse import Features, Sparse
 from pipeline.errors import UserError
 from pipeline.train import schedule
 from pipeline.train.options import SparseStep
@@ -89,15 +89,11 @@ class Objective:
 
     def forward(self, model: Transcoder, x: Tensor, step: int) -> Output:
         """The model's output with all that the terms of this step read. x [B, L, D] in the transcoder's units."""
+        sizes = model.sizes(self.seed, step) if isinstance(model, Matryoshka) else []
         if self.sparse == SparseStep.never:
-            encoded = model.activate(x, need_pre_acts=True)
-        else:
-            always = self.sparse == SparseStep.always
-            limits = density.ALWAYS if always else density.limits(model.b_dec)
-            encoded = sparse_step.encode(model, x, limits, self.needs_pre_acts)
-        if isinstance(model, Matryoshka):
-            return model.decoded(encoded, x, model.sizes(self.seed, step))
-        return model.decoded(encoded, x)
+            return model(x, True, sizes) if isinstance(model, Matryoshka) else model(x, True)
+        limits = density.ALWAYS if self.sparse == SparseStep.always else density.limits(model.b_dec)
+        return sparse_step.forward(model, x, limits, self.needs_pre_acts, sizes)
 
     def lambda_at(self, step: int, log_lambda: float | None) -> float:
         """Coefficient of the sparsity penalty: the controller's, or the schedule's."""
@@ -128,16 +124,13 @@ class Objective:
         norms = model.decoder_norms() if self.reads_norms else None
         if self.penalises:
             assert norms is not None
-            terms["sparsity"] = self.lambda_at(step, log_lambda) * self._sparsity(out, norms)
+            terms["sparsity"] = self.lambda_at(step, log_lambda) * self._sparsity(model.activation, out, norms)
         if options.l0 > 0:
             assert options.target_l0 is not None
             assert isinstance(model.activation, JumpReLU)
-            gated = out.gated if out.gated is not None else out.pre_acts
-            assert isinstance(gated, Tensor | Sparse)
+            active, unseen = active_features(model.activation, out)
             l0 = None if whole is None else whole.l0
-            terms["l0"] = self._now("l0", step) * losses.l0_target(
-                model.activation.active(gated), options.target_l0, l0
-            )
+            terms["l0"] = self._now("l0", step) * losses.l0_target(active, options.target_l0, unseen, l0)
         if options.pre_act > 0:
             assert out.pre_acts is not None
             terms["pre_act"] = self._now("pre_act", step) * self._pre_act(model, out.pre_acts, norms)
@@ -158,10 +151,18 @@ class Objective:
     def _weights_on(self, y: Tensor) -> Tensor | None:
         return None if self.weights is None else self.weights.to(y)
 
-    def _sparsity(self, out: Output, norms: Tensor) -> Tensor:
+    def _sparsity(self, rule: Activation, out: Output, norms: Tensor) -> Tensor:
+        c = self.options.sparsity_c
         if self.options.sparsity_form == SparsityForm.l1:
-            return losses.l1_sparsity(out.features, norms)
-        return losses.tanh_sparsity(out.features, norms, self.options.sparsity_c)
+            value, slope = losses.l1_sparsity(out.features, norms), 1.0
+        else:
+            value, slope = losses.tanh_sparsity(out.features, norms, c), c
+        for layer, beyond in enumerate(out.beyond):
+            if beyond is not None:
+                # Features that are 0, where the penalty is as steep as this.
+                assert isinstance(rule, JumpReLU)
+                value = value + slope * (norms[layer] * rule.sum_beyond(beyond, layer)).sum() / len(beyond)
+        return value
 
     def _pre_act(self, model: Transcoder, pre_acts: Tensor | Sequence[Tensor], norms: Tensor | None) -> Tensor:
         if self.options.pre_act_form == PreActForm.clt:
@@ -255,6 +256,14 @@ def _layer_weights(options: LossOptions, model: Transcoder, layer_variance: Tens
             "and not all 0"
         )
     return torch.tensor(list(given), dtype=torch.float64)
+
+
+def active_features(rule: JumpReLU, out: Output) -> tuple[Features, Tensor]:
+    """What is 1 where a feature is active, with the thresholds' gradient; and 0 [], with that of pairs not in it."""
+    gated = out.pre_acts if out.gated is None else out.gated
+    assert isinstance(gated, Tensor | Sparse)
+    counts = [rule.count_beyond(one, i).sum() for i, one in enumerate(out.beyond) if one is not None]
+    return rule.active(gated), torch.stack(counts).sum() if counts else out.y_hat.new_zeros(())
 
 
 def explain_error(model: Transcoder, x: Tensor, dead: Tensor) -> Tensor:

@@ -104,8 +104,9 @@ class TrainOptions:
     which rounds at random, and is meant for CUDA."""
 
     sparse: SparseStep = SparseStep.auto
-    """Arithmetic of a step on active features alone; the gradients are the same. auto: always for rules of the topk
-    family; for relu and jumprelu in each layer while few features are active. always: however many. never: dense."""
+    """Whether a step does arithmetic on active features alone; the gradients are the same. auto: always for rules of
+    the topk family; for relu and jumprelu in each layer while few features are active. always: however many are.
+    never: dense."""
 
     dead_window: str = "auto"
     """A feature is dead when it has not fired for so many tokens; auto is a tenth of the run, at most 10M."""

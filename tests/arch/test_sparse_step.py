@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.arch import sparse_step
 from pipeline.arch.base import Output, Transcoder
+from pipeline.arch.matryoshka import Matryoshka
 from pipeline.core import activations, density
 from pipeline.core.density import Limits
 from pipeline.core.gates import Gate
@@ -35,10 +36,10 @@ LOSSES = {
     "january": replace(TANH, pre_act=0.2, pre_act_form=PreActForm.january),
 }
 FORMS = {
-    "all sparse": density.ALWAYS,
+    "all sparse": Limits(3.0, 3.0),
     "mixed": Limits(0.4, 0.5),
     "all dense": Limits(-1.0, -1.0),
-    "as it was": Limits(-1.0, 1.0),
+    "as it was": Limits(-1.0, 3.0),
 }
 
 
@@ -102,7 +103,9 @@ def under(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["all sparse", "mixed", "all dense"])
-@pytest.mark.parametrize("options", [ActivationOptions("relu"), jumprelu()], ids=["relu", "jumprelu"])
+@pytest.mark.parametrize(
+    "options", [ActivationOptions("relu"), jumprelu(), jumprelu(4.0)], ids=["relu", "jumprelu", "wide"]
+)
 @pytest.mark.parametrize("architecture", sorted(VARIANTS))
 def test_every_architecture_steps_as_its_dense_form(
     monkeypatch: pytest.MonkeyPatch, architecture: str, options: ActivationOptions, form: str
@@ -111,9 +114,12 @@ def test_every_architecture_steps_as_its_dense_form(
     model = gated(architecture, options)
     assert_equals_dense(model, LOSSES["tanh"])
     assert isinstance(model.activation, Gate)
-    expected = {"all sparse": [True] * L, "mixed": [True, False, True], "all dense": [False] * L}[form]
+    expected = {"all sparse": [2, 2, 2], "mixed": [2, 0, 2], "all dense": [0, 0, 0]}[form]
+    if form == "mixed" and isinstance(options.bandwidth, float) and options.bandwidth > 1:
+        nests = isinstance(model, Matryoshka) and model.nests
+        expected = [1, 0, 1] if model.directions and not nests else [0, 0, 0]
     if model.n_sources == L:
-        assert model.activation.is_sparse.tolist() == expected
+        assert model.activation.form.tolist() == expected
 
 
 @pytest.mark.parametrize("form", ["all sparse", "mixed"])
@@ -152,7 +158,8 @@ def test_a_penalty_on_pre_activations_leaves_the_topk_family_sparse(activation: 
     assert torch.equal(torch.stack(out.pre_acts, dim=1), model.encode(x))
 
 
-def test_pre_activations_are_kept_only_for_a_loss_that_reads_them() -> None:
+def test_pre_activations_are_kept_only_for_a_loss_that_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    under(monkeypatch, "all sparse")
     saved: list[torch.Size] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -176,7 +183,7 @@ def test_the_pairs_are_those_that_are_active_or_in_the_window() -> None:
     for options in (ActivationOptions("relu"), jumprelu(0.5)):
         rule, h = gated("clt", options).activation, oracle.normal(B, F, seed=8)
         assert isinstance(rule, Gate)
-        pattern = rule.pairs(h, 0, density.ALWAYS)
+        pattern, _ = rule.pairs(h, 0, density.ALWAYS, wide=False)
         assert pattern is not None
         theta = rule.threshold[0].detach() if isinstance(rule, activations.JumpReLU) else torch.zeros(F)
         window = 0.25 if isinstance(rule, activations.JumpReLU) else 0.0
@@ -196,7 +203,7 @@ def test_a_pair_at_the_edge_of_the_window_is_never_lost_to_rounding() -> None:
         theta = rule.threshold[0].detach()
         edge = theta - bandwidth / 2
         h = torch.stack([edge + step * torch.finfo(torch.float32).eps * theta for step in range(-8, 9)])
-        pattern = rule.pairs(h, 0, density.ALWAYS)
+        pattern, _ = rule.pairs(h, 0, density.ALWAYS, wide=False)
         assert pattern is not None
         inside = ((h - theta).abs() < bandwidth / 2).nonzero().tolist()
         assert {tuple(pair) for pair in inside} <= pairs(pattern)
@@ -209,7 +216,7 @@ def test_a_layer_changes_its_form_with_hysteresis() -> None:
     def sparse_at(share: float) -> bool:
         h = torch.full((100,), -1.0)
         h[: round(100 * share)] = 1.0
-        pattern = rule.pairs(h.view(2, 50), 1, limits)
+        pattern, _ = rule.pairs(h.view(2, 50), 1, limits, wide=True)
         assert pattern is None or pattern.indices.numel() == round(100 * share)
         return pattern is not None
 
@@ -220,10 +227,10 @@ def test_a_layer_changes_its_form_with_hysteresis() -> None:
     ]
     rule.eval()
     assert not sparse_at(0.5)
-    assert rule.is_sparse.tolist() == [True, True]  # an evaluation changes nothing
+    assert rule.form.tolist() == [2, 2]  # an evaluation changes nothing
     rule.train()
     assert not sparse_at(0.5)
-    assert rule.is_sparse.tolist() == [True, False]  # each layer for itself
+    assert rule.form.tolist() == [2, 0]  # each layer for itself
 
 
 def test_a_resumed_run_goes_on_in_the_forms_it_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -243,11 +250,11 @@ def test_a_resumed_run_goes_on_in_the_forms_it_had(monkeypatch: pytest.MonkeyPat
 
     (model, optimizer), other = run(0), run(1)
     assert isinstance(model.activation, Gate)
-    model.activation.is_sparse[:] = torch.tensor([False, True, False])
+    model.activation.form[:] = torch.tensor([0, 2, 0])
     train(model, optimizer)
     path = checkpoint.save(tmp_path, model, optimizer, State(1, torch.zeros(L, F, dtype=torch.int64)), {})
     train(model, optimizer)
-    assert model.activation.is_sparse.tolist() == [False, True, False]
+    assert model.activation.form.tolist() == [0, 2, 0]
     checkpoint.load(path, *other)
     train(*other)
     for name, tensor in model.state_dict().items():
@@ -287,5 +294,4 @@ def test_the_limits_leave_evaluation_as_it_is() -> None:
     model, x = gated("clt", ActivationOptions("relu")).eval(), data()[0]
     dense = model(x)
     assert isinstance(dense.pre_acts, Tensor)
-    encoded = sparse_step.encode(model, x, density.ALWAYS, keep_pre_acts=False)
-    assert oracle.normwise(model.decoded(encoded, x).y_hat, dense.y_hat) < 1e-12
+    assert oracle.normwise(sparse_step.forward(model, x, density.ALWAYS).y_hat, dense.y_hat) < 1e-12
