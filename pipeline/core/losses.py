@@ -49,7 +49,7 @@ def l0_target(active: Features, target: float, unseen: Tensor | float = 0.0, who
     """(L0 / target - 1)^2. active [B, L, F], or sparse, is 1 where a feature is active (`JumpReLU.active`) -> []
 
     `unseen` [] is added to the number of active pairs: 0, but it may have a gradient. whole: L0 of the batch of which
-    these tokens are a part. The value is then the batch's, and the mean of the parts' gradients is the batch's gradient.
+    these tokens are a part. The value is then the batch's, and the mean of the parts' gradients is its gradient.
     """
     layers = [active] if isinstance(active, Tensor) else active.values
     own = (torch.stack([layer.sum() for layer in layers]).sum() + unseen) / n_tokens(active) / target
