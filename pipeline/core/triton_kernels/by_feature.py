@@ -29,7 +29,7 @@ from torch import Tensor
 from pipeline.core.triton_kernels.shapes import blocks, columns, float_type
 
 if TYPE_CHECKING:
-    from pipeline.core.sparse import Pattern
+    from pipeline.core.pattern import Pattern
 
 CHUNK = 512
 """Most tokens that one program goes through."""
@@ -61,7 +61,10 @@ _SEGMENTS: "WeakKeyDictionary[Pattern, _Segments]" = WeakKeyDictionary()
 
 
 def bag_of_tokens(pattern: "Pattern", weights: Tensor, rows: Tensor) -> Tensor:
-    """For each feature the weighted sum of its tokens' rows. weights [nnz], rows [B, D] -> [F, D] in rows' type"""
+    """For each feature the weighted sum of its tokens' rows, in their type.
+
+    weights [nnz], rows [B, D], which follow each other at any distance -> [F, D]
+    """
     out = torch.empty(pattern.n_features, rows.shape[1], dtype=rows.dtype, device=rows.device)
     _run(pattern, weights, rows, out=out)
     return out
@@ -155,6 +158,7 @@ def _run(
     n_blocks = blocks(width, block)
     partials = torch.empty(segments.n_slots, width, dtype=sums, device=rows.device)
     dots = torch.empty(n_blocks if products else 0, n_entries, dtype=sums, device=rows.device)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
     table = rows if table is None else table
     assert table.stride(1) == 1
     first, second = (moments.first, moments.second) if moments is not None else (partials, partials)
@@ -167,8 +171,8 @@ def _run(
     }
     if pattern.n_features and width:
         _by_feature[(segments.features.numel(), n_blocks)](
-            order, tokens, offsets, *segments[:3], weights.contiguous(), rows.contiguous(), dots,
-            pattern.n_features, n_entries, *shared,
+            order, tokens, offsets, *segments[:3], weights.contiguous(), rows, dots,
+            pattern.n_features, n_entries, rows.stride(0), *shared,
             PRODUCTS=products, CHUNK=CHUNK, ENTRIES=ENTRIES, **settings,
         )  # fmt: skip
         if segments.n_slots:
@@ -196,7 +200,7 @@ def _finish(
 
 @triton.jit
 def _by_feature(
-    order, tokens, offsets, features, firsts, slots, weights, rows, dots, n_features, n_entries,
+    order, tokens, offsets, features, firsts, slots, weights, rows, dots, n_features, n_entries, rows_stride,
     table, out, partials, first, second, width, stride,
     keep1, fresh1, keep2, fresh2, rate, root, eps, shrink,
     PRODUCTS: tl.constexpr, CHUNK: tl.constexpr, ENTRIES: tl.constexpr,
@@ -222,10 +226,11 @@ def _by_feature(
             token = tl.load(tokens + entries, mask=live, other=0)
             scale = tl.load(weights + source, mask=live, other=0).to(FLOAT)
             both = live[:, None] & inside[None, :]
-            block = tl.load(rows + token[:, None] * width + columns[None, :], mask=both, other=0).to(FLOAT)
+            block = tl.load(rows + token[:, None] * rows_stride + columns[None, :], mask=both, other=0).to(FLOAT)
             total += tl.sum(scale[:, None] * block, axis=0)
             if PRODUCTS:
-                tl.store(dots + tl.program_id(1) * n_entries + source, tl.sum(block * row[None, :], axis=1), mask=live)
+                own = dots + tl.program_id(1).to(tl.int64) * n_entries
+                tl.store(own + source, tl.sum(block * row[None, :], axis=1), mask=live)
         if tl.load(firsts + feature + 1) - start_segment == 1:
             at = feature * width + columns
             _finish(

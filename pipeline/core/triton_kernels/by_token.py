@@ -21,7 +21,7 @@ from torch import Tensor
 from pipeline.core.triton_kernels.shapes import blocks, columns, float_type
 
 if TYPE_CHECKING:
-    from pipeline.core.sparse import Pattern
+    from pipeline.core.pattern import Pattern
 
 ENTRIES = 8
 """Entries of the pattern in one tile."""
@@ -54,19 +54,24 @@ def bag(pattern: "Pattern", values: Tensor, table: Tensor) -> Tensor:
 
 
 def row_products(pattern: "Pattern", x: Tensor, table: Tensor) -> Tensor:
-    """x[b] . table[i] at the pattern's pairs (b, i), in the type of `x`. x [B, D], table [F, D] -> [nnz]"""
+    """x[b] . table[i] at the pattern's pairs (b, i), in the type of `x`.
+
+    x [B, D], table [F, D], both with rows that follow each other at any distance -> [nnz]
+    """
     n_entries, width = pattern.indices.numel(), table.shape[1]
     out = torch.empty(n_entries, dtype=x.dtype, device=x.device)
+    x = x if x.stride(1) == 1 else x.contiguous()
     assert table.stride(1) == 1
     if n_entries:
         _row_products[(blocks(n_entries, ENTRIES),)](
             pattern.indices,
             pattern.tokens,
-            x.contiguous(),
+            x,
             table,
             out,
             n_entries,
             width,
+            x.stride(0),
             table.stride(0),
             FLOAT=float_type(torch.promote_types(x.dtype, table.dtype)),
             ENTRIES=ENTRIES,
@@ -114,6 +119,7 @@ def _row_products(
     out,
     n_entries,
     width,
+    x_stride,
     stride,
     FLOAT: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -122,7 +128,7 @@ def _row_products(
     entries = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     live = entries < n_entries
     rows = tl.load(indices + entries, mask=live, other=0)[:, None] * stride
-    places = tl.load(tokens + entries, mask=live, other=0)[:, None] * width
+    places = tl.load(tokens + entries, mask=live, other=0)[:, None] * x_stride
     total = tl.full([ENTRIES, COLUMNS], 0, FLOAT)
     for first in range(0, width, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)[None, :]

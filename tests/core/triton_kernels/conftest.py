@@ -1,9 +1,10 @@
-"""The kernels run as compiled where there is a CUDA device, and on the CPU under Triton's interpreter where there is none.
+"""The kernels run compiled where there is a CUDA device, and under Triton's interpreter on the CPU where there is none.
 
 Triton looks at TRITON_INTERPRET when it and the kernels are first imported, and again at a first launch. It is set
 then alone, so that other tests and the processes that they start know nothing of it.
 """
 
+import importlib
 import importlib.util
 
 import pytest
@@ -16,6 +17,7 @@ collect_ignore_glob = [] if INSTALLED else ["test_*.py"]
 if INTERPRETED:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
+        importlib.import_module("pipeline.core.triton_kernels")
 
 
 @pytest.fixture(autouse=True)

@@ -126,13 +126,15 @@ def test_a_bfloat16_table_is_summed_in_float32(device: str) -> None:
     assert oracle.normwise(by_values, wide.row_products()) < 1e-6
 
 
-def test_a_table_may_be_some_columns_of_a_wider_one(device: str) -> None:
+def test_tables_and_rows_may_be_some_columns_of_wider_ones(device: str) -> None:
     case = Case(RAGGED["ragged"], device)
-    wide = oracle.normal(F, 3 * D, seed=5).to(device)
-    case.table = wide[:, D : 2 * D]
+    case.table = oracle.normal(F, 3 * D, seed=5).to(device)[:, D : 2 * D]
+    case.x = oracle.normal(4, 2 * D, seed=6).to(device)[:, D:]
     assert oracle.normwise(bag(case.pattern, case.values, case.table), case.bag()) < 1e-15
     assert oracle.normwise(row_products(case.pattern, case.x, case.table), case.row_products()) < 1e-15
-    assert oracle.normwise(bag_gradients(case.pattern, case.values, case.x, case.table)[1], case.row_products()) < 1e-15
+    by_table, by_values = bag_gradients(case.pattern, case.values, case.x, case.table)
+    assert oracle.normwise(by_table, case.bag_of_tokens()) < 1e-15
+    assert oracle.normwise(by_values, case.row_products()) < 1e-15
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
