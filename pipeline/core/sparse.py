@@ -11,6 +11,7 @@ gradients. A parameter that asks for it gets its gradient as terms (`core/deferr
 dense products in `tests/oracle.py` are the reference.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ __all__ = [
     "Pattern",
     "Sparse",
     "bag",
+    "bags",
     "chosen_features",
     "fixed_k",
     "from_mask",
@@ -47,6 +49,9 @@ class Sparse(NamedTuple):
 Features = Tensor | Sparse
 """[B, L, F], or the same in sparse form."""
 
+Write = tuple[int, int, Tensor]
+"""(source, target, table [F, D])"""
+
 
 def sparsify(features: Tensor) -> Sparse:
     """The sparse form of dense features. [B, L, F] -> Sparse"""
@@ -60,6 +65,16 @@ def bag(pattern: Pattern, values: Tensor, table: Tensor) -> Tensor:
     Differentiable in both; the gradient of `table` is exact and sums each feature's tokens in order.
     """
     return _Bag.apply(values, table, pattern)
+
+
+def bags(features: Sparse, writes: Sequence[Write], n_targets: int) -> Tensor:
+    """What all sources write to all targets: `bag` for each of `writes`, summed by target. -> [B, n_targets, D]
+
+    One node for the lot: nothing of size [B, D] is kept or added for each pair of source and target.
+    """
+    plan = [(source, target) for source, target, _ in writes]
+    tables = [table for _, _, table in writes]
+    return _Bags.apply(features.patterns, plan, n_targets, *features.values, *tables)
 
 
 def row_products(pattern: Pattern, x: Tensor, table: Tensor) -> Tensor:
@@ -98,6 +113,40 @@ class _Bag(torch.autograd.Function):
         values_grad = products.row_products(ctx.pattern, grad, table) if ctx.needs_input_grad[0] else None
         table_grad = _table_grad(ctx.table, ctx.pattern, values, grad) if ctx.needs_input_grad[1] else None
         return values_grad, table_grad, None
+
+
+class _Bags(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, patterns: list[Pattern], plan: list[tuple[int, int]], n_targets: int, *tensors: Tensor
+    ) -> Tensor:
+        values, tables = tensors[: len(patterns)], tensors[len(patterns) :]
+        ctx.save_for_backward(*tensors)
+        ctx.patterns, ctx.plan, ctx.leaves = patterns, plan, [_leaf(table) for table in tables]
+        out = tables[0].new_empty(patterns[0].n_tokens, n_targets, tables[0].shape[1])
+        begun = set()
+        for (source, target), table in zip(plan, tables, strict=True):
+            products.bag(patterns[source], values[source], table, out[:, target], add=target in begun)
+            begun.add(target)
+        assert len(begun) == n_targets, "every target is written"
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        patterns: list[Pattern] = ctx.patterns
+        values, tables = ctx.saved_tensors[: len(patterns)], ctx.saved_tensors[len(patterns) :]
+        needs = ctx.needs_input_grad[3:]
+        # Copied once for each target, not once for each table that writes it.
+        by_target = [rows.contiguous() for rows in grad.unbind(1)]
+        values_grads: list[Tensor | None] = [None for _ in patterns]
+        table_grads: list[Tensor | None] = []
+        for n, ((source, target), table, leaf) in enumerate(zip(ctx.plan, tables, ctx.leaves, strict=True)):
+            pattern, rows, so_far = patterns[source], by_target[target], values_grads[source]
+            if needs[source]:
+                values_grads[source] = products.row_products(pattern, rows, table, so_far, add=so_far is not None)
+            wanted = needs[len(patterns) + n]
+            table_grads.append(_table_grad(leaf, pattern, values[source], rows) if wanted else None)
+        return None, None, None, *values_grads, *table_grads
 
 
 class _RowProducts(torch.autograd.Function):
