@@ -1,4 +1,4 @@
-"""Adam that takes a gradient as terms and writes none (`core/native.py`, float32 on a CPU).
+"""Adam that takes a gradient as terms and writes none: `adam` of the kernels that run, in float32.
 
     g = .grad + sum of the terms            m = b1 m + (1 - b1) g            v = b2 v + (1 - b2) g^2
     W = W - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from pipeline.core import deferred, native
+from pipeline.core import deferred, products
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -32,7 +32,7 @@ class FusedAdam(torch.optim.Optimizer):
         decoupled: bool = False,
     ) -> None:
         held = list(parameters)
-        assert supports(held), "float32 on a CPU, each in one piece"
+        assert supports(held), "float32 where the kernels run, each in one piece"
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decoupled": decoupled}
         super().__init__(held, settings)
         for parameter in held:
@@ -61,7 +61,9 @@ class FusedAdam(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         state["step"] += 1
         grad = parameter.grad
-        native.adam(
+        kernels = products.module()
+        assert kernels is not None, "made under `products.using`, and used there"
+        kernels.adam(
             parameter,
             (state["exp_avg"], state["exp_avg_sq"]),
             None if grad is None else grad.contiguous(),
@@ -76,5 +78,8 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 def supports(parameters: Iterable[Tensor]) -> bool:
-    """Whether the kernel is for all of these."""
-    return all(native.handles(p) and p.is_contiguous() for p in parameters)
+    """Whether the kernels that run have an Adam for all of these."""
+    kernels = products.module()
+    return kernels is not None and all(
+        kernels.handles(p) and p.dtype == torch.float32 and p.is_contiguous() for p in parameters
+    )

@@ -3,7 +3,7 @@
 
     bag_of_tokens   g[i] = sum over tokens b with i active of weights[b, i] * rows[b]
     bag_gradients   g as above, and p[b, i] = rows[b] . W[i]: both gradients of a bag
-    adam_           g as above, and at once Adam's step of row i
+    adam            g as above, and at once Adam's step of row i (`adam.py`)
 
 One program is (a feature, a block of columns). It loads the feature's block of W once, goes through the feature's
 tokens, and keeps g in registers; p is a product along the same rows. So nothing is added by atomics, no table is
@@ -14,11 +14,11 @@ A feature of more than CHUNK tokens is cut into chunks, one program each, whose 
 order. The number of programs is bounded by F + nnz / CHUNK without asking the device.
 
 Bytes, beyond the rows [B, D], which stay in the second-level cache: bag_of_tokens writes 4 F D; bag_gradients reads W
-once more, 8 F D together; adam_ reads and writes weight and both moments, 24 F D, with no gradient in memory, where
+once more, 8 F D together; adam reads and writes weight and both moments, 24 F D, with no gradient in memory, where
 a gradient written and read by an optimiser makes 32.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,10 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pipeline.core.pattern import Pattern
 from pipeline.core.triton_kernels.shapes import blocks, columns, float_type
-
-if TYPE_CHECKING:
-    from pipeline.core.pattern import Pattern
 
 CHUNK = 512
 """Most tokens that one program goes through."""
@@ -37,13 +35,20 @@ CHUNK = 512
 ENTRIES = 8
 """Tokens in one tile."""
 
+_NO_NUMBERS = (0.0,) * 9
 
-class Moments(NamedTuple):
-    """Adam's averages of a parameter [F, D], and its steps so far, this one counted."""
+
+class Update(NamedTuple):
+    """What Adam's step of a table needs besides the terms of its gradient."""
 
     first: Tensor
+    """[F, D], float32 as the table; `second` too."""
     second: Tensor
-    step: int
+    grad: Tensor | None
+    """[F, D], added to the terms."""
+    numbers: tuple[float, ...]
+    """beta1, 1 - beta1, beta2, 1 - beta2, step size, root of the second's correction, eps, decay of weights, what is
+    added to the gradient for each unit of weight."""
 
 
 class _Segments(NamedTuple):
@@ -56,72 +61,30 @@ class _Segments(NamedTuple):
     n_slots: int
 
 
-_SEGMENTS: "WeakKeyDictionary[Pattern, _Segments]" = WeakKeyDictionary()
+_SEGMENTS: WeakKeyDictionary[Pattern, _Segments] = WeakKeyDictionary()
 """One pattern serves the encoder and every target of the decoder."""
 
 
-def bag_of_tokens(pattern: "Pattern", weights: Tensor, rows: Tensor) -> Tensor:
+def bag_of_tokens(pattern: Pattern, weights: Tensor, rows: Tensor) -> Tensor:
     """For each feature the weighted sum of its tokens' rows, in their type.
 
-    weights [nnz], rows [B, D], which follow each other at any distance -> [F, D]
+    weights [nnz], rows [B, D], which may lie apart -> [F, D]
     """
     out = torch.empty(pattern.n_features, rows.shape[1], dtype=rows.dtype, device=rows.device)
-    _run(pattern, weights, rows, out=out)
+    run(pattern, weights, rows, out=out)
     return out
 
 
-def bag_gradients(pattern: "Pattern", values: Tensor, rows: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+def bag_gradients(pattern: Pattern, values: Tensor, rows: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `bag(pattern, values, table)` where its output's is rows: by the table, and by the values.
 
     values [nnz], rows [B, D], table [F, D] -> [F, D] and [nnz], in rows' type
     """
     out = torch.empty(table.shape, dtype=rows.dtype, device=rows.device)
-    return out, _run(pattern, values, rows, table=table, out=out, products=True)
+    return out, run(pattern, values, rows, table=table, out=out, products=True)
 
 
-def adam_(
-    pattern: "Pattern",
-    weights: Tensor,
-    rows: Tensor,
-    table: Tensor,
-    moments: Moments,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float = 0.0,
-) -> None:
-    """A step of Adam on `table` whose gradient is bag_of_tokens(pattern, weights, rows), in place: torch.optim.Adam's
-    formula, and AdamW's where `weight_decay` is not 0.
-
-        m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
-        W = (1 - lr weight_decay) W - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
-
-    weights [nnz], rows [B, D]; table and moments [F, D] in float32. Several terms: `joined`.
-    """
-    assert all(t.dtype == torch.float32 and t.is_contiguous() for t in (table, moments.first, moments.second))
-    (beta1, beta2), t = betas, moments.step
-    # Computed here: 1 - beta2 in float32 would be wrong in its fifth digit.
-    rate, root, shrink = lr / (1 - beta1**t), (1 - beta2**t) ** 0.5, 1 - lr * weight_decay
-    numbers = (beta1, 1 - beta1, beta2, 1 - beta2, rate, root, eps, shrink)
-    _run(pattern, weights, rows, table=table, moments=moments, numbers=numbers)
-
-
-def joined(terms: "list[tuple[Pattern, Tensor, Tensor]]") -> "tuple[Pattern, Tensor, Tensor]":
-    """Terms of one gradient as one: (pattern, weights [nnz], rows [B, D]) of batches laid end to end."""
-    if len(terms) == 1:
-        return terms[0]
-    patterns, weights, rows = zip(*terms, strict=True)
-    shifts = [0]
-    for pattern in patterns:
-        shifts.append(shifts[-1] + pattern.indices.numel())
-    offsets = [p.offsets[:-1] + shift for p, shift in zip(patterns, shifts[:-1], strict=True)]
-    end = patterns[-1].offsets[-1:] + shifts[-2]
-    first = patterns[0]
-    whole = type(first)(torch.cat([p.indices for p in patterns]), torch.cat([*offsets, end]), first.n_features)
-    return whole, torch.cat(weights), torch.cat(rows)
-
-
-def _segments(pattern: "Pattern") -> _Segments:
+def _segments(pattern: Pattern) -> _Segments:
     if pattern not in _SEGMENTS:
         _, _, offsets = pattern.by_feature
         counts = offsets.diff()
@@ -136,42 +99,34 @@ def _segments(pattern: "Pattern") -> _Segments:
     return _SEGMENTS[pattern]
 
 
-def _run(
-    pattern: "Pattern",
+def run(
+    pattern: Pattern,
     weights: Tensor,
     rows: Tensor,
     table: Tensor | None = None,
     out: Tensor | None = None,
     products: bool = False,
-    moments: Moments | None = None,
-    numbers: tuple[float, ...] = (0.0,) * 8,
+    update: Update | None = None,
 ) -> Tensor:
     """The kernels with what they need; -> the products [nnz], empty where not asked for."""
     width, n_entries = rows.shape[1], weights.numel()
-    order, tokens, offsets = pattern.by_feature
     segments = _segments(pattern)
-    types = [t.dtype for t in (weights, rows, table) if t is not None]
-    dtype = types[0] if len(types) == 1 else torch.promote_types(types[0], types[1])
-    dtype = torch.promote_types(dtype, types[-1])
-    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    table = rows if table is None else table
+    assert rows.stride(1) == table.stride(1) == 1
+    sums = float_type(weights, rows, table)
+    dtype = torch.float64 if sums == tl.float64 else torch.float32
     block = columns(width)
     n_blocks = blocks(width, block)
-    partials = torch.empty(segments.n_slots, width, dtype=sums, device=rows.device)
-    dots = torch.empty(n_blocks if products else 0, n_entries, dtype=sums, device=rows.device)
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    table = rows if table is None else table
-    assert table.stride(1) == 1
-    first, second = (moments.first, moments.second) if moments is not None else (partials, partials)
-    shared = (table, partials if out is None else out, partials, first, second, width, table.stride(0), *numbers)
-    settings = {
-        "ADAM": moments is not None,
-        "FLOAT": float_type(dtype),
-        "COLUMNS": block,
-        "num_warps": 2,
-    }
+    partials = torch.empty(segments.n_slots, width, dtype=dtype, device=rows.device)
+    dots = torch.empty(n_blocks if products else 0, n_entries, dtype=dtype, device=rows.device)
+    out = partials if out is None else out
+    first, second, grad, numbers = (out, out, None, _NO_NUMBERS) if update is None else update
+    dense = out if grad is None else grad
+    shared = (table, out, partials, first, second, dense, width, table.stride(0), *numbers)
+    settings = {"ADAM": update is not None, "DENSE": grad is not None, "FLOAT": sums, "COLUMNS": block, "num_warps": 2}
     if pattern.n_features and width:
         _by_feature[(segments.features.numel(), n_blocks)](
-            order, tokens, offsets, *segments[:3], weights.contiguous(), rows, dots,
+            *pattern.by_feature, *segments[:3], weights.contiguous(), rows, dots,
             pattern.n_features, n_entries, rows.stride(0), *shared,
             PRODUCTS=products, CHUNK=CHUNK, ENTRIES=ENTRIES, **settings,
         )  # fmt: skip
@@ -182,18 +137,22 @@ def _run(
 
 @triton.jit
 def _finish(
-    total, at, inside, place, table, out, first, second,
-    keep1, fresh1, keep2, fresh2, rate, root, eps, shrink,
-    ADAM: tl.constexpr,
+    total, at, inside, place, table, out, first, second, dense,
+    keep1, fresh1, keep2, fresh2, rate, root, eps, shrink, decay,
+    ADAM: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
     """A row's gradient goes to memory, or into Adam's step."""
     if ADAM:
+        w = tl.load(table + place, mask=inside, other=0)
+        if DENSE:
+            total += tl.load(dense + at, mask=inside, other=0)
+        total += decay * w
         m = keep1 * tl.load(first + at, mask=inside, other=0) + fresh1 * total
         v = keep2 * tl.load(second + at, mask=inside, other=0) + fresh2 * total * total
-        w = shrink * tl.load(table + place, mask=inside, other=0)
         tl.store(first + at, m, mask=inside)
         tl.store(second + at, v, mask=inside)
-        tl.store(table + place, w - tl.div_rn(rate * m, tl.div_rn(tl.sqrt_rn(v), root) + eps), mask=inside)
+        step = tl.div_rn(rate * m, tl.div_rn(tl.sqrt_rn(v), root) + eps)
+        tl.store(table + place, shrink * w - step, mask=inside)
     else:
         tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
@@ -201,10 +160,10 @@ def _finish(
 @triton.jit
 def _by_feature(
     order, tokens, offsets, features, firsts, slots, weights, rows, dots, n_features, n_entries, rows_stride,
-    table, out, partials, first, second, width, stride,
-    keep1, fresh1, keep2, fresh2, rate, root, eps, shrink,
+    table, out, partials, first, second, dense, width, stride,
+    keep1, fresh1, keep2, fresh2, rate, root, eps, shrink, decay,
     PRODUCTS: tl.constexpr, CHUNK: tl.constexpr, ENTRIES: tl.constexpr,
-    ADAM: tl.constexpr, FLOAT: tl.constexpr, COLUMNS: tl.constexpr,
+    ADAM: tl.constexpr, DENSE: tl.constexpr, FLOAT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0).to(tl.int64)
     feature = tl.load(features + segment)
@@ -234,8 +193,8 @@ def _by_feature(
         if tl.load(firsts + feature + 1) - start_segment == 1:
             at = feature * width + columns
             _finish(
-                total, at, inside, place, table, out, first, second,
-                keep1, fresh1, keep2, fresh2, rate, root, eps, shrink, ADAM,
+                total, at, inside, place, table, out, first, second, dense,
+                keep1, fresh1, keep2, fresh2, rate, root, eps, shrink, decay, ADAM, DENSE,
             )  # fmt: skip
         else:
             tl.store(partials + (tl.load(slots + feature) + chunk) * width + columns, total, mask=inside)
@@ -244,9 +203,9 @@ def _by_feature(
 @triton.jit
 def _add_chunks(
     firsts, slots,
-    table, out, partials, first, second, width, stride,
-    keep1, fresh1, keep2, fresh2, rate, root, eps, shrink,
-    ADAM: tl.constexpr, FLOAT: tl.constexpr, COLUMNS: tl.constexpr,
+    table, out, partials, first, second, dense, width, stride,
+    keep1, fresh1, keep2, fresh2, rate, root, eps, shrink, decay,
+    ADAM: tl.constexpr, DENSE: tl.constexpr, FLOAT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     feature = tl.program_id(0).to(tl.int64)
     n_chunks = tl.load(firsts + feature + 1) - tl.load(firsts + feature)
@@ -258,6 +217,6 @@ def _add_chunks(
         for chunk in range(n_chunks):
             total += tl.load(partials + (slot + chunk) * width + columns, mask=inside, other=0)
         _finish(
-            total, feature * width + columns, inside, feature * stride + columns, table, out, first, second,
-            keep1, fresh1, keep2, fresh2, rate, root, eps, shrink, ADAM,
+            total, feature * width + columns, inside, feature * stride + columns, table, out, first, second, dense,
+            keep1, fresh1, keep2, fresh2, rate, root, eps, shrink, decay, ADAM, DENSE,
         )  # fmt: skip

@@ -11,30 +11,27 @@ F D e where they do: all programs of one block of columns run before those of th
 table, F * 256 * e, stays in the second-level cache. It writes 4 B D. row_products reads the same and writes 4 nnz.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pipeline.core.pattern import Pattern
 from pipeline.core.triton_kernels.shapes import blocks, columns, float_type
-
-if TYPE_CHECKING:
-    from pipeline.core.pattern import Pattern
 
 ENTRIES = 8
 """Entries of the pattern in one tile."""
 
 
-def bag(pattern: "Pattern", values: Tensor, table: Tensor) -> Tensor:
-    """Sum of the active features' rows, weighted; in the type of `values`, whatever the table's.
+def bag(pattern: Pattern, values: Tensor, table: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """Sum of the active features' rows, weighted, in `out` or added to it.
 
-    values [nnz], table [F, D] with rows that follow each other at any distance -> [B, D]
+    values [nnz], table [F, D], whose rows may lie apart -> [B, D] in the type of `values`, whatever the table's
     """
     n_tokens, width = pattern.n_tokens, table.shape[1]
-    out = torch.empty(n_tokens, width, dtype=values.dtype, device=table.device)
-    assert table.stride(1) == 1
+    if out is None:
+        out = torch.empty(n_tokens, width, dtype=values.dtype, device=table.device)
+    assert table.stride(1) == out.stride(1) == 1
     block = columns(width)
     if out.numel():
         _bag[(n_tokens, blocks(width, block))](
@@ -45,7 +42,9 @@ def bag(pattern: "Pattern", values: Tensor, table: Tensor) -> Tensor:
             out,
             width,
             table.stride(0),
-            FLOAT=float_type(torch.promote_types(values.dtype, table.dtype)),
+            out.stride(0),
+            ADD=add,
+            FLOAT=float_type(values, table),
             ENTRIES=ENTRIES,
             COLUMNS=block,
             num_warps=2,
@@ -53,15 +52,15 @@ def bag(pattern: "Pattern", values: Tensor, table: Tensor) -> Tensor:
     return out
 
 
-def row_products(pattern: "Pattern", x: Tensor, table: Tensor) -> Tensor:
-    """x[b] . table[i] at the pattern's pairs (b, i), in the type of `x`.
+def row_products(pattern: Pattern, x: Tensor, table: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """x[b] . table[i] at the pattern's pairs (b, i), in `out` or added to it.
 
-    x [B, D], table [F, D], both with rows that follow each other at any distance -> [nnz]
+    x [B, D], table [F, D], whose rows may lie apart -> [nnz] in the type of `x`
     """
     n_entries, width = pattern.indices.numel(), table.shape[1]
-    out = torch.empty(n_entries, dtype=x.dtype, device=x.device)
-    x = x if x.stride(1) == 1 else x.contiguous()
-    assert table.stride(1) == 1
+    if out is None:
+        out = torch.empty(n_entries, dtype=x.dtype, device=x.device)
+    assert x.stride(1) == table.stride(1) == out.stride(0) == 1
     if n_entries:
         _row_products[(blocks(n_entries, ENTRIES),)](
             pattern.indices,
@@ -73,7 +72,8 @@ def row_products(pattern: "Pattern", x: Tensor, table: Tensor) -> Tensor:
             width,
             x.stride(0),
             table.stride(0),
-            FLOAT=float_type(torch.promote_types(x.dtype, table.dtype)),
+            ADD=add,
+            FLOAT=float_type(x, table),
             ENTRIES=ENTRIES,
             COLUMNS=columns(width),
             num_warps=2,
@@ -90,6 +90,8 @@ def _bag(
     out,
     width,
     stride,
+    out_stride,
+    ADD: tl.constexpr,
     FLOAT: tl.constexpr,
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -107,7 +109,10 @@ def _bag(
         both = live[:, None] & inside[None, :]
         block = tl.load(table + rows[:, None] * stride + columns[None, :], mask=both, other=0).to(FLOAT)
         total += tl.sum(scale[:, None] * block, axis=0)
-    tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask=inside)
+    place = out + token * out_stride + columns
+    if ADD:
+        total += tl.load(place, mask=inside, other=0).to(FLOAT)
+    tl.store(place, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -121,6 +126,7 @@ def _row_products(
     width,
     x_stride,
     stride,
+    ADD: tl.constexpr,
     FLOAT: tl.constexpr,
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -137,4 +143,7 @@ def _row_products(
             tl.load(x + places + columns, mask=both, other=0).to(FLOAT)
             * tl.load(table + rows + columns, mask=both, other=0).to(FLOAT)
         )  # fmt: skip
-    tl.store(out + entries, tl.sum(total, axis=1).to(out.dtype.element_ty), mask=live)
+    products = tl.sum(total, axis=1)
+    if ADD:
+        products += tl.load(out + entries, mask=live, other=0).to(FLOAT)
+    tl.store(out + entries, products.to(out.dtype.element_ty), mask=live)

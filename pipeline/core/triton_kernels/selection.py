@@ -62,16 +62,16 @@ def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
         width = power_of_two(n_features if whole else n_chosen * size)
         _choose_features[(n_rows,)](
             rows, chosen, values, indices, n_features, n_chosen, k,
-            WHOLE=whole, SIZE=size, WIDTH=width, FLOAT=float_type(rows.dtype), INTEGER=integer, BITS=n_bits,
+            WHOLE=whole, SIZE=size, WIDTH=width, FLOAT=float_type(rows), INTEGER=integer, BITS=n_bits,
             num_warps=warps(width),
         )  # fmt: skip
     return values.view(*shape[:-1], k), indices.view(*shape[:-1], k)
 
 
-def largest(flat: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def largest(flat: Tensor, n: int, guess: float = 0.0) -> tuple[Tensor, Tensor]:
     """Positions of the n largest values above 0, ascending, ties to the lowest position; and the smallest of them.
 
-    flat [N]. Waits for the device: how many there are is not known before.
+    flat [N]. Waits for the device: how many there are is not known before. No use is made of `guess`.
     """
     positions = _positions(flat.contiguous(), n)
     values = flat[positions]
@@ -102,7 +102,7 @@ def _maxima(rows: Tensor, size: int) -> Tensor:
     n_tiles = blocks(n_groups, groups)
     _group_maxima[(n_rows * n_tiles,)](
         rows, maxima, n_features, n_groups, n_tiles,
-        SIZE=size, GROUPS=groups, FLOAT=float_type(rows.dtype), INTEGER=integer, num_warps=4,
+        SIZE=size, GROUPS=groups, FLOAT=float_type(rows), INTEGER=integer, num_warps=4,
     )  # fmt: skip
     return maxima
 

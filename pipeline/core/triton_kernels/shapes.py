@@ -1,7 +1,11 @@
 """Sizes of tiles, and the type to compute in."""
 
 import torch
+import triton
 import triton.language as tl
+from torch import Tensor
+
+_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 COLUMNS = 256
 """Widest block of columns. A block of this width of a table of 24,576 rows fits a GPU's second-level cache."""
@@ -26,6 +30,12 @@ def warps(elements: int) -> int:
     return min(16, max(1, power_of_two(elements) // 1024))
 
 
-def float_type(dtype: torch.dtype) -> tl.dtype:
+def float_type(*tensors: Tensor) -> tl.dtype:
     """Sums are in float32, in float64 where an operand is."""
-    return tl.float64 if dtype == torch.float64 else tl.float32
+    return tl.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else tl.float32
+
+
+def handles(*tensors: Tensor) -> bool:
+    """Whether the kernels are for such tensors: floats on a CUDA device, rows of neighbours."""
+    place = "cpu" if triton.knobs.runtime.interpret else "cuda"
+    return all(t.device.type == place and t.dtype in _FLOATS and (t.dim() == 0 or t.stride(-1) == 1) for t in tensors)

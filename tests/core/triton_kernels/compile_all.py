@@ -12,8 +12,9 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 from triton.runtime.jit import JITFunction, mangle_type
 
+from pipeline.core.deferred import RowTerm
 from pipeline.core.pattern import fixed_k
-from pipeline.core.triton_kernels import Moments, adam_, bag, bag_gradients, bag_of_tokens, largest, row_products, topk
+from pipeline.core.triton_kernels import adam, bag, bag_gradients, bag_of_tokens, largest, row_products, topk
 
 HOPPER = GPUTarget("cuda", 90, 32)
 B, F, D, K = 6, 5000, 300, 3
@@ -50,8 +51,10 @@ def main() -> None:
             pattern = fixed_k(torch.zeros(B, K, dtype=torch.int64), F)
             bag_of_tokens(pattern, values, rows)
             table = torch.randn(F, D)
-            moments = Moments(torch.zeros_like(table), torch.zeros_like(table), 1)
-            adam_(pattern, values, rows, table, moments, lr=0.1, betas=(0.9, 0.999), eps=1e-8)
+            moments = torch.zeros_like(table), torch.zeros_like(table)
+            settings = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "decoupled": False}
+            for grad in (None, table):
+                adam(table, moments, grad, [RowTerm(pattern, values, rows)], step=1, **settings)
 
 
 if __name__ == "__main__":

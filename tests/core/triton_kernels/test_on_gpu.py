@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.core import topk as reference
+from pipeline.core import products
+from pipeline.core.deferred import RowTerm
 from pipeline.core.pattern import Pattern, fixed_k
-from pipeline.core.triton_kernels import Moments, adam_, bag, bag_gradients, bag_of_tokens, largest, row_products, topk
+from pipeline.core.triton_kernels import adam, bag, bag_gradients, bag_of_tokens, largest, row_products, topk
 from tests import oracle
 
 pytestmark = pytest.mark.gpu
@@ -53,7 +54,7 @@ def test_topk_chooses_what_sorting_chooses(k: int, dtype: torch.dtype, h: Tensor
 @pytest.mark.parametrize("n", [1, B * 32, B * F // 2, B * F])
 def test_the_largest_of_all_are_those_of_the_reference(n: int, h: Tensor) -> None:
     positions, smallest = largest(h.view(-1), n)
-    expected, cut = reference.largest(h.view(-1).relu(), n, 0.0)
+    expected, cut = products.largest(h.view(-1).relu(), n, 0.0)
     assert torch.equal(positions, expected)
     assert smallest == cut
 
@@ -74,13 +75,14 @@ def test_adam_in_place_makes_the_steps_of_torch(pattern: Pattern) -> None:
     values, x, table = normal(B * K, seed=2), normal(B, D, seed=3), normal(F, D, seed=4)
     parameter = torch.nn.Parameter(table.double())
     optimiser = torch.optim.Adam([parameter], lr=0.01)
-    first, second = torch.zeros_like(table), torch.zeros_like(table)
+    moments = torch.zeros_like(table), torch.zeros_like(table)
+    settings = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "decoupled": False}
     for step in (1, 2):
         parameter.grad = scattered(pattern, step * values).T @ x.double()
         optimiser.step()
-        adam_(pattern, step * values, x, table, Moments(first, second, step), 0.01, (0.9, 0.999), 1e-8)
-    assert oracle.normwise(first, optimiser.state[parameter]["exp_avg"]) < 1e-6
-    assert oracle.normwise(second, optimiser.state[parameter]["exp_avg_sq"]) < 1e-6
+        adam(table, moments, None, [RowTerm(pattern, step * values, x)], step=step, **settings)
+    assert oracle.normwise(moments[0], optimiser.state[parameter]["exp_avg"]) < 1e-6
+    assert oracle.normwise(moments[1], optimiser.state[parameter]["exp_avg_sq"]) < 1e-6
     assert oracle.normwise(table, parameter) < 1e-6
 
 

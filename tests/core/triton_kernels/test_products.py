@@ -1,21 +1,21 @@
 """The products of the sparse step by the kernels, against loops, on every shape of emptiness."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from pipeline.core.sparse import Pattern, fixed_k
+from pipeline.core.deferred import RowTerm
+from pipeline.core.pattern import Pattern, fixed_k
 from pipeline.core.triton_kernels import (
-    Moments,
-    adam_,
+    adam,
     bag,
     bag_gradients,
     bag_of_tokens,
     by_feature,
     by_token,
-    joined,
     row_products,
     shapes,
 )
@@ -137,40 +137,76 @@ def test_tables_and_rows_may_be_some_columns_of_wider_ones(device: str) -> None:
     assert oracle.normwise(by_values, case.row_products()) < 1e-15
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_adam_in_place_makes_the_steps_of_torch(weight_decay: float, device: str) -> None:
-    parameter = torch.nn.Parameter(oracle.normal(F, D, seed=2, dtype=torch.float32))
-    optimiser = torch.optim.AdamW([parameter], lr=0.03, betas=(0.8, 0.99), eps=1e-6, weight_decay=weight_decay)
-    table = parameter.detach().clone().to(device)
-    first, second = torch.zeros_like(table), torch.zeros_like(table)
-    for step, rows in enumerate([RAGGED["ragged"], RAGGED["one feature for all"], RAGGED["every feature"]], start=1):
+@ragged
+def test_a_result_may_be_added_to_some_columns_of_a_wider_one(rows: list[list[int]], device: str) -> None:
+    case = Case(rows, device)
+    wide = oracle.normal(len(rows), 2 * D, seed=6).to(device)
+    before, out = wide.clone(), wide[:, D:]
+    assert bag(case.pattern, case.values, case.table, out, add=True) is out
+    assert torch.equal(wide[:, :D], before[:, :D])
+    assert oracle.normwise(out, before[:, D:] + case.bag()) < 1e-15
+    bag(case.pattern, case.values, case.table, out)
+    assert oracle.normwise(out, case.bag()) < 1e-15
+    products = torch.ones_like(case.values)
+    row_products(case.pattern, case.x, case.table, products, add=True)
+    assert oracle.normwise(products, 1 + case.row_products()) < 1e-15
+    row_products(case.pattern, case.x, case.table, products)
+    assert oracle.normwise(products, case.row_products()) < 1e-15
+
+
+class Adam:
+    """Steps of the kernel beside those of torch, on the same gradients."""
+
+    settings: ClassVar = {"lr": 0.03, "betas": (0.8, 0.99), "eps": 1e-6}
+
+    def __init__(self, start: Tensor, device: str, weight_decay: float, decoupled: bool) -> None:
+        self.parameter = torch.nn.Parameter(start.clone())
+        kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+        self.torch = kind([self.parameter], weight_decay=weight_decay, **self.settings)
+        self.weight = start.clone().to(device)
+        self.moments = torch.zeros_like(self.weight), torch.zeros_like(self.weight)
+        self.options = {"weight_decay": weight_decay, "decoupled": decoupled, **self.settings}
+        self.steps = 0
+
+    def step(self, grad: Tensor | None, terms: Sequence[RowTerm], whole: Tensor) -> None:
+        self.steps += 1
+        self.parameter.grad = whole.cpu()
+        self.torch.step()
+        adam(self.weight, self.moments, grad, terms, step=float(self.steps), **self.options)
+
+    def check(self) -> None:
+        state = self.torch.state[self.parameter]
+        assert oracle.normwise(self.weight.cpu(), self.parameter) < 1e-6
+        assert oracle.normwise(self.moments[0].cpu(), state["exp_avg"]) < 1e-6
+        assert oracle.normwise(self.moments[1].cpu(), state["exp_avg_sq"]) < 1e-6
+
+
+@pytest.mark.parametrize(("weight_decay", "decoupled"), [(0.0, False), (0.1, False), (0.1, True)])
+def test_adam_in_place_makes_the_steps_of_torch(weight_decay: float, decoupled: bool, device: str) -> None:
+    both = Adam(oracle.normal(F, D, seed=2, dtype=torch.float32), device, weight_decay, decoupled)
+    for rows in (RAGGED["ragged"], RAGGED["one feature for all"], RAGGED["every feature"]):
         case = Case(rows, device, torch.float32)
-        parameter.grad = case.bag_of_tokens().cpu()
-        optimiser.step()
-        adam_(
-            case.pattern,
-            case.values,
-            case.x,
-            table,
-            Moments(first, second, step),
-            lr=0.03,
-            betas=(0.8, 0.99),
-            eps=1e-6,
-            weight_decay=weight_decay,
-        )
-    state = optimiser.state[parameter]
-    assert oracle.normwise(table.cpu(), parameter) < 1e-6
-    assert oracle.normwise(first.cpu(), state["exp_avg"]) < 1e-6
-    assert oracle.normwise(second.cpu(), state["exp_avg_sq"]) < 1e-6
+        both.step(None, [RowTerm(case.pattern, case.values, case.x)], case.bag_of_tokens())
+    both.check()
 
 
-def test_terms_of_several_batches_are_one_term(device: str) -> None:
-    cases = [Case(rows, device) for rows in RAGGED.values()]
-    whole = joined([(case.pattern, case.values, case.x) for case in cases])
-    together = torch.stack([case.bag_of_tokens() for case in cases]).sum(0)
-    assert whole[0].n_tokens == sum(len(rows) for rows in RAGGED.values())
-    assert oracle.normwise(bag_of_tokens(*whole), together) < 1e-15
-    assert joined([(cases[0].pattern, cases[0].values, cases[0].x)])[0] is cases[0].pattern
+def test_adam_adds_the_terms_of_several_batches_and_a_dense_gradient(device: str) -> None:
+    cases = [Case(rows, device, torch.float32) for rows in RAGGED.values()]
+    terms = [RowTerm(case.pattern, case.values, case.x) for case in cases]
+    dense = oracle.normal(F, D, seed=7, dtype=torch.float32).to(device)
+    both = Adam(oracle.normal(F, D, seed=2, dtype=torch.float32), device, 0.0, False)
+    both.step(dense, terms, dense + torch.stack([case.bag_of_tokens() for case in cases]).sum(0))
+    both.step(dense, [], dense)
+    both.check()
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4)])
+def test_adam_takes_parameters_of_any_shape(shape: tuple[int, ...], device: str) -> None:
+    both = Adam(oracle.normal(*shape, 1, dtype=torch.float32).view(shape), device, 0.1, True)
+    grad = oracle.normal(*shape, 1, seed=4, dtype=torch.float32).view(shape).to(device)
+    for _ in range(2):
+        both.step(grad, [], grad)
+    both.check()
 
 
 def test_every_result_is_the_same_bits_every_time(device: str) -> None:

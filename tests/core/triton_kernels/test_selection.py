@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.core import topk as reference
+from pipeline.core import products
 from pipeline.core.triton_kernels import largest, selection, topk
 from tests import oracle
 
@@ -95,7 +95,7 @@ def test_rows_may_be_of_several_axes_and_apart_in_memory(device: str) -> None:
 def test_the_largest_of_all_are_those_of_the_reference(size: int, n: int, dtype: torch.dtype, device: str) -> None:
     for flat in (oracle.normal(size).to(dtype), whole(size).to(dtype), -torch.ones(size, dtype=dtype)):
         positions, smallest = largest(flat.to(device), n)
-        expected, cut = reference.largest(flat.relu(), n, 0.0)
+        expected, cut = products.largest(flat.relu(), n, 0.0)
         assert positions.tolist() == expected.tolist()
         assert smallest.item() == cut.item()
 
@@ -105,7 +105,7 @@ def test_the_largest_lie_in_many_tiles(device: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(selection, "GROUP", 4)
     for flat, n in ((whole(301), 20), (oracle.normal(301), 70), (whole(301), 200), (torch.ones(130), 9)):
         positions, _ = largest(flat.to(device), n)
-        assert positions.tolist() == reference.largest(flat.relu(), n, 0.0)[0].tolist()
+        assert positions.tolist() == products.largest(flat.relu(), n, 0.0)[0].tolist()
 
 
 def test_of_numbers_that_differ_in_their_last_bit_alone_the_larger_is_chosen(device: str) -> None:
