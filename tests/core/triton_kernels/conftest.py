@@ -6,6 +6,8 @@ then alone, so that other tests and the processes that they start know nothing o
 
 import importlib
 import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,30 @@ if INTERPRETED:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         importlib.import_module("pipeline.core.triton_kernels")
+
+
+def lightly(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The interpreter's call of one jitted function by another, without what it does anew each time: it exchanges
+    every function of the language for the interpreted one, which takes nine tenths of these tests, and stays so."""
+    seen = set()
+
+    def lighter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn in seen:
+            return self.rewrite()(*args, **kwargs)
+        seen.add(self.fn)
+        return call(self, *args, **kwargs)
+
+    return lighter
+
+
+@pytest.fixture(scope="session", autouse=True)
+def light_interpreter() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if INTERPRETED:
+            from triton.runtime.interpreter import InterpretedFunction
+
+            patch.setattr(InterpretedFunction, "__call__", lightly(InterpretedFunction.__call__))
+        yield
 
 
 @pytest.fixture(autouse=True)
