@@ -69,6 +69,8 @@ class Transcoder(nn.Module):
 
     W_skip: nn.Parameter | None
 
+    _aside: Tensor | None = None
+
     config: dict[str, Any] | None = None
     """What `final/config.json` says, when the transcoder was read from a run."""
 
@@ -122,7 +124,7 @@ class Transcoder(nn.Module):
 
     def inputs(self, x: Tensor) -> tuple[Tensor, ...]:
         """What each source reads. x [B, L, D] -> [B, width()] for each source"""
-        return x.unbind(1)
+        return x.to(self.encoders[0].dtype).unbind(1)
 
     def width(self) -> int:
         """Length of an encoder row."""
@@ -177,7 +179,8 @@ class Transcoder(nn.Module):
 
     def encode_layer(self, x: Tensor, layer: int) -> Tensor:
         """One source's pre-activations. x [B, width()] -> [B, F]"""
-        return nn.functional.linear(x, self.encoders[layer], self.b_enc[layer])
+        weight = self.encoders[layer]
+        return nn.functional.linear(x, weight, self.b_enc[layer].to(weight.dtype))
 
     def encode(self, x: Tensor) -> Tensor:
         """x [B, L, D] -> pre_acts [B, S, F]"""
@@ -187,13 +190,24 @@ class Transcoder(nn.Module):
         """Features in sparse form, for the activations that choose; pre-activations are dropped layer by layer."""
         inputs = self.inputs(x)
         with torch.no_grad():
-            pre_acts = (self.encode_layer(h, layer) for layer, h in enumerate(inputs))
+            pre_acts = (self._encode_aside(h, layer) for layer, h in enumerate(inputs))
             chosen = list(self.activation.choose(pre_acts, self.rank_norms()))
         values = [
             chosen_features(pattern, taken, h, self.encoders[layer], self.b_enc[layer])
             for layer, ((pattern, taken), h) in enumerate(zip(chosen, inputs, strict=True))
         ]
         return Sparse([pattern for pattern, _ in chosen], values)
+
+    def _encode_aside(self, x: Tensor, layer: int) -> Tensor:
+        """`encode_layer`, in the memory that the layer before it was in, where the rule lets go of a layer."""
+        if not self.training or self.activation.compares_layers or torch.is_autocast_enabled(x.device.type):
+            return self.encode_layer(x, layer)
+        shape = (x.shape[0], self.d_features)
+        aside = self._aside
+        if aside is None or aside.shape != shape or (aside.dtype, aside.device) != (x.dtype, x.device):
+            # Kept from step to step: fresh pages cost a CPU more than the selection does.
+            self._aside = aside = x.new_empty(shape)
+        return torch.addmm(self.b_enc[layer], x, self.encoders[layer].T, out=aside)
 
     def decode(self, features: Features, x: Tensor) -> Tensor:
         """features [B, S, F] or sparse, x [B, L, D] -> y_hat [B, L, D]. x is read by a skip path alone."""
@@ -208,7 +222,8 @@ class Transcoder(nn.Module):
         rows: list[Tensor | None] = [None for _ in range(self.dims.n_layers)]
         for source in range(self.n_sources):
             for target in self.targets(source):
-                part = self.write(features, source, target)
+                # Sums are float32 where tables are bfloat16.
+                part = self.write(features, source, target).to(self.b_dec.dtype)
                 so_far = rows[target]
                 rows[target] = part if so_far is None else so_far + part
         return torch.stack([row for row in rows if row is not None], dim=1)

@@ -119,9 +119,9 @@ def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def largest(flat: Tensor, n: int, guess: float) -> tuple[Tensor, Tensor]:
     """Positions of the n largest values above 0, ascending, ties to the lowest position; and the smallest of them.
 
-    flat [N]. Exact whatever `guess` is: where at least n values exceed 0.8 of it, the n largest lie among those, and
-    only they are ranked. From one step to the next the threshold hardly moves, so that the ranking sees a few percent
-    of the values.
+    flat [N], n at least 1. Exact whatever `guess` is: where at least n values exceed 0.8 of it, the n largest lie among
+    those, and only they are ranked. From one step to the next the threshold hardly moves, so that the ranking sees a
+    few percent of the values.
     """
     fast = _fast(flat)
     if fast is not None:
@@ -131,7 +131,7 @@ def largest(flat: Tensor, n: int, guess: float) -> tuple[Tensor, Tensor]:
         candidates = (flat > 0).nonzero().squeeze(1)
     values = flat[candidates]
     if candidates.numel() <= n:
-        return candidates, values.min() if n and candidates.numel() else flat.new_zeros(())
+        return candidates, values.min() if candidates.numel() else flat.new_zeros(())
     cut = values.topk(n, sorted=False).values.min()
     above, ties = values > cut, (values == cut).nonzero().squeeze(1)
     above[ties[: n - int(above.sum())]] = True

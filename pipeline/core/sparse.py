@@ -118,35 +118,56 @@ class _Bag(torch.autograd.Function):
 class _Bags(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, patterns: list[Pattern], plan: list[tuple[int, int]], n_targets: int, *tensors: Tensor
+        ctx: Any, patterns: Sequence[Pattern | None], plan: list[tuple[int, int]], n_targets: int, *tensors: Tensor
     ) -> Tensor:
         values, tables = tensors[: len(patterns)], tensors[len(patterns) :]
         ctx.save_for_backward(*tensors)
         ctx.patterns, ctx.plan, ctx.leaves = patterns, plan, [_leaf(table) for table in tables]
-        out = tables[0].new_empty(patterns[0].n_tokens, n_targets, tables[0].shape[1])
+        n_tokens = values[0].shape[0] if patterns[0] is None else patterns[0].n_tokens
+        out = tables[0].new_empty(n_tokens, n_targets, tables[0].shape[1])
         begun = set()
         for (source, target), table in zip(plan, tables, strict=True):
-            products.bag(patterns[source], values[source], table, out[:, target], add=target in begun)
+            _write(patterns[source], values[source], table, out[:, target], target in begun)
             begun.add(target)
         assert len(begun) == n_targets, "every target is written"
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        patterns: list[Pattern] = ctx.patterns
-        values, tables = ctx.saved_tensors[: len(patterns)], ctx.saved_tensors[len(patterns) :]
-        needs = ctx.needs_input_grad[3:]
+        patterns: Sequence[Pattern | None] = ctx.patterns
+        n = len(patterns)
+        values, tables = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        values_needed, tables_needed = ctx.needs_input_grad[3 : 3 + n], ctx.needs_input_grad[3 + n :]
         # Copied once for each target, not once for each table that writes it.
         by_target = [rows.contiguous() for rows in grad.unbind(1)]
         values_grads: list[Tensor | None] = [None for _ in patterns]
-        table_grads: list[Tensor | None] = []
-        for n, ((source, target), table, leaf) in enumerate(zip(ctx.plan, tables, ctx.leaves, strict=True)):
+        table_grads: list[Tensor | None] = [None for _ in tables]
+        for i, (source, target) in enumerate(ctx.plan):
             pattern, rows, so_far = patterns[source], by_target[target], values_grads[source]
-            if needs[source]:
-                values_grads[source] = products.row_products(pattern, rows, table, so_far, add=so_far is not None)
-            wanted = needs[len(patterns) + n]
-            table_grads.append(_table_grad(leaf, pattern, values[source], rows) if wanted else None)
+            if values_needed[source]:
+                values_grads[source] = _read(pattern, rows, tables[i], so_far)
+            if tables_needed[i] and pattern is None:
+                table_grads[i] = values[source].T @ rows
+            elif tables_needed[i] and pattern is not None:
+                table_grads[i] = _table_grad(ctx.leaves[i], pattern, values[source], rows)
         return None, None, None, *values_grads, *table_grads
+
+
+def _write(pattern: Pattern | None, values: Tensor, table: Tensor, out: Tensor, add: bool) -> None:
+    """A layer's part of what is written to one target, in `out` or added to it; without a pattern values are [B, F]."""
+    if pattern is not None:
+        products.bag(pattern, values, table, out, add)
+    elif add:
+        out += values @ table
+    else:
+        torch.matmul(values, table, out=out)
+
+
+def _read(pattern: Pattern | None, rows: Tensor, table: Tensor, so_far: Tensor | None) -> Tensor:
+    """The gradient of the values of `_write`, with what other targets gave."""
+    if pattern is not None:
+        return products.row_products(pattern, rows, table, so_far, add=so_far is not None)
+    return rows @ table.T if so_far is None else so_far.addmm_(rows, table.T)
 
 
 class _RowProducts(torch.autograd.Function):

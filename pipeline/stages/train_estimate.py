@@ -62,7 +62,7 @@ def disk_bytes(model: Transcoder, plan: Plan) -> int:
     """What a run writes: weights and two moments in each checkpoint, one more of them while it is being written, and
     the result."""
     weights = FLOAT * model.n_parameters
-    return weights * (3 * (plan.keep_checkpoints + 1) + 1)
+    return weights * (3 * (plan.keep_checkpoints + plan.keep_best + 1) + 1)
 
 
 def peak_bytes(cfg: TrainConfig, model: Transcoder, plan: Plan, needs_pre_acts: bool, held_out: int) -> int:

@@ -1,20 +1,26 @@
-"""Adam that takes a gradient as terms and writes none: `adam` of the kernels that run, in float32.
+"""Adam that takes a gradient as terms, one table at a time.
 
     g = .grad + sum of the terms            m = b1 m + (1 - b1) g            v = b2 v + (1 - b2) g^2
     W = W - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 
-with g + weight_decay W in place of g (Adam), or W (1 - lr weight_decay) in place of W first (`decoupled`: AdamW). Each
-row of W, m and v is read and written once: 24 bytes a parameter, where a gradient in memory makes it 32 and more.
+with g + weight_decay W in place of g (Adam), or W (1 - lr weight_decay) in place of W first (`decoupled`: AdamW).
 
-The formulas and the names of the state are torch.optim.Adam's, so that a checkpoint of either continues with the other.
+The kernels that run (`core/native.py`, `core/triton_kernels`) have g of one row at a time, in a buffer or in registers,
+and float32: 24 bytes of memory traffic a parameter. In torch, on a CPU, a
+table's g exists while its step is taken, in memory that the next table's takes over: a gradient for each table at once
+would be as large as the weights, and its fresh pages cost more than the arithmetic.
+
+The names of the state are torch.optim.Adam's, so that a checkpoint of either continues with the other.
 """
 
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim.adam import adam
 
 from pipeline.core import deferred, products
 
@@ -32,7 +38,7 @@ class FusedAdam(torch.optim.Optimizer):
         decoupled: bool = False,
     ) -> None:
         held = list(parameters)
-        assert supports(held), "float32 where the kernels run, each in one piece"
+        assert supports(held)
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decoupled": decoupled}
         super().__init__(held, settings)
         for parameter in held:
@@ -45,41 +51,80 @@ class FusedAdam(torch.optim.Optimizer):
         assert closure is None
         for group in self.param_groups:
             for parameter in group["params"]:
-                terms = deferred.take(parameter)
-                if terms or parameter.grad is not None:
-                    self._step(parameter, terms, group)
+                if parameter.grad is None and not deferred.terms(parameter):
+                    continue
+                state = self._state(parameter)
+                kernels = _kernels(parameter)
+                if kernels is not None:
+                    _fused_step(kernels, parameter, state, group)
+                else:
+                    _torch_step(parameter, state, group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         deferred.discard(parameter for group in self.param_groups for parameter in group["params"])
 
-    def _step(self, parameter: Tensor, terms: list[deferred.RowTerm], group: dict[str, Any]) -> None:
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros(())
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        state["step"] += 1
-        grad = parameter.grad
-        kernels = products.module()
-        assert kernels is not None, "made under `products.using`, and used there"
-        kernels.adam(
-            parameter,
-            (state["exp_avg"], state["exp_avg_sq"]),
-            None if grad is None else grad.contiguous(),
-            terms,
-            step=state["step"].item(),
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decoupled=group["decoupled"],
-        )
+        return state
 
 
 def supports(parameters: Iterable[Tensor]) -> bool:
-    """Whether the kernels that run have an Adam for all of these."""
-    kernels = products.module()
-    return kernels is not None and all(
-        kernels.handles(p) and p.dtype == torch.float32 and p.is_contiguous() for p in parameters
+    """Whether these parameters may be handed to it, each in one piece: in float32 where kernels run that have an Adam
+    for their device, else on a CPU in float32 or float64."""
+    floats = (torch.float32, torch.float64)
+    return all(
+        p.is_contiguous() and ((p.device.type == "cpu" and p.dtype in floats) or _kernels(p) is not None)
+        for p in parameters
     )
+
+
+def _kernels(parameter: Tensor) -> ModuleType | None:
+    module = products.module()
+    return module if module is not None and parameter.dtype == torch.float32 and module.handles(parameter) else None
+
+
+def _fused_step(kernels: ModuleType, parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    state["step"] += 1
+    kernels.adam(
+        parameter,
+        (state["exp_avg"], state["exp_avg_sq"]),
+        None if parameter.grad is None else parameter.grad.contiguous(),
+        deferred.take(parameter),
+        step=state["step"].item(),
+        lr=group["lr"],
+        betas=group["betas"],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        decoupled=group["decoupled"],
+    )
+
+
+def _torch_step(parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    before = parameter.grad
+    deferred.materialise(parameter)
+    assert parameter.grad is not None
+    beta1, beta2 = group["betas"]
+    adam(
+        [parameter],
+        [parameter.grad],
+        [state["exp_avg"]],
+        [state["exp_avg_sq"]],
+        [],
+        [state["step"]],
+        fused=True,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+        decoupled_weight_decay=group["decoupled"],
+    )
+    if before is None:
+        parameter.grad = None  # the next table's may take its place
