@@ -5,10 +5,10 @@
 
 with g + weight_decay W in place of g (Adam), or W (1 - lr weight_decay) in place of W first (`decoupled`: AdamW).
 
-The kernels that run (`core/native.py`, `core/triton_kernels`) have g of one row at a time, in a buffer or in registers,
-and float32: 24 bytes of memory traffic a parameter. In torch, on a CPU, a
-table's g exists while its step is taken, in memory that the next table's takes over: a gradient for each table at once
-would be as large as the weights, and its fresh pages cost more than the arithmetic.
+The kernels that run (`core/native.py`, `core/triton_kernels`), in float32, have g of one row at a time, in a buffer or
+in registers: 24 bytes of memory traffic a parameter. In torch, on a CPU, a table's g exists while its step is taken, in
+memory that the next table's takes over: a gradient for each table at once would be as large as the weights, and its
+fresh pages cost more than the arithmetic.
 
 The names of the state are torch.optim.Adam's, so that a checkpoint of either continues with the other.
 """
