@@ -52,14 +52,16 @@ def active() -> Kernels:
     return _active[0]
 
 
+def module() -> ModuleType | None:
+    """What has the operations that run now, and `handles` and `adam`; None for torch."""
+    return _active[1]
+
+
 def bag(pattern: Pattern, values: Tensor, table: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
     """Sum of the active features' rows, weighted. values [nnz], table [F, D] -> [B, D], in `out` or added to it."""
-    compiled = _compiled(values, table)
-    if compiled is not None and _rows(out):
-        return compiled.bag(pattern, values, table, out, add)
-    triton = _triton(table)
-    if triton is not None:
-        return _into(triton.bag(pattern, values, table), out, add)
+    fast = _fast(values, table)
+    if fast is not None and _rows(out):
+        return fast.bag(pattern, values, table, out, add)
     rows = F.embedding_bag(
         pattern.indices,
         table.detach(),
@@ -73,12 +75,9 @@ def bag(pattern: Pattern, values: Tensor, table: Tensor, out: Tensor | None = No
 
 def row_products(pattern: Pattern, x: Tensor, table: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
     """x[b] . table[i] at the pattern's pairs (b, i). x [B, D], table [F, D] -> [nnz], in `out` or added to it."""
-    compiled = _compiled(x, table)
-    if compiled is not None and _rows(out):
-        return compiled.row_products(pattern, x, table, out, add)
-    triton = _triton(table)
-    if triton is not None:
-        return _into(triton.row_products(pattern, x, table), out, add)
+    fast = _fast(x, table)
+    if fast is not None and _rows(out):
+        return fast.row_products(pattern, x, table, out, add)
     # The gradient of a bag's weights is this product, and torch has a kernel for it that gathers no rows.
     inner = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         x.contiguous(), table, pattern.indices, pattern.offsets, pattern.tokens, _SUM
@@ -88,12 +87,9 @@ def row_products(pattern: Pattern, x: Tensor, table: Tensor, out: Tensor | None 
 
 def bag_of_tokens(pattern: Pattern, weights: Tensor, rows: Tensor) -> Tensor:
     """For each feature the weighted sum of its tokens' rows, in their order. weights [nnz], rows [B, D] -> [F, D]"""
-    compiled = _compiled(weights, rows)
-    if compiled is not None:
-        return compiled.bag_of_tokens(pattern, weights, rows)
-    triton = _triton(rows)
-    if triton is not None:
-        return triton.bag_of_tokens(pattern, weights, rows)
+    fast = _fast(weights, rows)
+    if fast is not None:
+        return fast.bag_of_tokens(pattern, weights, rows)
     # torch's own gradient of a bag's table scatters into a dense table row by row, several times slower on a CPU.
     order, tokens, offsets = pattern.by_feature
     return F.embedding_bag(
@@ -106,12 +102,9 @@ def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     [..., F] -> values [..., k], indices [..., k]; where fewer than k are above 0 the rest are 0 at some index.
     """
-    compiled = _compiled(pre_acts)
-    if compiled is not None:
-        return compiled.topk(pre_acts, k)
-    triton = _triton(pre_acts)
-    if triton is not None:
-        return triton.topk(pre_acts, k)
+    fast = _fast(pre_acts)
+    if fast is not None:
+        return fast.topk(pre_acts, k)
     extra = min(k + 1, pre_acts.shape[-1])
     values, indices = pre_acts.topk(extra, dim=-1)
     if extra > k:
@@ -130,9 +123,9 @@ def largest(flat: Tensor, n: int, guess: float) -> tuple[Tensor, Tensor]:
     those, and only they are ranked. From one step to the next the threshold hardly moves, so that the ranking sees a
     few percent of the values.
     """
-    compiled = _compiled(flat)
-    if compiled is not None:
-        return compiled.largest(flat, n, guess)
+    fast = _fast(flat)
+    if fast is not None:
+        return fast.largest(flat, n, guess)
     candidates = (flat > 0.8 * guess).nonzero().squeeze(1) if guess > 0 else flat[:0]
     if candidates.numel() < n or guess <= 0:
         candidates = (flat > 0).nonzero().squeeze(1)
@@ -155,14 +148,10 @@ def _rows(out: Tensor | None) -> bool:
     return out is None or out.stride(-1) == 1
 
 
-def _compiled(*tensors: Tensor) -> ModuleType | None:
-    kernels, module = _active
-    return module if module is not None and kernels == Kernels.compiled and module.handles(*tensors) else None
-
-
-def _triton(tensor: Tensor) -> ModuleType | None:
-    kernels, module = _active
-    return module if kernels == Kernels.triton and tensor.is_cuda else None
+def _fast(*tensors: Tensor) -> ModuleType | None:
+    """The module with what runs now, where it is for such tensors; None for torch's way."""
+    module = _active[1]
+    return module if module is not None and module.handles(*tensors) else None
 
 
 def _chosen(kernels: Kernels, device: torch.device) -> tuple[Kernels, ModuleType | None]:

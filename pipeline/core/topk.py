@@ -64,7 +64,8 @@ class TopK(Choosing):
     def layer(self, pre_acts: Tensor, layer: int, norms: Tensor | None = None) -> Tensor:
         positive = pre_acts.relu()
         indices, above = self._best(positive.detach(), layer, norms)
-        return torch.zeros_like(positive).scatter(-1, indices, positive.gather(-1, indices) * above)
+        # Entries that are not above 0 may repeat an index, so they are added, not assigned.
+        return torch.zeros_like(positive).scatter_add(-1, indices, positive.gather(-1, indices) * above)
 
     def choose(self, pre_acts: Iterable[Tensor], norms: Tensor | None = None) -> Iterator[tuple[Pattern, Tensor]]:
         for layer, h in enumerate(pre_acts):
@@ -81,13 +82,12 @@ class TopK(Choosing):
 
     def _best(self, positive: Tensor, layer: int, norms: Tensor | None) -> tuple[Tensor, Tensor]:
         """The chosen of each row, and whether each is above 0 in what is compared. [..., F] -> 2 x [..., k]"""
-        compared = self.compared(positive, norms, layer)
-        indices = self._indices(compared, self.k[layer])
-        return indices, compared.gather(-1, indices) > 0
+        values, indices = self._largest(self.compared(positive, norms, layer), self.k[layer])
+        return indices, values > 0
 
-    def _indices(self, compared: Tensor, k: int) -> Tensor:
-        """The k largest of each row, ties to the lowest index. [..., F] -> [..., k]"""
-        return products.topk(compared, k)[1]
+    def _largest(self, compared: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest of each row, ties to the lowest index. [..., F] -> values [..., k], indices [..., k]"""
+        return products.topk(compared, k)
 
 
 class GroupMax(TopK):
@@ -105,10 +105,10 @@ class GroupMax(TopK):
                     f"divide; use activation.k={nearest} or arch.d_features={-(-d_features // k) * k}"
                 )
 
-    def _indices(self, compared: Tensor, k: int) -> Tensor:
+    def _largest(self, compared: Tensor, k: int) -> tuple[Tensor, Tensor]:
         size = self.d_features // k
-        best = compared.unflatten(-1, (k, size)).max(dim=-1).indices  # the first of equals
-        return best + torch.arange(0, self.d_features, size, device=best.device)
+        values, best = compared.unflatten(-1, (k, size)).max(dim=-1)  # the first of equals
+        return values, best + torch.arange(0, self.d_features, size, device=best.device)
 
 
 class BatchTopK(Choosing):

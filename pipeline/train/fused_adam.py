@@ -1,18 +1,20 @@
-"""Adam that takes a gradient as terms, one table at a time, on a CPU.
+"""Adam that takes a gradient as terms, one table at a time.
 
     g = .grad + sum of the terms            m = b1 m + (1 - b1) g            v = b2 v + (1 - b2) g^2
     W = W - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 
 with g + weight_decay W in place of g (Adam), or W (1 - lr weight_decay) in place of W first (`decoupled`: AdamW).
 
-The compiled kernel (`core/native.py`) has g in a buffer of one row: 24 bytes of memory traffic a parameter. In torch a
-table's g exists while its step is taken, in memory that the next table's takes over: a gradient for each table at once
-would be as large as the weights, and its fresh pages cost more than the arithmetic.
+The kernels that run (`core/native.py`, `core/triton_kernels`), in float32, have g of one row at a time, in a buffer or
+in registers: 24 bytes of memory traffic a parameter. In torch, on a CPU, a table's g exists while its step is taken, in
+memory that the next table's takes over: a gradient for each table at once would be as large as the weights, and its
+fresh pages cost more than the arithmetic.
 
 The names of the state are torch.optim.Adam's, so that a checkpoint of either continues with the other.
 """
 
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,8 +22,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.adam import adam
 
-from pipeline.core import deferred, native, products
-from pipeline.core.options import Kernels
+from pipeline.core import deferred, products
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -48,14 +49,14 @@ class FusedAdam(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """One step of every parameter that has a gradient."""
         assert closure is None
-        compiled = products.active() == Kernels.compiled
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None and not deferred.terms(parameter):
                     continue
                 state = self._state(parameter)
-                if compiled and native.handles(parameter):
-                    _compiled_step(parameter, state, group)
+                kernels = _kernels(parameter)
+                if kernels is not None:
+                    _fused_step(kernels, parameter, state, group)
                 else:
                     _torch_step(parameter, state, group)
 
@@ -73,14 +74,23 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 def supports(parameters: Iterable[Tensor]) -> bool:
-    """Whether these parameters may be handed to it: on a CPU, in float32 or float64, each in one piece."""
+    """Whether these parameters may be handed to it, each in one piece: in float32 where kernels run that have an Adam
+    for their device, else on a CPU in float32 or float64."""
     floats = (torch.float32, torch.float64)
-    return all(p.device.type == "cpu" and p.dtype in floats and p.is_contiguous() for p in parameters)
+    return all(
+        p.is_contiguous() and ((p.device.type == "cpu" and p.dtype in floats) or _kernels(p) is not None)
+        for p in parameters
+    )
 
 
-def _compiled_step(parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+def _kernels(parameter: Tensor) -> ModuleType | None:
+    module = products.module()
+    return module if module is not None and parameter.dtype == torch.float32 and module.handles(parameter) else None
+
+
+def _fused_step(kernels: ModuleType, parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
     state["step"] += 1
-    native.adam(
+    kernels.adam(
         parameter,
         (state["exp_avg"], state["exp_avg_sq"]),
         None if parameter.grad is None else parameter.grad.contiguous(),

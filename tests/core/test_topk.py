@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.core import activations
+from pipeline.core import activations, products
 from pipeline.core.activations import BatchTopK, Choosing
 from pipeline.core.options import ActivationOptions, Rank
 from pipeline.core.sparse import Sparse
@@ -71,6 +71,20 @@ def test_ranking_by_norm_compares_what_features_write_and_keeps_their_values(
         expected = oracle.at_pairs(h, SELECTIONS[name](h * norms, k))
         for got in both_forms(build(name, k=k, rank=Rank.norm), h, norms):
             assert torch.equal(got, expected)
+
+
+def test_what_fills_up_a_row_with_too_few_values_above_0_is_not_chosen_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def padded(h: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """As faster kernels have it: entries of value 0 at index 0."""
+        values, indices = h.relu().sort(dim=-1, descending=True, stable=True)
+        return values[..., :k], torch.where(values > 0, indices, 0)[..., :k]
+
+    monkeypatch.setattr(products, "topk", padded)
+    h = -oracle.normal(B, L, F).abs()
+    h[:, :, 0], h[1, :, 5] = 3.0, 2.0
+    for rank in Rank:
+        for got in both_forms(build("topk", k=4, rank=rank), h, norms_of()):
+            assert torch.equal(got, h.relu())
 
 
 @pytest.mark.parametrize("name", NAMES)
