@@ -1,0 +1,119 @@
+"""Where the time of a step goes, from steps that are watched and counted in no other figure.
+
+For a few steps the functions below are wrapped by a clock, which waits for a GPU before it looks. A function that is
+called by another one counts for itself alone.
+
+    ours: Trainer.step               dense reference
+    data        Inputs               Inputs                   bfloat16 rows to floats, the norm, the units
+    encode      encode_layer         encode                   every pre-activation
+    select      activate, the rest   select                   which are features
+    decode      decode               decode
+    backward    zero_grad to step    zero_grad to step        all gradients, but for what a fused optimiser takes over
+    optimiser   optimizer.step       optimizer.step           with the weight gradients, where they are fused into it
+    other       the rest             the rest                 loss, counters, the check that the loss is finite
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from pipeline.stages.bench_train_sides import Ours, Reference
+
+PARTS = ("data", "encode", "select", "decode", "backward", "optimiser", "other")
+WATCHED = 5
+"""Steps that are watched; a part's time is the median."""
+
+
+class _Clock:
+    """A stack of what is going on: the time goes to what lies on top."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stack: list[str] = []
+        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        self._since = 0.0
+
+    def enter(self, part: str) -> None:
+        self._settle()
+        self._stack.append(part)
+
+    def leave(self, part: str) -> None:
+        self._settle()
+        assert self._stack.pop() == part
+
+    def _settle(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        if self._stack:
+            self.seconds[self._stack[-1]] += now - self._since
+        self._since = time.perf_counter()
+
+    def timed(self, part: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self.enter(part)
+            try:
+                return work(*args, **kwargs)
+            finally:
+                self.leave(part)
+
+        return wrapped
+
+
+class _Prepare:
+    """Inputs under the clock, which are a tuple and so cannot be wrapped in place."""
+
+    def __init__(self, inputs: Any, clock: _Clock) -> None:
+        self._inputs, self._clock = inputs, clock
+
+    def __call__(self, *sites: Any) -> Any:
+        return self._clock.timed("data", self._inputs)(*sites)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inputs, name)
+
+
+def parts(side: Ours | Reference, device: torch.device, n: int = WATCHED) -> dict[str, float]:
+    """Seconds of each part of a step, medians over n watched steps after one that is not counted."""
+    found: dict[str, list[float]] = {part: [] for part in PARTS}
+    for turn in range(n + 1):
+        clock = _Clock(device)
+        with _watched(side, clock):
+            clock.timed("other", side)()
+        for part, seconds in clock.seconds.items():
+            if turn:
+                found[part].append(seconds)
+    return {part: statistics.median(seconds) for part, seconds in found.items()}
+
+
+@contextmanager
+def _watched(side: Ours | Reference, clock: _Clock) -> Iterator[None]:
+    owner: Any = side.trainer if isinstance(side, Ours) else side
+    names = {"activate": "select", "encode_layer": "encode", "decode": "decode"}
+    if isinstance(side, Reference):
+        names = {"encode": "encode", "select": "select", "decode": "decode"}
+    optimizer, inputs = owner.optimizer, owner.inputs
+    zero_grad, step = optimizer.zero_grad, optimizer.step
+
+    def begin(*args: Any, **kwargs: Any) -> None:
+        clock.enter("backward")
+        zero_grad(*args, **kwargs)
+
+    def end(*args: Any, **kwargs: Any) -> None:
+        clock.leave("backward")
+        clock.timed("optimiser", step)(*args, **kwargs)
+
+    try:
+        for name, part in names.items():
+            setattr(owner.model, name, clock.timed(part, getattr(owner.model, name)))
+        owner.inputs, optimizer.zero_grad, optimizer.step = _Prepare(inputs, clock), begin, end
+        yield
+    finally:
+        owner.inputs = inputs
+        for name in names:
+            delattr(owner.model, name)
+        del optimizer.zero_grad, optimizer.step
