@@ -34,6 +34,7 @@ from pipeline.files import write_report
 from pipeline.stages import bench_train_dense, bench_train_loop, bench_train_scaling, bench_train_shapes
 from pipeline.stages import bench_train_kernels as kernels
 from pipeline.stages import bench_train_timing as timing
+from pipeline.stages.bench_train_clock import clock
 from pipeline.stages.bench_train_floor import FORMULA, Floor, Rates, work
 from pipeline.stages.bench_train_shapes import SHAPES, Shape
 from pipeline.stages.bench_train_table import table
@@ -47,6 +48,7 @@ def run(cfg: BenchTrainConfig) -> Path:
     _check(cfg)
     device = resolve_device(cfg.bench.device)
     names = kernels.chosen(cfg.bench.kernels, device)
+    clock(cfg.bench, device)
     shapes, skipped = bench_train_shapes.chosen(cfg.bench, device, len(names))
     for line in skipped.values():
         logger.warning("left out: %s", line)
@@ -60,6 +62,7 @@ def run(cfg: BenchTrainConfig) -> Path:
             "torch": torch.__version__,
             "activation": cfg.activation.name,
             "loss": cfg.loss.name,
+            "timed_by": cfg.bench.timed_by.value,
             "rounds": cfg.bench.rounds,
             "kernels": names,
             "formula": FORMULA,

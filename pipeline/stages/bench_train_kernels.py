@@ -27,6 +27,6 @@ def chosen(asked: list[str] | None, device: torch.device) -> list[str]:
 
 
 @contextmanager
-def use(name: str) -> Iterator[None]:
+def use(name: str, device: torch.device) -> Iterator[None]:
     """While the context lasts, the products of `core/` are computed this way."""
     yield

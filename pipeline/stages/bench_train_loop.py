@@ -9,7 +9,6 @@ batches ahead again, so that two batches of a stretch cost the trainer no time.
 import logging
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,6 +34,7 @@ from pipeline.files import existing
 from pipeline.stages import bench_cache_passes as passes
 from pipeline.stages import bench_train_kernels as kernels
 from pipeline.stages import bench_train_sides as sides
+from pipeline.stages.bench_train_clock import Clock, clock
 from pipeline.stages.bench_train_shapes import Shape
 from pipeline.stages.options import BenchCacheConfig, BenchCacheOptions, BenchTrainConfig
 from pipeline.stages.train_cache import statistics as statistics_of
@@ -56,7 +56,7 @@ class _Unsaved(Trainer):
 
 def measure(cfg: BenchTrainConfig, shape: Shape, device: torch.device, name: str) -> dict[str, Any]:
     """Overhead of the trainer under one setting of the kernels: the median of the pairs' own ratios, less 1."""
-    with _cache(cfg, shape) as (cache, called), tempfile.TemporaryDirectory() as folder, kernels.use(name):
+    with _cache(cfg, shape) as (cache, called), tempfile.TemporaryDirectory() as folder, kernels.use(name, device):
         shape = shape._replace(
             n_layers=cache.n_layers, d_model=cache.d_model, batch_tokens=min(shape.batch_tokens, cache.n_rows)
         )
@@ -65,7 +65,7 @@ def measure(cfg: BenchTrainConfig, shape: Shape, device: torch.device, name: str
         bare = _bare(cfg, cache, shape, trainer)
         pairs: list[tuple[float, float]] = []
         with Loader(cache, shape.batch_tokens, 0, cfg.cache.read, shards_ahead=cfg.cache.shards_ahead) as loader:
-            trainer.fit(_turns(iter(loader), n_pairs + 1, n_steps, bare, pairs, device))
+            trainer.fit(_turns(iter(loader), n_pairs + 1, n_steps, bare, pairs, clock(cfg.bench, device)))
         ratios = [theirs / own for theirs, own in pairs[1:]]  # the first pair warms up
         low, median, high = statistics.quantiles(ratios, n=4)
         return {
@@ -88,23 +88,17 @@ def _turns(
     n_steps: int,
     bare: Callable[[], object],
     pairs: list[tuple[float, float]],
-    device: torch.device,
+    clock: Clock,
 ) -> Iterator[Batch]:
     """The trainer's batches. Whenever a stretch has been taken, it is timed, and the bare steps take their turn."""
     for _ in range(n_pairs):
-        start = _now(device)
+        start = clock.now()
         yield from islice(batches, n_steps)  # the last one's step has ended when the trainer asks for the next batch
-        middle = _now(device)
+        middle = clock.now()
         for _ in range(n_steps):
             bare()
-        pairs.append((middle - start, _now(device) - middle))
+        pairs.append((middle - start, clock.now() - middle))
     yield next(batches)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _trainer(

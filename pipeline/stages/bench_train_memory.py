@@ -44,18 +44,18 @@ def _peak(cfg: BenchTrainConfig, shape: Shape, device: str, threads: int, side: 
     place = torch.device(device)
     _warm_up(place)
     before = _now(place)
-    model = sides.transcoder(shape, cfg.activation, cfg.bench.l0, place)
-    data = sides.batches(shape)
-    trainer = sides.trainer(model, cfg.loss, shape)
-    n_parameters = model.n_parameters
-    step: sides.Step = sides.Ours(trainer, data)
-    if side == "dense":
-        reference = Dense(model.state_dict(), cfg.activation, cfg.loss)
-        step = sides.Reference(reference, trainer.objective, trainer.inputs, data)
-        del model, trainer
-    gc.collect()
-    _give_back()
-    with kernels.use(side if side != "dense" else kernels.PORTABLE):
+    with kernels.use(kernels.PORTABLE if side == "dense" else side, place):
+        model = sides.transcoder(shape, cfg.activation, cfg.bench.l0, place)
+        data = sides.batches(shape)
+        trainer = sides.trainer(model, cfg.loss, shape)
+        n_parameters = model.n_parameters
+        step: sides.Step = sides.Ours(trainer, data)
+        if side == "dense":
+            reference = Dense(model.state_dict(), cfg.activation, cfg.loss)
+            step = sides.Reference(reference, trainer.objective, trainer.inputs, data)
+            del model, trainer
+        gc.collect()
+        _give_back()
         step()  # the moments are made here, beside everything else
         _forget_peak(place)
         for _ in range(N_STEPS):

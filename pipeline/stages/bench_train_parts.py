@@ -14,13 +14,11 @@ called by another one counts for itself alone.
 """
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
+from pipeline.stages.bench_train_clock import Clock
 from pipeline.stages.bench_train_sides import Ours, Reference
 
 PARTS = ("data", "encode", "select", "decode", "backward", "optimiser", "other")
@@ -28,11 +26,11 @@ WATCHED = 5
 """Steps that are watched; a part's time is the median."""
 
 
-class _Clock:
+class _Watch:
     """A stack of what is going on: the time goes to what lies on top."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._stack: list[str] = []
         self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self._since = 0.0
@@ -46,12 +44,10 @@ class _Clock:
         assert self._stack.pop() == part
 
     def _settle(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
+        now = self._clock.now()
         if self._stack:
             self.seconds[self._stack[-1]] += now - self._since
-        self._since = time.perf_counter()
+        self._since = now
 
     def timed(self, part: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -67,31 +63,31 @@ class _Clock:
 class _Prepare:
     """Inputs under the clock, which are a tuple and so cannot be wrapped in place."""
 
-    def __init__(self, inputs: Any, clock: _Clock) -> None:
-        self._inputs, self._clock = inputs, clock
+    def __init__(self, inputs: Any, watch: _Watch) -> None:
+        self._inputs, self._watch = inputs, watch
 
     def __call__(self, *sites: Any) -> Any:
-        return self._clock.timed("data", self._inputs)(*sites)
+        return self._watch.timed("data", self._inputs)(*sites)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inputs, name)
 
 
-def parts(side: Ours | Reference, device: torch.device, n: int = WATCHED) -> dict[str, float]:
+def parts(side: Ours | Reference, clock: Clock, n: int = WATCHED) -> dict[str, float]:
     """Seconds of each part of a step, medians over n watched steps after one that is not counted."""
     found: dict[str, list[float]] = {part: [] for part in PARTS}
     for turn in range(n + 1):
-        clock = _Clock(device)
-        with _watched(side, clock):
-            clock.timed("other", side)()
-        for part, seconds in clock.seconds.items():
+        watch = _Watch(clock)
+        with _watched(side, watch):
+            watch.timed("other", side)()
+        for part, seconds in watch.seconds.items():
             if turn:
                 found[part].append(seconds)
     return {part: statistics.median(seconds) for part, seconds in found.items()}
 
 
 @contextmanager
-def _watched(side: Ours | Reference, clock: _Clock) -> Iterator[None]:
+def _watched(side: Ours | Reference, watch: _Watch) -> Iterator[None]:
     owner: Any = side.trainer if isinstance(side, Ours) else side
     names = {"activate": "select", "encode_layer": "encode", "decode": "decode"}
     if isinstance(side, Reference):
@@ -100,17 +96,17 @@ def _watched(side: Ours | Reference, clock: _Clock) -> Iterator[None]:
     zero_grad, step = optimizer.zero_grad, optimizer.step
 
     def begin(*args: Any, **kwargs: Any) -> None:
-        clock.enter("backward")
+        watch.enter("backward")
         zero_grad(*args, **kwargs)
 
     def end(*args: Any, **kwargs: Any) -> None:
-        clock.leave("backward")
-        clock.timed("optimiser", step)(*args, **kwargs)
+        watch.leave("backward")
+        watch.timed("optimiser", step)(*args, **kwargs)
 
     try:
         for name, part in names.items():
-            setattr(owner.model, name, clock.timed(part, getattr(owner.model, name)))
-        owner.inputs, optimizer.zero_grad, optimizer.step = _Prepare(inputs, clock), begin, end
+            setattr(owner.model, name, watch.timed(part, getattr(owner.model, name)))
+        owner.inputs, optimizer.zero_grad, optimizer.step = _Prepare(inputs, watch), begin, end
         yield
     finally:
         owner.inputs = inputs

@@ -8,6 +8,7 @@ import torch
 from pipeline.data.layout import gb
 from pipeline.stages import bench_train_kernels as kernels
 from pipeline.stages import bench_train_sides as sides
+from pipeline.stages.bench_train_clock import clock
 from pipeline.stages.bench_train_shapes import Shape, doubled, memory
 from pipeline.stages.bench_train_timing import alternate, quartiles
 from pipeline.stages.options import BenchTrainConfig
@@ -21,7 +22,7 @@ def measure(cfg: BenchTrainConfig, shape: Shape, device: torch.device, name: str
     found: dict[str, Any] = {"kernels": name, "targets": TARGETS}
     larger = doubled(shape)
     needed, there = shape.side_bytes + larger.side_bytes, memory(device)
-    with kernels.use(name):
+    with kernels.use(name, device):
         base = _ours(cfg, shape, device)
         if needed > there:
             found["skipped"] = f"twice the features needs {gb(needed)}, {gb(there)} there"
@@ -41,5 +42,5 @@ def _ours(cfg: BenchTrainConfig, shape: Shape, device: torch.device) -> sides.Ou
 
 
 def _ratio(cfg: BenchTrainConfig, steps: dict[str, sides.Ours], device: torch.device) -> dict[str, float]:
-    times = alternate(dict(steps), cfg.bench.rounds, device, "scaling")
+    times = alternate(dict(steps), cfg.bench.rounds, clock(cfg.bench, device), "scaling")
     return quartiles(times["twice"], times["once"])

@@ -7,7 +7,6 @@ from pipeline.data.layout import gb
 from pipeline.stages.bench_train_parts import PARTS
 from pipeline.stages.bench_train_timing import DENSE
 
-
 HEAD = (
     f"{'':10}{'ms':>9}{'quartiles':>18}{'tokens/s':>11}{'over dense':>12}{'quartiles':>15}{'floors':>8}"
     f"{'quartiles':>13}{'strict':>8}{'peak':>10}"
@@ -16,8 +15,9 @@ HEAD = (
 
 def table(report: dict[str, Any]) -> list[str]:
     lines = [
-        f"{report['activation']}, loss {report['loss']}, {report['device']}, {report['threads']} of {report['cpus']} "
-        f"CPUs, load {report['load']:.1f}, {report['rounds']} rounds, torch {report['torch']}"
+        f"{report['activation']}, loss {report['loss']}, {report['device']}, torch {report['torch']}, "
+        f"{report['threads']} of {report['cpus']} CPUs, load {report['load']:.1f}, "
+        f"{report['rounds']} rounds by the {report['timed_by']} clock"
     ]
     for name, found in report["shapes"].items():
         lines += _shape(name, found)

@@ -3,17 +3,19 @@
 import gc
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 
 from pipeline.progress import Progress
+from pipeline.stages import bench_train_clock
 from pipeline.stages import bench_train_kernels as kernels
 from pipeline.stages import bench_train_memory as memory
 from pipeline.stages import bench_train_sides as sides
+from pipeline.stages.bench_train_clock import Clock
 from pipeline.stages.bench_train_dense import Dense
 from pipeline.stages.bench_train_floor import Machine, Rates, work
 from pipeline.stages.bench_train_parts import parts
@@ -43,15 +45,15 @@ def measure(
     k = exact[names[-1]]["l0"]
     machine = Machine(model, shape, round(k))
     rates: list[Rates] = []
-    clock = partial(seconds_of, device=device)
-    machine.rates(clock)  # warms up
-    variants = {name: partial(_step, name, step) for name, step in steps.items()}
-    times = alternate(variants, cfg.bench.rounds, device, title, lambda: rates.append(machine.rates(clock)))
+    clock = bench_train_clock.clock(cfg.bench, device)
+    machine.rates(clock.of)  # warms up
+    variants = {name: partial(_step, name, step, device) for name, step in steps.items()}
+    times = alternate(variants, cfg.bench.rounds, clock, title, lambda: rates.append(machine.rates(clock.of)))
     floors = [work(shape, k).at(rate) for rate in rates]
     watched = {}
     for name, step in steps.items():
-        with kernels.use(kernels.PORTABLE if name == DENSE else name):
-            watched[name] = parts(step, device)
+        with _kernels(name, device):
+            watched[name] = parts(step, clock)
     found: dict[str, Any] = {
         "shape": shape._asdict() | {"n_parameters": model.n_parameters, "n_tables": shape.n_tables},
         "l0": k,
@@ -96,27 +98,31 @@ def _sides(
     exact = {}
     reference: sides.Reference | None = None
     for name in names:
-        trainer = sides.trainer(sides.transcoder(shape, cfg.activation, cfg.bench.l0, device), cfg.loss, shape)
-        if reference is None:
-            dense = Dense(trainer.model.state_dict(), cfg.activation, cfg.loss).to(device)
-            reference = sides.Reference(dense, trainer.objective, trainer.inputs, data)
-            found[DENSE] = reference
-        ours = sides.Ours(trainer, data)
-        with kernels.use(name):
+        with kernels.use(name, device):
+            trainer = sides.trainer(sides.transcoder(shape, cfg.activation, cfg.bench.l0, device), cfg.loss, shape)
+            if reference is None:
+                dense = Dense(trainer.model.state_dict(), cfg.activation, cfg.loss)
+                reference = sides.Reference(dense, trainer.objective, trainer.inputs, data)
+                found[DENSE] = reference
+            ours = sides.Ours(trainer, data)
             exact[name] = sides.compare(ours, reference)
         found[name] = ours
     return found, exact
 
 
-def _step(name: str, step: sides.Step) -> None:
-    with kernels.use(kernels.PORTABLE if name == DENSE else name):
+def _step(name: str, step: sides.Step, device: torch.device) -> None:
+    with _kernels(name, device):
         step()
+
+
+def _kernels(name: str, device: torch.device) -> AbstractContextManager[None]:
+    return kernels.use(kernels.PORTABLE if name == DENSE else name, device)
 
 
 def alternate(
     steps: Mapping[str, Callable[[], object]],
     n_rounds: int,
-    device: torch.device,
+    clock: Clock,
     title: str,
     between: Callable[[], object] = lambda: None,
 ) -> Times:
@@ -125,28 +131,17 @@ def alternate(
     n_steps = {}
     for name, step in steps.items():
         step()  # makes the moments
-        n_steps[name] = max(1, min(MOST, math.ceil(TURN / seconds_of(step, device))))
+        n_steps[name] = max(1, min(MOST, math.ceil(TURN / clock.of(step))))
     times: Times = {name: [] for name in steps}
     with Progress(n_rounds, unit="rounds", desc=f"bench {title}") as progress:
         for n in range(n_rounds):
             turn = n % len(steps)
             for name in [*list(steps)[turn:], *list(steps)[:turn]]:
                 repeated = partial(_repeat, steps[name], n_steps[name])
-                times[name].append(seconds_of(repeated, device) / n_steps[name])
+                times[name].append(clock.of(repeated) / n_steps[name])
             between()
             progress.update(1)
     return times
-
-
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Of a call; a GPU is waited for before and after."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def _repeat(step: Callable[[], object], n: int) -> None:

@@ -106,6 +106,11 @@ class BenchCacheConfig:
     """The JSON file; null is bench/cache.json."""
 
 
+class TimedBy(StrEnum):
+    wall = "wall"
+    cpu = "cpu"
+
+
 @dataclass
 class BenchTrainOptions:
     shapes: list[str] | None = None
@@ -130,6 +135,10 @@ class BenchTrainOptions:
 
     kernels: list[str] | None = None
     """Settings of train.kernels that are timed. Null: all that this machine has."""
+
+    timed_by: TimedBy = TimedBy.wall
+    """wall: the time that passes. cpu: the time that this process computes, for a machine on which others work too; not
+    for a GPU."""
 
     rounds: int = 9
     """Rounds that count; each times every variant, one after the other."""
