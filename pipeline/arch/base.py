@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from pipeline.arch.options import ArchOptions
 from pipeline.core.activations import Activation
 from pipeline.core.normalize import Scaling
-from pipeline.core.sparse import Features, Pattern, Sparse, bag, chosen_features, from_mask
+from pipeline.core.sparse import Features, Pattern, Sparse, bag, bags, chosen_features, from_mask
 
 
 class Dims(NamedTuple):
@@ -202,6 +202,9 @@ class Transcoder(nn.Module):
 
     def written(self, features: Features) -> Tensor:
         """What the features write, without biases and skip path. -> [B, L, D]"""
+        if isinstance(features, Sparse):
+            writes = [(i, target, self.table(i, target)) for i in range(self.n_sources) for target in self.targets(i)]
+            return bags(features, writes, self.dims.n_layers)
         rows: list[Tensor | None] = [None for _ in range(self.dims.n_layers)]
         for source in range(self.n_sources):
             for target in self.targets(source):

@@ -6,45 +6,33 @@ A token activates a few of a layer's F features, so nothing below does arithmeti
     gradient of a   da[b, i] = dy[b] . W[i]                               the active pairs only
     gradient of W   dW[i] = sum over tokens b with i active of a[b, i] * dy[b]      a bag of rows of dy for each feature
 
-The first two are `embedding_bag` and its own backward. The third is written here as an `embedding_bag` over the
-transposed pattern: torch's own weight gradient scatters into a dense table row by row, several times slower on a CPU.
-The dense products in `tests/oracle.py` are the reference.
+The products themselves are in `core/products.py`, which has them for each kind of device; here they get their
+gradients. A parameter that asks for it gets its gradient as terms (`core/deferred.py`) in place of a dense one. The
+dense products in `tests/oracle.py` are the reference.
 """
 
-from functools import cached_property
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from pipeline.core import deferred, products
+from pipeline.core.pattern import Pattern, fixed_k, from_mask, from_pairs
 
-class Pattern:
-    """Which features of one layer are active for which token: CSR by token.
-
-    indices [nnz] int64, the active features of token 0, then of token 1, ...; offsets [B + 1] int64, where each token's
-    begin. An entry may be padding: its value is 0 then, so that a fixed number a token fits the same form.
-    """
-
-    def __init__(self, indices: Tensor, offsets: Tensor, n_features: int) -> None:
-        self.indices, self.offsets, self.n_features = indices, offsets, n_features
-
-    @property
-    def n_tokens(self) -> int:
-        return self.offsets.numel() - 1
-
-    @cached_property
-    def tokens(self) -> Tensor:
-        """The token of each entry. [nnz]"""
-        ids = torch.arange(self.n_tokens, device=self.indices.device)
-        return ids.repeat_interleave(self.offsets.diff(), output_size=self.indices.numel())
-
-    @cached_property
-    def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The transposed pattern: (order [nnz] that sorts entries by feature, their tokens [nnz], offsets [F + 1])."""
-        features, order = torch.sort(self.indices, stable=True)
-        edges = torch.arange(self.n_features + 1, device=features.device)
-        return order, self.tokens[order], torch.searchsorted(features, edges)
+__all__ = [
+    "Features",
+    "Pattern",
+    "Sparse",
+    "bag",
+    "bags",
+    "chosen_features",
+    "fixed_k",
+    "from_mask",
+    "from_pairs",
+    "row_products",
+    "sparsify",
+]
 
 
 class Sparse(NamedTuple):
@@ -58,29 +46,11 @@ class Sparse(NamedTuple):
         return torch.stack([_scatter(p, v) for p, v in zip(self.patterns, self.values, strict=True)], dim=1)
 
 
-_SUM = 0
-"""torch's number for mode="sum"."""
-
 Features = Tensor | Sparse
 """[B, L, F], or the same in sparse form."""
 
-
-def fixed_k(indices: Tensor, n_features: int) -> Pattern:
-    """A pattern with K entries a token. [B, K] -> Pattern"""
-    n, k = indices.shape
-    return Pattern(indices.reshape(-1), torch.arange(0, n * k + 1, k, device=indices.device), n_features)
-
-
-def from_pairs(tokens: Tensor, indices: Tensor, n_tokens: int, n_features: int) -> Pattern:
-    """The pattern of (token, feature) pairs in ascending order. [nnz], [nnz] -> Pattern"""
-    edges = torch.arange(n_tokens + 1, device=tokens.device)
-    return Pattern(indices, torch.searchsorted(tokens, edges), n_features)
-
-
-def from_mask(mask: Tensor) -> Pattern:
-    """The pattern of a boolean [B, F]."""
-    tokens, indices = mask.nonzero(as_tuple=True)
-    return from_pairs(tokens, indices, *mask.shape)
+Write = tuple[int, int, Tensor]
+"""(source, target, table [F, D])"""
 
 
 def sparsify(features: Tensor) -> Sparse:
@@ -94,15 +64,17 @@ def bag(pattern: Pattern, values: Tensor, table: Tensor) -> Tensor:
 
     Differentiable in both; the gradient of `table` is exact and sums each feature's tokens in order.
     """
-    rows = F.embedding_bag(
-        pattern.indices,
-        table.detach(),
-        pattern.offsets,
-        mode="sum",
-        per_sample_weights=values,
-        include_last_offset=True,
-    )
-    return _TableGradient.apply(rows, table, pattern, values.detach())
+    return _Bag.apply(values, table, pattern)
+
+
+def bags(features: Sparse, writes: Sequence[Write], n_targets: int) -> Tensor:
+    """What all sources write to all targets: `bag` for each of `writes`, summed by target. -> [B, n_targets, D]
+
+    One node for the lot: nothing of size [B, D] is kept or added for each pair of source and target.
+    """
+    plan = [(source, target) for source, target, _ in writes]
+    tables = [table for _, _, table in writes]
+    return _Bags.apply(features.patterns, plan, n_targets, *features.values, *tables)
 
 
 def row_products(pattern: Pattern, x: Tensor, table: Tensor) -> Tensor:
@@ -122,51 +94,72 @@ def chosen_features(pattern: Pattern, values: Tensor, x: Tensor, weight: Tensor,
     return _EncoderGradient.apply(weight, bias, values, x, pattern)
 
 
-def _bag_of_tokens(pattern: Pattern, weights: Tensor, table: Tensor) -> Tensor:
-    """For each feature the weighted sum of its tokens' rows. weights [nnz], table [B, D] -> [F, D]"""
-    order, tokens, offsets = pattern.by_feature
-    return F.embedding_bag(
-        tokens, table, offsets, mode="sum", per_sample_weights=weights[order], include_last_offset=True
-    )
-
-
 def _scatter(pattern: Pattern, values: Tensor) -> Tensor:
     dense = values.new_zeros(pattern.n_tokens, pattern.n_features)
     # Padding entries repeat index 0 with value 0, so they are added, not assigned.
     return dense.index_put((pattern.tokens, pattern.indices), values, accumulate=True)
 
 
-class _TableGradient(torch.autograd.Function):
-    """Passes `rows` through and gives `table` its gradient."""
+class _Bag(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, table: Tensor, pattern: Pattern) -> Tensor:
+        ctx.save_for_backward(values, table)
+        ctx.table, ctx.pattern = _leaf(table), pattern
+        return products.bag(pattern, values, table)
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, table: Tensor, pattern: Pattern, values: Tensor) -> Tensor:
-        ctx.save_for_backward(values)
-        ctx.pattern = pattern
-        return rows.view_as(rows)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        values, table = ctx.saved_tensors
+        values_grad = products.row_products(ctx.pattern, grad, table) if ctx.needs_input_grad[0] else None
+        table_grad = _table_grad(ctx.table, ctx.pattern, values, grad) if ctx.needs_input_grad[1] else None
+        return values_grad, table_grad, None
+
+
+class _Bags(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, patterns: list[Pattern], plan: list[tuple[int, int]], n_targets: int, *tensors: Tensor
+    ) -> Tensor:
+        values, tables = tensors[: len(patterns)], tensors[len(patterns) :]
+        ctx.save_for_backward(*tensors)
+        ctx.patterns, ctx.plan, ctx.leaves = patterns, plan, [_leaf(table) for table in tables]
+        out = tables[0].new_empty(patterns[0].n_tokens, n_targets, tables[0].shape[1])
+        begun = set()
+        for (source, target), table in zip(plan, tables, strict=True):
+            products.bag(patterns[source], values[source], table, out[:, target], add=target in begun)
+            begun.add(target)
+        assert len(begun) == n_targets, "every target is written"
+        return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        (values,) = ctx.saved_tensors
-        table_grad = _bag_of_tokens(ctx.pattern, values, grad.contiguous()) if ctx.needs_input_grad[1] else None
-        return grad, table_grad, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        patterns: list[Pattern] = ctx.patterns
+        values, tables = ctx.saved_tensors[: len(patterns)], ctx.saved_tensors[len(patterns) :]
+        needs = ctx.needs_input_grad[3:]
+        # Copied once for each target, not once for each table that writes it.
+        by_target = [rows.contiguous() for rows in grad.unbind(1)]
+        values_grads: list[Tensor | None] = [None for _ in patterns]
+        table_grads: list[Tensor | None] = []
+        for n, ((source, target), table, leaf) in enumerate(zip(ctx.plan, tables, ctx.leaves, strict=True)):
+            pattern, rows, so_far = patterns[source], by_target[target], values_grads[source]
+            if needs[source]:
+                values_grads[source] = products.row_products(pattern, rows, table, so_far, add=so_far is not None)
+            wanted = needs[len(patterns) + n]
+            table_grads.append(_table_grad(leaf, pattern, values[source], rows) if wanted else None)
+        return None, None, None, *values_grads, *table_grads
 
 
 class _RowProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.pattern = pattern
-        # The gradient of a bag's weights is this product, and torch has a kernel for it that gathers no rows. Called by
-        # its name, since autograd would first compute the bag, and there is no autograd under inference_mode.
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            x, table, pattern.indices, pattern.offsets, pattern.tokens, _SUM
-        )
+        ctx.table, ctx.pattern = _leaf(table), pattern
+        return products.row_products(pattern, x, table)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         (x,) = ctx.saved_tensors
-        return _bag_of_tokens(ctx.pattern, grad.contiguous(), x), None, None
+        return _table_grad(ctx.table, ctx.pattern, grad.contiguous(), x), None, None
 
 
 class _EncoderGradient(torch.autograd.Function):
@@ -175,14 +168,27 @@ class _EncoderGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Tensor, values: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
         ctx.save_for_backward(x, values)
-        ctx.pattern = pattern
+        ctx.table, ctx.pattern = _leaf(weight), pattern
         return values.view_as(values)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
         x, values = ctx.saved_tensors
         pattern: Pattern = ctx.pattern
         grad = grad * (values > 0)
-        weight_grad = _bag_of_tokens(pattern, grad, x)
+        weight_grad = _table_grad(ctx.table, pattern, grad, x) if ctx.needs_input_grad[0] else None
         bias_grad = grad.new_zeros(pattern.n_features).index_add(0, pattern.indices, grad)
         return weight_grad, bias_grad, None, None, None
+
+
+def _leaf(table: Tensor) -> Tensor | None:
+    """The parameter itself where its gradient may be kept as terms; a node must not hold another one's output."""
+    return table if deferred.wanted(table) else None
+
+
+def _table_grad(leaf: Tensor | None, pattern: Pattern, weights: Tensor, rows: Tensor) -> Tensor | None:
+    """The gradient of a table, or None once its term is kept."""
+    if leaf is None:
+        return products.bag_of_tokens(pattern, weights, rows)
+    deferred.append(leaf, deferred.RowTerm(pattern, weights, rows))
+    return None

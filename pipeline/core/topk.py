@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from pipeline.core import products
 from pipeline.core.options import ActivationOptions, Rank
 from pipeline.core.rule import Activation
 from pipeline.core.sparse import Pattern, fixed_k, from_pairs
@@ -57,6 +58,9 @@ class Choosing(Activation):
 
 
 class TopK(Choosing):
+    grouped = False
+    """Whether features compete within groups alone."""
+
     def layer(self, pre_acts: Tensor, layer: int, norms: Tensor | None = None) -> Tensor:
         positive = pre_acts.relu()
         indices, above = self._best(positive.detach(), layer, norms)
@@ -64,9 +68,16 @@ class TopK(Choosing):
 
     def choose(self, pre_acts: Iterable[Tensor], norms: Tensor | None = None) -> Iterator[tuple[Pattern, Tensor]]:
         for layer, h in enumerate(pre_acts):
-            positive = h.relu_()
-            indices, above = self._best(positive, layer, norms)
-            yield fixed_k(indices, self.d_features), (positive.gather(-1, indices) * above).reshape(-1)
+            values, indices = self._chosen(h, layer, norms)
+            yield fixed_k(indices, self.d_features), values.reshape(-1)
+
+    def _chosen(self, h: Tensor, layer: int, norms: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The chosen features of each row, and which they are. [B, F] -> 2 x [B, k]"""
+        if not self.by_norm and not self.grouped:
+            return products.topk(h, self.k[layer])
+        positive = h.relu_()
+        indices, above = self._best(positive, layer, norms)
+        return positive.gather(-1, indices) * above, indices
 
     def _best(self, positive: Tensor, layer: int, norms: Tensor | None) -> tuple[Tensor, Tensor]:
         """The chosen of each row, and whether each is above 0 in what is compared. [..., F] -> 2 x [..., k]"""
@@ -76,19 +87,13 @@ class TopK(Choosing):
 
     def _indices(self, compared: Tensor, k: int) -> Tensor:
         """The k largest of each row, ties to the lowest index. [..., F] -> [..., k]"""
-        extra = min(k + 1, self.d_features)
-        values, indices = compared.topk(extra, dim=-1)
-        if extra > k:
-            # topk orders equal values as it likes; only a tie across the cut can change the choice.
-            tied = (values[..., k - 1] == values[..., k]) & (values[..., k] > 0)
-            if tied.any():
-                again = compared[tied].sort(dim=-1, descending=True, stable=True).indices[..., :k]
-                indices[tied] = torch.cat([again, indices[tied][..., k:]], dim=-1)
-        return indices[..., :k]
+        return products.topk(compared, k)[1]
 
 
 class GroupMax(TopK):
     """Feature i belongs to group i // (F / k). Groups compete for nothing, so no sort is needed."""
+
+    grouped = True
 
     def __init__(self, options: ActivationOptions, n_layers: int, d_features: int) -> None:
         super().__init__(options, n_layers, d_features)
@@ -132,7 +137,7 @@ class BatchTopK(Choosing):
 
     def choose(self, pre_acts: Iterable[Tensor], norms: Tensor | None = None) -> Iterator[tuple[Pattern, Tensor]]:
         for layer, h in enumerate(pre_acts):
-            positive = h.relu_()
+            positive = h.relu_() if self.by_norm else h
             chosen = self._chosen(positive, slice(layer, layer + 1), norms)
             tokens, indices = chosen // self.d_features, chosen % self.d_features
             yield from_pairs(tokens, indices, h.shape[0], self.d_features), positive.view(-1)[chosen]
@@ -148,7 +153,7 @@ class BatchTopK(Choosing):
         """Positions of the chosen values in `positive` laid flat, ascending. [B, ..., F] -> int64 [nnz]"""
         n = sum(self.k[layers]) * positive.shape[0]
         compared = self.compared(positive, norms, layers)
-        chosen, smallest = largest(compared.reshape(-1), n, float(self.threshold[layers].min()))
+        chosen, smallest = products.largest(compared.reshape(-1), n, float(self.threshold[layers].min()))
         if self.training and chosen.numel():
             keep = self.ema_decay
             self.threshold_ema[layers] = keep * self.threshold_ema[layers] + (1 - keep) * smallest.double()
@@ -172,25 +177,6 @@ class BatchTopKAcross(BatchTopK):
 
     def layer(self, pre_acts: Tensor, layer: int, norms: Tensor | None = None) -> Tensor:
         raise NotImplementedError("the rule compares layers, so that it has no form for one of them")
-
-
-def largest(flat: Tensor, n: int, guess: float) -> tuple[Tensor, Tensor]:
-    """Positions of the n largest values above 0, ascending, ties to the lowest position; and the smallest of them.
-
-    flat [N] without negative values. Exact whatever `guess` is: where at least n values exceed 0.8 of it, the n largest
-    lie among those, and only they are ranked. From one step to the next the threshold hardly moves, so that the ranking
-    sees a few percent of the values.
-    """
-    candidates = (flat > 0.8 * guess).nonzero().squeeze(1)
-    if candidates.numel() < n:
-        candidates = (flat > 0).nonzero().squeeze(1)
-    values = flat[candidates]
-    if candidates.numel() <= n:
-        return candidates, values.min() if n and candidates.numel() else flat.new_zeros(())
-    cut = values.topk(n, sorted=False).values.min()
-    above, ties = values > cut, (values == cut).nonzero().squeeze(1)
-    above[ties[: n - int(above.sum())]] = True
-    return candidates[above.nonzero().squeeze(1)], cut
 
 
 def _checked_k(options: ActivationOptions, n_layers: int, d_features: int) -> list[int]:

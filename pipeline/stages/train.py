@@ -13,7 +13,7 @@ import torch
 from pipeline.arch import init, table
 from pipeline.arch.base import Dims, Transcoder
 from pipeline.arch.init_rows import FIRING
-from pipeline.core import activations
+from pipeline.core import activations, products
 from pipeline.data.cache import Cache
 from pipeline.data.layout import gb
 from pipeline.data.loader import Loader
@@ -41,6 +41,11 @@ logger = logging.getLogger(__name__)
 def run(cfg: TrainConfig) -> Path:
     """Train, calibrate, fold and save; or continue, or say that the run is finished. -> runs/NAME, which a dry run does
     not make."""
+    with products.using(cfg.train.kernels, resolve_device(cfg.train.device)):
+        return _run(cfg)
+
+
+def _run(cfg: TrainConfig) -> Path:
     assert cfg.name is not None
     cache = find_cache(cfg)
     plan = _plan(cfg, cache)

@@ -5,13 +5,19 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.nn import Parameter
 
+from pipeline.core import products
+from pipeline.core.options import Kernels
 from pipeline.errors import UserError
+from pipeline.train.fused_adam import FusedAdam, supports
 from pipeline.train.options import OptimOptions
 
 
 def _adam(parameters: Iterable[Parameter], options: OptimOptions) -> torch.optim.Optimizer:
+    held = list(parameters)
+    if products.active() == Kernels.compiled and supports(held):
+        return FusedAdam(held, options.lr, (options.beta1, options.beta2))
     # One pass over weights and moments instead of one for each operation: 6 to 9 times faster on a CPU.
-    return torch.optim.Adam(parameters, lr=options.lr, betas=(options.beta1, options.beta2), fused=True)
+    return torch.optim.Adam(held, lr=options.lr, betas=(options.beta1, options.beta2), fused=True)
 
 
 OPTIMISERS: dict[str, Callable[[Iterable[Parameter], OptimOptions], torch.optim.Optimizer]] = {"adam": _adam}

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from pipeline.core.options import Kernels
 from pipeline.data.options import Dtype
 
 
@@ -54,6 +55,10 @@ class TrainOptions:
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+
+    kernels: Kernels = Kernels.auto
+    """How sparse products are computed: torch, compiled (C++ for a CPU, float32), triton (CUDA), or auto, which takes
+    compiled or triton where they can be had. All are exact; they round differently."""
 
     init_from: str | None = None
     """A finished run, by name or path, whose weights the run begins with, in place of arch.init; with

@@ -20,7 +20,7 @@ NO_EFFECT = {
 }  # fmt: skip
 """Settings that do not change what a run computes, so they may differ when it is continued."""
 
-ADDED = {"dataset.skip_tokens": "0"}
+ADDED = {"dataset.skip_tokens": "0", "train.kernels": "auto"}
 """Settings that the config.yaml of an older run lacks, and what they were then."""
 
 
