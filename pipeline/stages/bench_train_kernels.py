@@ -1,32 +1,35 @@
 """Settings of `train.kernels` on this machine, for the bench."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 
+from pipeline.core import products
+from pipeline.core.options import Kernels
 from pipeline.errors import UserError
 
-PORTABLE = "torch"
+PORTABLE = Kernels.torch.value
 
 
 def available(device: torch.device) -> list[str]:
     """From the portable one to the one that `auto` takes."""
-    return [PORTABLE]
+    with products.using(Kernels.auto, device) as best:
+        return list(dict.fromkeys([PORTABLE, best.value]))
 
 
 def chosen(asked: list[str] | None, device: torch.device) -> list[str]:
-    """Those to time. UserError for one that is not there."""
-    there = available(device)
-    for name in asked or []:
-        if name not in there:
-            raise UserError(f"bench.kernels: {name} is not to be had on {device}; choose from {', '.join(there)}")
-    if asked is not None and not asked:
-        raise UserError(f"bench.kernels=[] times nothing; choose from {', '.join(there)}")
-    return asked or there
+    """Those to time. UserError for one that cannot be had."""
+    if asked is None:
+        return available(device)
+    known = [name.value for name in Kernels if name is not Kernels.auto]
+    for name in asked or ["none"]:
+        if name not in known:
+            raise UserError(f"bench.kernels: there is no {name}; choose from {', '.join(known)}")
+        with use(name, device):  # says what is missing
+            pass
+    return asked
 
 
-@contextmanager
-def use(name: str, device: torch.device) -> Iterator[None]:
-    """While the context lasts, the products of `core/` are computed this way."""
-    yield
+def use(name: str, device: torch.device) -> AbstractContextManager[Kernels]:
+    """While the context lasts, the products of `core/` are computed this way, and optimisers are made for it."""
+    return products.using(Kernels(name), device)

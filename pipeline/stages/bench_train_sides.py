@@ -16,7 +16,7 @@ from pipeline.arch import init, table
 from pipeline.arch.base import Dims, Output, Transcoder
 from pipeline.arch.init_rows import FIRING
 from pipeline.arch.options import ArchOptions, Init
-from pipeline.core import activations
+from pipeline.core import activations, deferred
 from pipeline.core.normalize import MlpNorm, Scaling
 from pipeline.core.options import ActivationOptions, LossOptions
 from pipeline.core.sparse import Sparse
@@ -104,7 +104,7 @@ def transcoder(shape: Shape, activation: ActivationOptions, l0: int | None, devi
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith("decoders."):
-                parameter.uniform_(-bound, bound)
+                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
     return model
 
 
@@ -140,6 +140,8 @@ def compare(ours: Ours, reference: Reference) -> dict[str, float]:
     trainer.optimizer, trainer.state.step, ours.n = kept, 0, 0
     trainer.state.tokens_since_fired.zero_()
     masks = _masks(out)
+    for parameter in trainer.model.parameters():
+        deferred.materialise(parameter)
     batch = ours.batches[0]
     x, y = reference.inputs(batch.resid_mid, batch.mlp_out)
     loss = model.loss(x, y, reference.penalty(0), masks)

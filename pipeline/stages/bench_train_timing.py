@@ -115,7 +115,7 @@ def _step(name: str, step: sides.Step, device: torch.device) -> None:
         step()
 
 
-def _kernels(name: str, device: torch.device) -> AbstractContextManager[None]:
+def _kernels(name: str, device: torch.device) -> AbstractContextManager[object]:
     return kernels.use(kernels.PORTABLE if name == DENSE else name, device)
 
 

@@ -70,6 +70,11 @@ def test_both_sides_do_the_same_work(rule: str) -> None:
         assert value.grad is None
 
 
+def test_the_weights_come_from_a_seed() -> None:
+    first, second = (bench_train_sides.transcoder(SHAPE, RULES["jumprelu"][0], 4, CPU).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_both_sides_learn_alike(rule: str) -> None:
     ours, reference = both(rule)
@@ -188,7 +193,7 @@ def test_the_parts_make_up_the_step(rule: str) -> None:
 
 def test_memory_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_train_shapes, "available_memory", lambda: 24 * 10**9)
-    words = r"shape gpt2 does not fit: 1.7e\+09 parameters, 27.2 GB of weights.* each of 2 sides, .* GB in all.*; 24 GB there"
+    words = r"gpt2 does not fit: 1.7e\+09 parameters, 27.2 GB of weights.* of 2 sides, .* GB in all.*; 24 GB there"
     options = composed("bench.shapes=[gpt2]").bench
     with pytest.raises(UserError, match=words):
         bench_train_shapes.chosen(options, CPU, n_sides=1)
@@ -221,7 +226,7 @@ def test_k_is_the_shapes_own_unless_it_is_given() -> None:
         (["bench.shapes=[custom]"], r"no size of its own; set one"),
         (["bench.shapes=[A]", "bench.d_model=9"], r"bench.d_model is a size of the custom shape; use"),
         (["bench.d_features=0"], r"bench.d_features=0 must be at least 1"),
-        (["bench.kernels=[fast]"], r"fast is not to be had on cpu; choose from torch"),
+        (["bench.kernels=[fast]"], r"there is no fast; choose from torch"),
         (["bench.l0=4"], r"bench.l0 has no meaning for activation=topk; use activation.k=4"),
         (["activation=groupmax"], r"no dense groupmax; use one of activation=topk"),
         (["loss=auxk"], r"has no loss.aux_k, so nothing fair to compare; use loss=mse"),
