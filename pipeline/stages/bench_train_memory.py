@@ -24,7 +24,7 @@ from pipeline.stages.bench_train_shapes import FLOAT, Shape
 from pipeline.stages.options import BenchTrainConfig
 
 STATUS = Path("/proc/self/status")
-N_STEPS = 3
+N_STEPS = 2
 
 
 def peak(cfg: BenchTrainConfig, shape: Shape, device: torch.device, threads: int, side: str) -> int:

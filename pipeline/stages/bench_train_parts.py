@@ -22,7 +22,7 @@ from pipeline.stages.bench_train_clock import Clock
 from pipeline.stages.bench_train_sides import Ours, Reference
 
 PARTS = ("data", "encode", "select", "decode", "backward", "optimiser", "other")
-WATCHED = 5
+WATCHED = 3
 """Steps that are watched; a part's time is the median."""
 
 
@@ -74,15 +74,14 @@ class _Prepare:
 
 
 def parts(side: Ours | Reference, clock: Clock, n: int = WATCHED) -> dict[str, float]:
-    """Seconds of each part of a step, medians over n watched steps after one that is not counted."""
+    """Seconds of each part of a step, medians over n watched steps."""
     found: dict[str, list[float]] = {part: [] for part in PARTS}
-    for turn in range(n + 1):
+    for _ in range(n):
         watch = _Watch(clock)
         with _watched(side, watch):
             watch.timed("other", side)()
         for part, seconds in watch.seconds.items():
-            if turn:
-                found[part].append(seconds)
+            found[part].append(seconds)
     return {part: statistics.median(seconds) for part, seconds in found.items()}
 
 

@@ -130,8 +130,8 @@ def alternate(
     each, and what it takes to know how many fill a turn, is not counted."""
     n_steps = {}
     for name, step in steps.items():
-        step()  # makes the moments
-        n_steps[name] = max(1, min(MOST, math.ceil(TURN / clock.of(step))))
+        first = clock.of(step)  # makes the moments
+        n_steps[name] = 1 if first > TURN * MOST else max(1, min(MOST, math.ceil(TURN / clock.of(step))))
     times: Times = {name: [] for name in steps}
     with Progress(n_rounds, unit="rounds", desc=f"bench {title}") as progress:
         for n in range(n_rounds):
