@@ -1,12 +1,12 @@
 """Where the time of a step goes, from steps that are watched and counted in no other figure.
 
-For a few steps the functions below are wrapped by a clock, which waits for a GPU before it looks. A function that is
-called by another one counts for itself alone.
+For a few steps the functions below are wrapped by a clock, which waits for a GPU before it looks. What a function takes
+that is called by another one is its own, not the other's.
 
     ours: Trainer.step               dense reference
     data        Inputs               Inputs                   bfloat16 rows to floats, the norm, the units
     encode      encode_layer         encode                   every pre-activation
-    select      activate, the rest   select                   which are features
+    select      objective.forward    select                   which are features
     decode      decode               decode
     backward    zero_grad to step    zero_grad to step        all gradients, but for what a fused optimiser takes over
     optimiser   optimizer.step       optimizer.step           with the weight gradients, where they are fused into it
@@ -88,9 +88,11 @@ def parts(side: Ours | Reference, clock: Clock, n: int = WATCHED) -> dict[str, f
 @contextmanager
 def _watched(side: Ours | Reference, watch: _Watch) -> Iterator[None]:
     owner: Any = side.trainer if isinstance(side, Ours) else side
-    names = {"activate": "select", "encode_layer": "encode", "decode": "decode"}
-    if isinstance(side, Reference):
-        names = {"encode": "encode", "select": "select", "decode": "decode"}
+    model = owner.model
+    wrapped = [(model, "encode", "encode"), (model, "select", "select"), (model, "decode", "decode")]
+    if isinstance(side, Ours):  # what of the forward pass is neither encoding nor decoding is selection
+        forward = (owner.objective, "forward", "select")
+        wrapped = [(model, "encode_layer", "encode"), (model, "decode", "decode"), forward]
     optimizer, inputs = owner.optimizer, owner.inputs
     zero_grad, step = optimizer.zero_grad, optimizer.step
 
@@ -103,12 +105,12 @@ def _watched(side: Ours | Reference, watch: _Watch) -> Iterator[None]:
         watch.timed("optimiser", step)(*args, **kwargs)
 
     try:
-        for name, part in names.items():
-            setattr(owner.model, name, watch.timed(part, getattr(owner.model, name)))
+        for holder, name, part in wrapped:
+            setattr(holder, name, watch.timed(part, getattr(holder, name)))
         owner.inputs, optimizer.zero_grad, optimizer.step = _Prepare(inputs, watch), begin, end
         yield
     finally:
         owner.inputs = inputs
-        for name in names:
-            delattr(owner.model, name)
+        for holder, name, _ in wrapped:
+            delattr(holder, name)
         del optimizer.zero_grad, optimizer.step
