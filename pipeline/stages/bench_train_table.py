@@ -41,12 +41,10 @@ def _shape(name: str, found: dict[str, Any]) -> Iterator[str]:
     for side_name, side in {DENSE: found[DENSE], **found["kernels"]}.items():
         ms = side["ms"]
         line = f"{side_name:10}{ms['median']:9,.1f}{_pair(ms, 1):>18}{side['tokens_per_s']:11,.0f}"
-        if "speedup_vs_dense" in side:
-            faster, floors = side["speedup_vs_dense"], side["times_floor"]
-            line += f"{faster['median']:12.2f}{_pair(faster, 2):>15}{floors['median']:8.2f}{_pair(floors, 2):>13}"
-            line += f"{side['times_strict_floor']['median']:8.2f}"
-        else:
-            line += " " * 56
+        faster, floors = side.get("speedup_vs_dense"), side["times_floor"]
+        line += f"{faster['median']:12.2f}{_pair(faster, 2):>15}" if faster else " " * 27
+        line += f"{floors['median']:8.2f}{_pair(floors, 2):>13}"
+        line += f"{side['times_strict_floor']['median']:8.2f}" if faster else " " * 8
         yield line + (f"{gb(side['peak_memory_bytes']):>10}" if side["peak_memory_bytes"] is not None else "")
     yield (
         f"floor {floor['all']:,.1f} ms: gemm {floor['gemm']:,.1f} at {rates['gemm'] / 1e9:,.1f} GFLOP/s, gather "

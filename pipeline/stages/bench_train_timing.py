@@ -69,6 +69,7 @@ def measure(
         DENSE: _side(DENSE, times, shape, watched, peaks),
         "kernels": {},
     }
+    found[DENSE]["times_floor"] = quartiles(times[DENSE], [floor.seconds for floor in floors])
     for name in names:
         side = _side(name, times, shape, watched, peaks)
         side["speedup_vs_dense"] = quartiles(times[DENSE], times[name])
