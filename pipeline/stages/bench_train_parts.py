@@ -8,7 +8,7 @@ that is called by another one is its own, not the other's.
     encode      encode_layer         encode                   every pre-activation
     select      objective.forward    select                   which are features
     decode      decode               decode
-    backward    zero_grad to step    zero_grad to step        all gradients, but for what a fused optimiser takes over
+    backward    Tensor.backward      Tensor.backward          all gradients, but for what a fused optimiser takes over
     optimiser   optimizer.step       optimizer.step           with the weight gradients, where they are fused into it
     other       the rest             the rest                 loss, counters, the check that the loss is finite
 """
@@ -17,6 +17,8 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from torch import Tensor
 
 from pipeline.stages.bench_train_clock import Clock
 from pipeline.stages.bench_train_sides import Ours, Reference
@@ -93,24 +95,15 @@ def _watched(side: Ours | Reference, watch: _Watch) -> Iterator[None]:
     if isinstance(side, Ours):  # what of the forward pass is neither encoding nor decoding is selection
         forward = (owner.objective, "forward", "select")
         wrapped = [(model, "encode_layer", "encode"), (model, "decode", "decode"), forward]
-    optimizer, inputs = owner.optimizer, owner.inputs
-    zero_grad, step = optimizer.zero_grad, optimizer.step
-
-    def begin(*args: Any, **kwargs: Any) -> None:
-        watch.enter("backward")
-        zero_grad(*args, **kwargs)
-
-    def end(*args: Any, **kwargs: Any) -> None:
-        watch.leave("backward")
-        watch.timed("optimiser", step)(*args, **kwargs)
-
+    wrapped.append((owner.optimizer, "step", "optimiser"))
+    inputs, backward = owner.inputs, Tensor.backward
     try:
         for holder, name, part in wrapped:
             setattr(holder, name, watch.timed(part, getattr(holder, name)))
-        owner.inputs, optimizer.zero_grad, optimizer.step = _Prepare(inputs, watch), begin, end
+        owner.inputs = _Prepare(inputs, watch)
+        Tensor.backward = watch.timed("backward", backward)  # type: ignore[method-assign]
         yield
     finally:
-        owner.inputs = inputs
+        owner.inputs, Tensor.backward = inputs, backward  # type: ignore[method-assign]
         for holder, name, _ in wrapped:
             delattr(holder, name)
-        del optimizer.zero_grad, optimizer.step

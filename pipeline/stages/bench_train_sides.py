@@ -5,9 +5,10 @@ inputs (`arch.init=random_rows`), so that pre-activations have a variance of 1; 
 Features fire about equally often then, where those of a language model do not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,13 +45,20 @@ class Ours:
     def __init__(self, trainer: Trainer, batches: list[Batch]) -> None:
         self.trainer, self.batches, self.n = trainer, batches, 0
 
-    def __call__(self) -> tuple[Output, Tensor, dict[str, Tensor]]:
+    def __call__(self) -> None:
         self.trainer.model.train()
         batch = self.batches[self.n % len(self.batches)]
         self.n += 1
-        result = self.trainer.step(batch, RATE)
+        self.trainer.step(batch, RATE)
         self.trainer.state.step += 1
-        return result
+
+
+class Seen(NamedTuple):
+    """What a step of the trainer went through."""
+
+    outputs: list[Output]
+    losses: list[float]
+    """What was differentiated."""
 
 
 class Reference:
@@ -136,7 +144,9 @@ def compare(ours: Ours, reference: Reference) -> dict[str, float]:
     trainer, model = ours.trainer, reference.model
     kept, spy = trainer.optimizer, _Spy(trainer.optimizer)
     trainer.optimizer = spy  # type: ignore[assignment]
-    out, _, terms = ours()
+    with seen(trainer) as found_there:
+        ours()
+    [out], [mine] = found_there
     trainer.optimizer, trainer.state.step, ours.n = kept, 0, 0
     trainer.state.tokens_since_fired.zero_()
     masks = _masks(out)
@@ -149,7 +159,6 @@ def compare(ours: Ours, reference: Reference) -> dict[str, float]:
     with torch.no_grad():
         chosen = [z > 0 for z in model.select(model.encode(x))]
     n_differ = sum(int((mine != its).sum()) for mine, its in zip(masks, chosen, strict=True))
-    mine = float(torch.stack(list(terms.values())).sum())
     found = {
         "loss": abs(mine - float(loss.detach())) / abs(float(loss.detach())),
         "gradients": max(_distances(dict(trainer.model.named_parameters()), dict(model.named_parameters()))),
@@ -162,6 +171,29 @@ def compare(ours: Ours, reference: Reference) -> dict[str, float]:
     assert found["gradients"] < 1e-4, f"the trainer's gradients are not those of the dense reference: {found}"
     assert found["selection"] < 1e-2, f"the trainer's features are not those of the dense reference: {found}"
     return found
+
+
+@contextmanager
+def seen(trainer: Trainer) -> Iterator[Seen]:
+    """The outputs and losses of the trainer's steps while the context lasts."""
+    found, objective = Seen([], []), trainer.objective
+    forward, backward = objective.forward, Tensor.backward
+
+    def kept(*args: Any, **kwargs: Any) -> Output:
+        found.outputs.append(forward(*args, **kwargs))
+        return found.outputs[-1]
+
+    def noted(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        found.losses.append(float(loss.detach()))
+        backward(loss, *args, **kwargs)
+
+    try:
+        objective.forward = kept  # type: ignore[method-assign]
+        Tensor.backward = noted  # type: ignore[method-assign, assignment]
+        yield found
+    finally:
+        del objective.forward
+        Tensor.backward = backward  # type: ignore[method-assign]
 
 
 class _Spy:
