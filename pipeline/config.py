@@ -42,6 +42,7 @@ from pipeline.stages.options import (
     BenchCacheConfig,
     BenchCodecConfig,
     BenchExtractConfig,
+    BenchTrainConfig,
     CompareConfig,
     ConvertConfig,
     EvalConfig,
@@ -62,6 +63,7 @@ Config = (
     | BenchExtractConfig
     | BenchCacheConfig
     | BenchCodecConfig
+    | BenchTrainConfig
 )
 
 
@@ -82,6 +84,7 @@ STAGES = {
     "bench_extract": Stage(BenchExtractConfig, "pipeline.stages.bench_extract"),
     "bench_cache": Stage(BenchCacheConfig, "pipeline.stages.bench_cache"),
     "bench_codec": Stage(BenchCodecConfig, "pipeline.stages.bench_codec"),
+    "bench_train": Stage(BenchTrainConfig, "pipeline.stages.bench_train"),
 }
 
 TEXT_KEYS = {

@@ -1,5 +1,8 @@
 """`clt bench`: speed, as ratios within one run."""
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 from pipeline.cli.common import ConfigDir, ConfigName, Multirun, Overrides, Resolve, ShowCfg, ShowInfo, launch
@@ -49,3 +52,23 @@ def bench_codec(
     clt bench codec bench.rows=2000000 bench.sample=130000
     """
     launch("bench_codec", **locals())
+
+
+@app.command("train")
+def bench_train(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the figures here; the same as to=FILE.")] = None,
+) -> None:  # fmt: skip
+    """A training step against a dense one of the same model, and against what the machine allows.
+
+    \b
+    clt bench train                                        shapes A and B, TopK; on a GPU GPT-2 small's too
+    clt bench train bench.shapes=[A] activation=batchtopk to=bench/batchtopk.json
+    clt bench train activation=jumprelu bench.l0=16 bench.loop=false
+    clt bench train bench.shapes=[B] bench.scaling=true bench.rounds=15
+    clt bench train bench.n_layers=6 bench.d_model=512 bench.d_features=8192 activation.k=32
+    """
+    overrides = [*(overrides or []), *([f"to={json}"] if json else [])]
+    del json
+    launch("bench_train", **locals())

@@ -179,13 +179,13 @@ def choose_read(cache: Cache, asked: Read) -> Read:
         return Read.readinto
     if asked is not Read.auto:
         return asked
-    free = _available_memory()
+    free = available_memory()
     read = Read.mmap if cache.n_bytes <= free else Read.readinto
     logger.debug("cache.read=auto: %s (%d MB, %d MB of memory free)", read, cache.n_bytes >> 20, free >> 20)
     return read
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     """Bytes that can be had without swapping, the page cache included."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():

@@ -106,6 +106,82 @@ class BenchCacheConfig:
     """The JSON file; null is bench/cache.json."""
 
 
+class TimedBy(StrEnum):
+    wall = "wall"
+    cpu = "cpu"
+
+
+@dataclass
+class BenchTrainOptions:
+    shapes: list[str] | None = None
+    """Of A, B, gpt2 and custom. Null: A and B, and on CUDA gpt2 where the memory is enough; custom when a size below is
+    set."""
+
+    n_layers: int | None = None
+    """Layers of the custom shape; null, here and below, is what shape A has."""
+
+    d_model: int | None = None
+    """Width of the custom shape."""
+
+    d_features: int | None = None
+    """Features a layer of the custom shape."""
+
+    batch_tokens: int | None = None
+    """Tokens of a step of the custom shape."""
+
+    l0: int | None = None
+    """jumprelu, relu: active features of a token and layer, which the encoder's biases are set for. Null is the shape's
+    own k."""
+
+    kernels: list[str] | None = None
+    """Settings of train.kernels that are timed. Null: all that this machine has."""
+
+    timed_by: TimedBy = TimedBy.wall
+    """wall: the time that passes. cpu: the time that this process computes, for a machine on which others work too; not
+    for a GPU."""
+
+    rounds: int = 9
+    """Rounds that count; each times every variant, one after the other."""
+
+    threads: int | None = None
+    """CPU threads. Null: OMP_NUM_THREADS where it is set, else 1."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    memory: bool = True
+    """Measure the peak memory of each side, in a process of its own."""
+
+    scaling: bool = False
+    """Measure what twice the features and twice the k cost."""
+
+    loop: bool = True
+    """Measure what the trainer adds to a bare step, on a cache."""
+
+    pairs: int = 15
+    """Pairs of a stretch of training and as many bare steps."""
+
+    pair_steps: int = 20
+    """Steps of a stretch."""
+
+    tokens: str = "100M"
+    """Length of the run whose time is estimated."""
+
+
+@dataclass
+class BenchTrainConfig:
+    cache: CacheOptions
+    """Where the trainer's part finds its cache: cache.path, or the newest; a scratch one is made where there is none."""
+
+    bench: BenchTrainOptions
+    activation: ActivationOptions
+    """topk, batchtopk, jumprelu or relu; activation.k null is the shape's own."""
+
+    loss: LossOptions
+    to: str | None = None
+    """The JSON file; null is bench/train.json. `--json` sets it."""
+
+
 @dataclass
 class BenchCodecOptions:
     rows: int = 400_000

@@ -170,15 +170,15 @@ def test_closing_ends_the_threads(cache: Cache) -> None:
 def test_auto_maps_what_fits_into_free_memory(
     cache: Cache, monkeypatch: pytest.MonkeyPatch, more: int, expected: Read
 ) -> None:
-    monkeypatch.setattr(module, "_available_memory", lambda: cache.n_bytes + more)
+    monkeypatch.setattr(module, "available_memory", lambda: cache.n_bytes + more)
     with Loader(cache, 10, 0) as loader:
         assert loader.read is expected
 
 
 def test_free_memory_is_asked_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 1 << 24 < module._available_memory() < 1 << 50
+    assert 1 << 24 < module.available_memory() < 1 << 50
     monkeypatch.setattr(Path, "exists", lambda self: False)
-    assert 1 << 24 < module._available_memory() < 1 << 50
+    assert 1 << 24 < module.available_memory() < 1 << 50
 
 
 @pytest.fixture(scope="module")
