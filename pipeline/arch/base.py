@@ -29,7 +29,7 @@ from pipeline.arch.options import ArchOptions
 from pipeline.core.activations import Activation
 from pipeline.core.normalize import Scaling
 from pipeline.core.norms import row_norms
-from pipeline.core.sparse import Chosen, Features, Pattern, Sparse, bag, chosen_features, from_mask, of_layer
+from pipeline.core.sparse import Chosen, Features, Pattern, Sparse, bag, bags, chosen_features, from_mask, of_layer
 
 
 class Dims(NamedTuple):
@@ -82,6 +82,8 @@ class Transcoder(nn.Module):
     """Options that have one value in this architecture, which its YAML sets."""
 
     W_skip: nn.Parameter | None
+
+    _aside: Tensor | None = None
 
     config: dict[str, Any] | None = None
     """What `final/config.json` says, when the transcoder was read from a run."""
@@ -136,7 +138,7 @@ class Transcoder(nn.Module):
 
     def inputs(self, x: Tensor) -> tuple[Tensor, ...]:
         """What each source reads. x [B, L, D] -> [B, width()] for each source"""
-        return x.unbind(1)
+        return x.to(self.encoders[0].dtype).unbind(1)
 
     def width(self) -> int:
         """Length of an encoder row."""
@@ -191,7 +193,8 @@ class Transcoder(nn.Module):
 
     def encode_layer(self, x: Tensor, layer: int) -> Tensor:
         """One source's pre-activations. x [B, width()] -> [B, F]"""
-        return nn.functional.linear(x, self.encoders[layer], self.b_enc[layer])
+        weight = self.encoders[layer]
+        return nn.functional.linear(x, weight, self.b_enc[layer].to(weight.dtype))
 
     def encode(self, x: Tensor) -> Tensor:
         """x [B, L, D] -> pre_acts [B, S, F]"""
@@ -201,13 +204,24 @@ class Transcoder(nn.Module):
         """Features in sparse form, for the activations that choose; pre-activations are dropped layer by layer."""
         inputs = self.inputs(x)
         with torch.no_grad():
-            pre_acts = (self.encode_layer(h, layer) for layer, h in enumerate(inputs))
+            pre_acts = (self.encode_aside(h, layer) for layer, h in enumerate(inputs))
             chosen = list(self.activation.choose(pre_acts, self.rank_norms()))
         values = [
             chosen_features(pattern, taken, h, self.encoders[layer], self.b_enc[layer])
             for layer, ((pattern, taken), h) in enumerate(zip(chosen, inputs, strict=True))
         ]
         return Sparse([pattern for pattern, _ in chosen], values)
+
+    def encode_aside(self, x: Tensor, layer: int) -> Tensor:
+        """`encode_layer`, in the memory that the layer before it was in, where the rule lets go of a layer."""
+        if not self.training or self.activation.compares_layers or torch.is_autocast_enabled(x.device.type):
+            return self.encode_layer(x, layer)
+        shape = (x.shape[0], self.d_features)
+        aside = self._aside
+        if aside is None or aside.shape != shape or (aside.dtype, aside.device) != (x.dtype, x.device):
+            # Kept from step to step: fresh pages cost a CPU more than the selection does.
+            self._aside = aside = x.new_empty(shape)
+        return torch.addmm(self.b_enc[layer], x, self.encoders[layer].T, out=aside)
 
     def decode(self, features: Features, x: Tensor) -> Tensor:
         """features [B, S, F] or sparse, x [B, L, D] -> y_hat [B, L, D]. x is read by a skip path alone."""
@@ -216,10 +230,14 @@ class Transcoder(nn.Module):
 
     def written(self, features: Features) -> Tensor:
         """What the features write, without biases and skip path. -> [B, L, D]"""
+        if isinstance(features, Sparse):
+            writes = [(i, target, self.table(i, target)) for i in range(self.n_sources) for target in self.targets(i)]
+            return bags(features, writes, self.dims.n_layers)
         rows: list[Tensor | None] = [None for _ in range(self.dims.n_layers)]
         for source in range(self.n_sources):
             for target in self.targets(source):
-                part = self.write(features, source, target)
+                # Sums are float32 where tables are bfloat16.
+                part = self.write(features, source, target).to(self.b_dec.dtype)
                 so_far = rows[target]
                 rows[target] = part if so_far is None else so_far + part
         return torch.stack([row for row in rows if row is not None], dim=1)

@@ -8,8 +8,9 @@ import dataclasses
 
 from pipeline.core.gates import FixedThreshold, JumpReLU, ReLU
 from pipeline.core.options import ActivationOptions
+from pipeline.core.products import largest
 from pipeline.core.rule import Activation
-from pipeline.core.topk import BatchTopK, BatchTopKAcross, Choosing, GroupMax, TopK, largest
+from pipeline.core.topk import BatchTopK, BatchTopKAcross, Choosing, GroupMax, TopK
 from pipeline.errors import UserError
 
 __all__ = [

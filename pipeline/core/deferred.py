@@ -51,7 +51,8 @@ def wanted(parameter: Tensor) -> bool:
 
 
 def append(parameter: Tensor, term: RowTerm) -> None:
-    _TERMS[parameter].append(term)
+    rows = term.rows if term.rows.stride(-1) == 1 else term.rows.contiguous()
+    _TERMS[parameter].append(term._replace(rows=rows))
 
 
 def terms(parameter: Tensor) -> list[RowTerm]:

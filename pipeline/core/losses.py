@@ -45,14 +45,19 @@ def l1_sparsity(features: Features, decoder_norms: Tensor) -> Tensor:
     return _over_written(features, decoder_norms, lambda written: written)
 
 
-def l0_target(active: Features, target: float, unseen: Tensor | float = 0.0) -> Tensor:
+def l0_target(active: Features, target: float, l0: float | None = None, unseen: Tensor | float = 0.0) -> Tensor:
     """(L0 / target - 1)^2. active [B, L, F], or sparse, is 1 where a feature is active (`JumpReLU.active`) -> []
 
-    `unseen` [] is added to the number of active pairs: 0, but it may have a gradient.
+    l0: that of the batch of which these tokens are a part. The value is then the batch's, and the mean of the parts'
+    gradients is the batch's gradient. `unseen` [] is added to the number of active pairs: 0, but with a gradient.
     """
     layers = [active] if isinstance(active, Tensor) else active.values
     total = torch.stack([layer.sum() for layer in layers]).sum() + unseen
-    return (total / n_tokens(active) / target - 1).square()
+    own = total / n_tokens(active) / target
+    if l0 is None:
+        return (own - 1).square()
+    miss = l0 / target - 1
+    return miss**2 + 2 * miss * (own - own.detach())
 
 
 def pre_activation(pre_acts: Tensor | Sequence[Tensor]) -> Tensor:
@@ -69,16 +74,17 @@ def pre_activation_january(pre_acts: Tensor | Sequence[Tensor], threshold: Tenso
     return torch.stack(terms).sum() / layers[0].shape[0]
 
 
-def aux_k(error: Tensor, error_hat: Tensor, n_dead: int, variance: float) -> Tensor:
+def aux_k(error: Tensor, error_hat: Tensor, n_dead: int, variance: float, spread: float | None = None) -> Tensor:
     """How badly dead features explain what the live ones leave over, in the units of `reconstruction`, alpha apart.
 
     error [B, L, D] is y - y_hat without gradient, error_hat [B, L, D] the dead features' share of it without a bias,
-    n_dead their number over all layers, variance V = sum_m mean_n |y^m - mean y^m|^2 over the whole cache.
+    n_dead their number over all layers, variance V = sum_m mean_n |y^m - mean y^m|^2 over the whole cache. spread:
+    mean_n |e - mean e|^2 of the batch of which these tokens are a part; the mean of the parts is then the batch's term.
     """
     d_model = error.shape[-1]
     scale = min(1.0, n_dead / (d_model / 2))
-    spread = (error - error.mean(dim=0)).square().sum()
-    return scale * variance * (error - error_hat).square().sum() / spread
+    own = (error - error.mean(dim=0)).square().sum() if spread is None else spread * error.shape[0]
+    return scale * variance * (error - error_hat).square().sum() / own
 
 
 def _over_written(features: Features, decoder_norms: Tensor, penalty: Callable[[Tensor], Tensor]) -> Tensor:

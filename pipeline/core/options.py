@@ -31,6 +31,15 @@ class SparsityForm(StrEnum):
     l1 = "l1"
 
 
+class Kernels(StrEnum):
+    """How the operations of `core/products.py` are computed."""
+
+    auto = "auto"
+    torch = "torch"
+    compiled = "compiled"
+    triton = "triton"
+
+
 class LayerWeighting(StrEnum):
     equal = "equal"
     inverse_variance = "inverse_variance"

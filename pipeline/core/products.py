@@ -5,24 +5,62 @@
     bag_of_tokens   dW[i] = sum over tokens b with i active of weights[b, i] * rows[b]
     topk            the k largest of relu(h) of each row, ties to the lowest index
 
-All are exact. Each exists in torch, which runs everywhere and is what runs unless `using` says otherwise. `compiled`
-is C++ for float32 on a CPU (`core/native.py`), `triton` for CUDA (`core/triton_kernels.py`); tensors of another device
-or type take torch's way there too.
+All are exact. Each exists in torch, which runs everywhere and is what runs outside `using`. `compiled` is C++ for
+float32 on a CPU (`core/native.py`), `triton` is for CUDA (`core/triton_kernels.py`); tensors of another device or type
+take torch's way there too.
 """
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.core.options import Kernels
 from pipeline.core.pattern import Pattern
+from pipeline.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _SUM = 0
 """torch's number for mode="sum"."""
 
+_active: tuple[Kernels, ModuleType | None] = (Kernels.torch, None)
+"""Not a context variable: autograd computes CUDA gradients in threads of its own."""
 
-def bag(pattern: Pattern, values: Tensor, table: Tensor) -> Tensor:
-    """Sum of the active features' rows, weighted. values [nnz], table [F, D] -> [B, D]"""
-    return F.embedding_bag(
+
+@contextmanager
+def using(kernels: Kernels, device: torch.device) -> Iterator[Kernels]:
+    """Within it the operations run as `kernels` says; gives what `auto` came to on this device, and logs it.
+
+    UserError for kernels that cannot be had: no compiler, no Triton, or the wrong device.
+    """
+    global _active
+    before, _active = _active, _chosen(kernels, device)
+    try:
+        yield _active[0]
+    finally:
+        _active = before
+
+
+def active() -> Kernels:
+    """What runs now, for the tensors that it is made for; never auto."""
+    return _active[0]
+
+
+def bag(pattern: Pattern, values: Tensor, table: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """Sum of the active features' rows, weighted. values [nnz], table [F, D] -> [B, D], in `out` or added to it."""
+    compiled = _compiled(values, table)
+    if compiled is not None and _rows(out):
+        return compiled.bag(pattern, values, table, out, add)
+    triton = _triton(table)
+    if triton is not None:
+        return _into(triton.bag(pattern, values, table), out, add)
+    rows = F.embedding_bag(
         pattern.indices,
         table.detach(),
         pattern.offsets,
@@ -30,18 +68,32 @@ def bag(pattern: Pattern, values: Tensor, table: Tensor) -> Tensor:
         per_sample_weights=values.detach(),
         include_last_offset=True,
     )
+    return _into(rows, out, add)
 
 
-def row_products(pattern: Pattern, x: Tensor, table: Tensor) -> Tensor:
-    """x[b] . table[i] at the pattern's pairs (b, i). x [B, D], table [F, D] -> [nnz]"""
+def row_products(pattern: Pattern, x: Tensor, table: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """x[b] . table[i] at the pattern's pairs (b, i). x [B, D], table [F, D] -> [nnz], in `out` or added to it."""
+    compiled = _compiled(x, table)
+    if compiled is not None and _rows(out):
+        return compiled.row_products(pattern, x, table, out, add)
+    triton = _triton(table)
+    if triton is not None:
+        return _into(triton.row_products(pattern, x, table), out, add)
     # The gradient of a bag's weights is this product, and torch has a kernel for it that gathers no rows.
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+    inner = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         x.contiguous(), table, pattern.indices, pattern.offsets, pattern.tokens, _SUM
     )
+    return _into(inner, out, add)
 
 
 def bag_of_tokens(pattern: Pattern, weights: Tensor, rows: Tensor) -> Tensor:
-    """For each feature the weighted sum of its tokens' rows. weights [nnz], rows [B, D] -> [F, D]"""
+    """For each feature the weighted sum of its tokens' rows, in their order. weights [nnz], rows [B, D] -> [F, D]"""
+    compiled = _compiled(weights, rows)
+    if compiled is not None:
+        return compiled.bag_of_tokens(pattern, weights, rows)
+    triton = _triton(rows)
+    if triton is not None:
+        return triton.bag_of_tokens(pattern, weights, rows)
     # torch's own gradient of a bag's table scatters into a dense table row by row, several times slower on a CPU.
     order, tokens, offsets = pattern.by_feature
     return F.embedding_bag(
@@ -50,12 +102,17 @@ def bag_of_tokens(pattern: Pattern, weights: Tensor, rows: Tensor) -> Tensor:
 
 
 def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of relu(pre_acts) of each row, descending, ties to the lowest index.
+    """The k largest of relu(pre_acts) of each row, in some order, ties to the lowest index.
 
     [..., F] -> values [..., k], indices [..., k]; where fewer than k are above 0 the rest are 0 at some index.
     """
-    n_features = pre_acts.shape[-1]
-    extra = min(k + 1, n_features)
+    compiled = _compiled(pre_acts)
+    if compiled is not None:
+        return compiled.topk(pre_acts, k)
+    triton = _triton(pre_acts)
+    if triton is not None:
+        return triton.topk(pre_acts, k)
+    extra = min(k + 1, pre_acts.shape[-1])
     values, indices = pre_acts.topk(extra, dim=-1)
     if extra > k:
         # topk orders equal values as it likes; only a tie across the cut can change the choice.
@@ -64,3 +121,87 @@ def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
             again = pre_acts[tied].sort(dim=-1, descending=True, stable=True)
             indices[tied] = again.indices[..., :extra]
     return values[..., :k].relu(), indices[..., :k]
+
+
+def largest(flat: Tensor, n: int, guess: float) -> tuple[Tensor, Tensor]:
+    """Positions of the n largest values above 0, ascending, ties to the lowest position; and the smallest of them.
+
+    flat [N], n at least 1. Exact whatever `guess` is: where at least n values exceed 0.8 of it, the n largest lie among
+    those, and only they are ranked. From one step to the next the threshold hardly moves, so that the ranking sees a
+    few percent of the values.
+    """
+    compiled = _compiled(flat)
+    if compiled is not None:
+        return compiled.largest(flat, n, guess)
+    candidates = (flat > 0.8 * guess).nonzero().squeeze(1) if guess > 0 else flat[:0]
+    if candidates.numel() < n or guess <= 0:
+        candidates = (flat > 0).nonzero().squeeze(1)
+    values = flat[candidates]
+    if candidates.numel() <= n:
+        return candidates, values.min() if candidates.numel() else flat.new_zeros(())
+    cut = values.topk(n, sorted=False).values.min()
+    above, ties = values > cut, (values == cut).nonzero().squeeze(1)
+    above[ties[: n - int(above.sum())]] = True
+    return candidates[above.nonzero().squeeze(1)], cut
+
+
+def _into(result: Tensor, out: Tensor | None, add: bool) -> Tensor:
+    if out is None:
+        return result
+    return out.add_(result) if add else out.copy_(result)
+
+
+def _rows(out: Tensor | None) -> bool:
+    return out is None or out.stride(-1) == 1
+
+
+def _compiled(*tensors: Tensor) -> ModuleType | None:
+    kernels, module = _active
+    return module if module is not None and kernels == Kernels.compiled and module.handles(*tensors) else None
+
+
+def _triton(tensor: Tensor) -> ModuleType | None:
+    kernels, module = _active
+    return module if kernels == Kernels.triton and tensor.is_cuda else None
+
+
+def _chosen(kernels: Kernels, device: torch.device) -> tuple[Kernels, ModuleType | None]:
+    """The kernels and the module that has them; auto takes the fastest that can be had."""
+    if kernels == Kernels.auto:
+        return _best(device)
+    if kernels == Kernels.torch:
+        return kernels, None
+    wanted = "cpu" if kernels == Kernels.compiled else "cuda"
+    if device.type != wanted:
+        raise UserError(
+            f"train.kernels={kernels} are for {wanted} and the run is on {device}; use train.kernels=auto, or "
+            f"train.device={wanted}"
+        )
+    return kernels, _native() if kernels == Kernels.compiled else _triton_kernels()
+
+
+def _best(device: torch.device) -> tuple[Kernels, ModuleType | None]:
+    if device.type not in ("cpu", "cuda"):
+        return Kernels.torch, None
+    named = Kernels.compiled if device.type == "cpu" else Kernels.triton
+    try:
+        module = _native() if device.type == "cpu" else _triton_kernels()
+    except UserError as error:
+        logger.info("kernels    torch's; the faster ones cannot be had: %s", error)
+        return Kernels.torch, None
+    logger.info("kernels    %s", named)
+    return named, module
+
+
+def _native() -> ModuleType:
+    from pipeline.core import native, native_build
+
+    native_build.library()
+    return native
+
+
+def _triton_kernels() -> ModuleType:
+    name = "pipeline.core.triton_kernels"
+    if importlib.util.find_spec("triton") is None or importlib.util.find_spec(name) is None:
+        raise UserError("Triton is not installed; pip install triton, or use train.kernels=torch")
+    return importlib.import_module(name)

@@ -26,6 +26,7 @@ __all__ = [
     "Pattern",
     "Sparse",
     "bag",
+    "bags",
     "chosen_features",
     "fixed_k",
     "from_mask",
@@ -74,6 +75,10 @@ def n_tokens(features: Features) -> int:
     return one.pattern.n_tokens if isinstance(one, Chosen) else one.shape[0]
 
 
+Write = tuple[int, int, Tensor]
+"""(source, target, table [F, D])"""
+
+
 def sparsify(features: Tensor) -> Sparse:
     """The sparse form of dense features. [B, L, F] -> Sparse"""
     patterns = [from_mask(layer > 0) for layer in features.unbind(1)]
@@ -86,6 +91,16 @@ def bag(pattern: Pattern, values: Tensor, table: Tensor) -> Tensor:
     Differentiable in both; the gradient of `table` is exact and sums each feature's tokens in order.
     """
     return _Bag.apply(values, table, pattern)
+
+
+def bags(features: Sparse, writes: Sequence[Write], n_targets: int) -> Tensor:
+    """What all sources write to all targets: `bag` for each of `writes`, summed by target. -> [B, n_targets, D]
+
+    One node for the lot: nothing of size [B, D] is kept or added for each pair of source and target.
+    """
+    plan = [(source, target) for source, target, _ in writes]
+    tables = [table for _, _, table in writes]
+    return _Bags.apply(features.patterns, plan, n_targets, *features.values, *tables)
 
 
 def row_products(pattern: Pattern, x: Tensor, table: Tensor) -> Tensor:
@@ -124,6 +139,61 @@ class _Bag(torch.autograd.Function):
         values_grad = products.row_products(ctx.pattern, grad, table) if ctx.needs_input_grad[0] else None
         table_grad = _table_grad(ctx.table, ctx.pattern, values, grad) if ctx.needs_input_grad[1] else None
         return values_grad, table_grad, None
+
+
+class _Bags(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, patterns: Sequence[Pattern | None], plan: list[tuple[int, int]], n_targets: int, *tensors: Tensor
+    ) -> Tensor:
+        values, tables = tensors[: len(patterns)], tensors[len(patterns) :]
+        ctx.save_for_backward(*tensors)
+        ctx.patterns, ctx.plan, ctx.leaves = patterns, plan, [_leaf(table) for table in tables]
+        n_tokens = values[0].shape[0] if patterns[0] is None else patterns[0].n_tokens
+        out = tables[0].new_empty(n_tokens, n_targets, tables[0].shape[1])
+        begun = set()
+        for (source, target), table in zip(plan, tables, strict=True):
+            _write(patterns[source], values[source], table, out[:, target], target in begun)
+            begun.add(target)
+        assert len(begun) == n_targets, "every target is written"
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        patterns: Sequence[Pattern | None] = ctx.patterns
+        n = len(patterns)
+        values, tables = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        values_needed, tables_needed = ctx.needs_input_grad[3 : 3 + n], ctx.needs_input_grad[3 + n :]
+        # Copied once for each target, not once for each table that writes it.
+        by_target = [rows.contiguous() for rows in grad.unbind(1)]
+        values_grads: list[Tensor | None] = [None for _ in patterns]
+        table_grads: list[Tensor | None] = [None for _ in tables]
+        for i, (source, target) in enumerate(ctx.plan):
+            pattern, rows, so_far = patterns[source], by_target[target], values_grads[source]
+            if values_needed[source]:
+                values_grads[source] = _read(pattern, rows, tables[i], so_far)
+            if tables_needed[i] and pattern is None:
+                table_grads[i] = values[source].T @ rows
+            elif tables_needed[i] and pattern is not None:
+                table_grads[i] = _table_grad(ctx.leaves[i], pattern, values[source], rows)
+        return None, None, None, *values_grads, *table_grads
+
+
+def _write(pattern: Pattern | None, values: Tensor, table: Tensor, out: Tensor, add: bool) -> None:
+    """A layer's part of what is written to one target, in `out` or added to it; without a pattern values are [B, F]."""
+    if pattern is not None:
+        products.bag(pattern, values, table, out, add)
+    elif add:
+        out += values @ table
+    else:
+        torch.matmul(values, table, out=out)
+
+
+def _read(pattern: Pattern | None, rows: Tensor, table: Tensor, so_far: Tensor | None) -> Tensor:
+    """The gradient of the values of `_write`, with what other targets gave."""
+    if pattern is not None:
+        return products.row_products(pattern, rows, table, so_far, add=so_far is not None)
+    return rows @ table.T if so_far is None else so_far.addmm_(rows, table.T)
 
 
 class _RowProducts(torch.autograd.Function):

@@ -137,7 +137,7 @@ class BatchTopK(Choosing):
 
     def choose(self, pre_acts: Iterable[Tensor], norms: Tensor | None = None) -> Iterator[tuple[Pattern, Tensor]]:
         for layer, h in enumerate(pre_acts):
-            positive = h.relu_()
+            positive = h.relu_() if self.by_norm else h
             chosen = self._chosen(positive, slice(layer, layer + 1), norms)
             tokens, indices = chosen // self.d_features, chosen % self.d_features
             yield from_pairs(tokens, indices, h.shape[0], self.d_features), positive.view(-1)[chosen]
@@ -153,7 +153,7 @@ class BatchTopK(Choosing):
         """Positions of the chosen values in `positive` laid flat, ascending. [B, ..., F] -> int64 [nnz]"""
         n = sum(self.k[layers]) * positive.shape[0]
         compared = self.compared(positive, norms, layers)
-        chosen, smallest = largest(compared.reshape(-1), n, float(self.threshold[layers].min()))
+        chosen, smallest = products.largest(compared.reshape(-1), n, float(self.threshold[layers].min()))
         if self.training and chosen.numel():
             keep = self.ema_decay
             self.threshold_ema[layers] = keep * self.threshold_ema[layers] + (1 - keep) * smallest.double()
@@ -162,6 +162,8 @@ class BatchTopK(Choosing):
 
 
 class BatchTopKAcross(BatchTopK):
+    compares_layers = True
+
     def forward(self, pre_acts: Tensor, norms: Tensor | None = None) -> Tensor:
         return self._keep(pre_acts.relu(), slice(None), norms)
 
@@ -177,25 +179,6 @@ class BatchTopKAcross(BatchTopK):
 
     def layer(self, pre_acts: Tensor, layer: int, norms: Tensor | None = None) -> Tensor:
         raise NotImplementedError("the rule compares layers, so that it has no form for one of them")
-
-
-def largest(flat: Tensor, n: int, guess: float) -> tuple[Tensor, Tensor]:
-    """Positions of the n largest values above 0, ascending, ties to the lowest position; and the smallest of them.
-
-    flat [N] without negative values. Exact whatever `guess` is: where at least n values exceed 0.8 of it, the n largest
-    lie among those, and only they are ranked. From one step to the next the threshold hardly moves, so that the ranking
-    sees a few percent of the values.
-    """
-    candidates = (flat > 0.8 * guess).nonzero().squeeze(1)
-    if candidates.numel() < n:
-        candidates = (flat > 0).nonzero().squeeze(1)
-    values = flat[candidates]
-    if candidates.numel() <= n:
-        return candidates, values.min() if n and candidates.numel() else flat.new_zeros(())
-    cut = values.topk(n, sorted=False).values.min()
-    above, ties = values > cut, (values == cut).nonzero().squeeze(1)
-    above[ties[: n - int(above.sum())]] = True
-    return candidates[above.nonzero().squeeze(1)], cut
 
 
 def _checked_k(options: ActivationOptions, n_layers: int, d_features: int) -> list[int]:

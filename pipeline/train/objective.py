@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,15 @@ from pipeline.train.options import SparseStep
 
 WIDER = 4
 """Multi-TopK's second reconstruction has so many times k features (Gao et al. 2024, A.3)."""
+
+
+class Whole(NamedTuple):
+    """Of a batch that comes in parts: what the terms which are no means over tokens need to know of all of it."""
+
+    spread: float
+    """mean_n |e - mean e|^2 of the errors e = y - y_hat."""
+    l0: float
+    """Active features of a token."""
 
 
 class Objective:
@@ -42,6 +52,10 @@ class Objective:
         self.sparse = sparse
         self.options, self.variance, self.n_steps, self.seed = options, variance, n_steps, seed
         self.weights = _layer_weights(options, model, layer_variance)
+        self.trivial = variance
+        """The reconstruction loss of predicting the means."""
+        if self.weights is not None and layer_variance is not None:
+            self.trivial = float((self.weights.to(layer_variance) * layer_variance).sum())
         self.wider: Choosing | None = None
         if options.multi_topk > 0:
             assert isinstance(model.activation, Choosing)
@@ -69,12 +83,16 @@ class Objective:
         """Whether a term reads the decoder norms, which are computed once a step."""
         return self.penalises or (self.needs_pre_acts and self.options.pre_act_form == PreActForm.january)
 
+    def reads_whole(self, dead: Tensor) -> bool:
+        """Whether a term of this step is no mean over tokens."""
+        return self.options.l0 > 0 or (self.options.aux_k > 0 and bool(dead.any()))
+
     def forward(self, model: Transcoder, x: Tensor, step: int) -> Output:
         """The model's output with all that the terms of this step read. x [B, L, D] in the transcoder's units."""
         sizes = model.sizes(self.seed, step) if isinstance(model, Matryoshka) else []
         if self.sparse == SparseStep.never:
             return model(x, True, sizes) if isinstance(model, Matryoshka) else model(x, True)
-        limits = density.ALWAYS if self.sparse == SparseStep.always else density.limits(model.b_dec)
+        limits = density.ALWAYS if self.sparse == SparseStep.always else density.limits(model.encoders[0])
         return sparse_step.forward(model, x, limits, self.needs_pre_acts, sizes)
 
     def lambda_at(self, step: int, log_lambda: float | None) -> float:
@@ -93,8 +111,10 @@ class Objective:
         dead: Tensor,
         step: int,
         log_lambda: float | None = None,
+        whole: Whole | None = None,
     ) -> dict[str, Tensor]:
-        """x, y [B, M, D] in the transcoder's units; dead [L, F] bool; log_lambda the controller's -> {term: []}."""
+        """x, y [B, M, D] in the transcoder's units; dead [L, F] bool; log_lambda the controller's; whole: of the batch
+        that these tokens are a part of -> {term: []}."""
         options = self.options
         terms = {"reconstruction": losses.reconstruction(out.y_hat, y, self._weights_on(y))}
         if isinstance(model, Matryoshka) and model.nests:
@@ -109,7 +129,8 @@ class Objective:
             assert options.target_l0 is not None
             assert isinstance(model.activation, JumpReLU)
             active, unseen = active_features(model.activation, out)
-            terms["l0"] = self._now("l0", step) * losses.l0_target(active, options.target_l0, unseen)
+            of_batch = None if whole is None else whole.l0
+            terms["l0"] = self._now("l0", step) * losses.l0_target(active, options.target_l0, of_batch, unseen)
         if options.pre_act > 0:
             assert out.pre_acts is not None
             terms["pre_act"] = self._now("pre_act", step) * self._pre_act(model, out.pre_acts, norms)
@@ -118,7 +139,9 @@ class Objective:
         if options.aux_k > 0 and dead.any():
             error = (y - out.y_hat).detach()
             explained = explain_error(model, x, dead)
-            terms["aux_k"] = self._now("aux_k", step) * losses.aux_k(error, explained, int(dead.sum()), self.variance)
+            spread = None if whole is None else whole.spread
+            auxiliary = losses.aux_k(error, explained, int(dead.sum()), self.variance, spread)
+            terms["aux_k"] = self._now("aux_k", step) * auxiliary
         return terms
 
     def _now(self, term: str, step: int) -> float:
@@ -254,7 +277,7 @@ def explain_error(model: Transcoder, x: Tensor, dead: Tensor) -> Tensor:
         ids = dead[source].nonzero().squeeze(1)
         if not ids.numel():
             continue
-        pre_acts = F.linear(read, model.encoders[source][ids], model.b_enc[source][ids])
+        pre_acts = F.linear(read, model.encoders[source][ids], model.b_enc[source][ids].to(read.dtype))
         values, indices = pre_acts.topk(min(d_model // 2, ids.numel()), dim=1)
         z = torch.zeros_like(pre_acts).scatter(1, indices, values.relu())
         for target, part in model.write_rows(z, ids, source, read):

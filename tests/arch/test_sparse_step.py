@@ -18,7 +18,7 @@ from pipeline.core.options import ActivationOptions, LossOptions, PreActForm, Ra
 from pipeline.core.sparse import Pattern, Sparse
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import State
-from pipeline.train.loop import active, fired
+from pipeline.train.micro import active, fired
 from pipeline.train.objective import Objective
 from pipeline.train.options import SparseStep
 from tests import oracle
