@@ -204,7 +204,7 @@ class Transcoder(nn.Module):
         """Features in sparse form, for the activations that choose; pre-activations are dropped layer by layer."""
         inputs = self.inputs(x)
         with torch.no_grad():
-            pre_acts = (self._encode_aside(h, layer) for layer, h in enumerate(inputs))
+            pre_acts = (self.encode_aside(h, layer) for layer, h in enumerate(inputs))
             chosen = list(self.activation.choose(pre_acts, self.rank_norms()))
         values = [
             chosen_features(pattern, taken, h, self.encoders[layer], self.b_enc[layer])
@@ -212,7 +212,7 @@ class Transcoder(nn.Module):
         ]
         return Sparse([pattern for pattern, _ in chosen], values)
 
-    def _encode_aside(self, x: Tensor, layer: int) -> Tensor:
+    def encode_aside(self, x: Tensor, layer: int) -> Tensor:
         """`encode_layer`, in the memory that the layer before it was in, where the rule lets go of a layer."""
         if not self.training or self.activation.compares_layers or torch.is_autocast_enabled(x.device.type):
             return self.encode_layer(x, layer)

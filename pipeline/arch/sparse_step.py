@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.arch.base import Encoded, Output, Transcoder
 from pipeline.arch.matryoshka import Matryoshka
-from pipeline.core.density import Limits
+from pipeline.core.density import Form, Limits
 from pipeline.core.gates import Gate, JumpReLU
 from pipeline.core.sparse import Pattern, Sparse, chosen_features
 
@@ -59,11 +59,15 @@ def _gated(model: Transcoder, rule: Gate, x: Tensor, limits: Limits, keep_pre_ac
     beyond: list[Tensor | None] = []
     features, gated, kept = [], [], []
     for layer, read in enumerate(model.inputs(x)):
-        # Recorded for autograd, which needs no more than its arguments, before it is known whether it is needed.
-        h = model.encode_layer(read, layer)
-        here = h.detach()
+        # One that was dense is likely to be so again, and only then autograd needs the product.
+        recorded = keep_pre_acts or rule.form[layer] == Form.dense
+        h = model.encode_layer(read, layer) if recorded else None
+        with torch.no_grad():
+            here = model.encode_aside(read, layer) if h is None else h.detach()
         pattern, window = rule.pairs(here, layer, limits, wide)
         if pattern is None:
+            h = model.encode_layer(read, layer) if h is None else h
+            here = h.detach()
             features.append(rule.layer(h, layer))
         else:
             here = here.flatten().index_select(0, pattern.tokens * pattern.n_features + pattern.indices)
@@ -71,7 +75,7 @@ def _gated(model: Transcoder, rule: Gate, x: Tensor, limits: Limits, keep_pre_ac
         patterns.append(pattern)
         beyond.append(window)
         gated.append(here)
-        if keep_pre_acts:
+        if h is not None:
             kept.append(h)
     pre_acts = tuple(kept) if keep_pre_acts else None
     return Encoded(pre_acts, Sparse(patterns, features), Sparse(patterns, gated), tuple(beyond))

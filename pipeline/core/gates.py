@@ -50,7 +50,7 @@ class Gate(Activation):
         self.register_buffer("form", torch.full((n_layers,), Form.sparse, dtype=torch.uint8))
 
     def pairs(self, pre_acts: Tensor, layer: int, limits: Limits, wide: bool) -> Pairs:
-        """The pairs that a step needs. While training the layer's form is remembered, since it has hysteresis.
+        """The pairs that a step needs. In a step of training the layer's form is remembered, since it has hysteresis.
 
         pre_acts [B, F] without gradient; `wide` says whether the form `dense_window` can be had.
         """
@@ -64,7 +64,7 @@ class Gate(Activation):
             active, window = self.split(pre_acts, layer)
             if limits.hold(_share(active), before is not Form.dense):
                 form, pairs = Form.dense_window, Pairs(from_mask(active), window & ~active)
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             self.form[layer] = form
         return pairs
 
@@ -252,7 +252,7 @@ class _WriteBeyond(torch.autograd.Function):
         log_threshold, beyond = ctx.saved_tensors
         g = grad.new_zeros(beyond.shape)
         for target, table in ctx.tables.items():
-            g.addmm_(grad[:, target], table().T)
+            g.addmm_(grad[:, target], table().T.to(grad.dtype))
         per_threshold = g.mul_(beyond).sum(dim=0)
         slope = _slope(log_threshold.exp(), ctx.bandwidth, ctx.rule)
         return grad, -per_threshold * slope, None, None, None, None
