@@ -24,8 +24,8 @@ MEASURED = {
     "tasks": ("tasks", 3),
     "seconds": ("seconds", 0),
 }
-"""Key of a row -> heading and digits. All but seconds are those of `clt eval`, with fixed thresholds unless they say under
-the rule that the run was trained with: a BatchTopK rule, which looks at other tokens, has no KL of its own."""
+"""Key of a row -> heading and digits. All but seconds are those of `clt eval`, with fixed thresholds unless they say
+"own rule", that of training: a BatchTopK rule, which looks at other tokens, has no KL of its own."""
 
 
 def row(directory: Path, experiment: str, seed: int, arch: str, parameters: int, basis: str) -> Row:

@@ -68,6 +68,7 @@ def _run(cfg: TrainConfig) -> Path:
         with torch.device("meta"):  # shapes alone
             model = build(cfg, dims)
         precision.check(cfg.train.weights, cfg.optim.name, model)
+        activations.check_batch(model.activation, plan.part_tokens)
         objective = _objective(cfg, model, variances, plan)
         train_estimate.say(cfg, cache, plan, model, objective.needs_pre_acts)
         return runs.RUNS / cfg.name

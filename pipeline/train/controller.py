@@ -31,7 +31,8 @@ START = 0.05
 """Taken for loss.sparsity where that is 0."""
 
 BELOW = 50.0
-"""How far below loss.sparsity, as a factor, lambda begins: rising takes some steps, undoing an overshoot most of a run."""
+"""How far below loss.sparsity, as a factor, lambda begins: to rise takes some steps, to undo an overshoot most of a
+run."""
 
 RAMP = 0.5
 """Share of the run in which L0 is led to its target."""
