@@ -70,6 +70,7 @@ class Transcoder(nn.Module):
     W_skip: nn.Parameter | None
 
     _aside: Tensor | None = None
+    """Memory for one layer's pre-activations [B, F] at a time, kept from step to step of training."""
 
     config: dict[str, Any] | None = None
     """What `final/config.json` says, when the transcoder was read from a run."""
@@ -177,8 +178,10 @@ class Transcoder(nn.Module):
         """The tables that `arch/init.py` fills from data, by the layer whose outputs they are filled with."""
         return {source: next(self.tables(source))}
 
-    def encode_layer(self, x: Tensor, layer: int) -> Tensor:
-        """One source's pre-activations. x [B, width()] -> [B, F]"""
+    def encode_layer(self, x: Tensor, layer: int, out: Tensor | None = None) -> Tensor:
+        """One source's pre-activations. x [B, width()] -> [B, F], in `out` if given, without a gradient then."""
+        if out is not None:
+            return torch.addmm(self.b_enc[layer], x, self.encoders[layer].T, out=out)
         weight = self.encoders[layer]
         return nn.functional.linear(x, weight, self.b_enc[layer].to(weight.dtype))
 
@@ -207,7 +210,7 @@ class Transcoder(nn.Module):
         if aside is None or aside.shape != shape or (aside.dtype, aside.device) != (x.dtype, x.device):
             # Kept from step to step: fresh pages cost a CPU more than the selection does.
             self._aside = aside = x.new_empty(shape)
-        return torch.addmm(self.b_enc[layer], x, self.encoders[layer].T, out=aside)
+        return self.encode_layer(x, layer, aside)
 
     def decode(self, features: Features, x: Tensor) -> Tensor:
         """features [B, S, F] or sparse, x [B, L, D] -> y_hat [B, L, D]. x is read by a skip path alone."""

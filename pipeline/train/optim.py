@@ -80,7 +80,7 @@ class Entry(NamedTuple):
     library: str | None = None
     """What has to be installed for it."""
     state_bytes: float = 8
-    """Of a float32 weight's state, on the device and in a checkpoint."""
+    """Of a weight's state, on the device."""
     rounds: bool = False
     """Whether it rounds weights that are bfloat16 at random, so that small steps are not lost."""
 

@@ -65,7 +65,7 @@ class EightBit(Optimiser):
         """AdamW with 8-bit moments. Of parameters that are bfloat16 each step is rounded at random."""
         library, state = _quietly("torchao.optim"), _quietly("torchao.optim.subclass_8bit")
 
-        class Adam(library.AdamW8bit):  # type: ignore[misc, name-defined]
+        class Adam(library.AdamW8bit):  # type: ignore[name-defined]
             @staticmethod
             def _subclass_zeros(p: Tensor, signed: bool, block_size: int) -> Any:
                 zeros = state.OptimState8bit.zeros(p.shape, signed, block_size, p.device, dtype=p.dtype)

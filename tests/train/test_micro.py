@@ -109,7 +109,8 @@ def test_tokens_compete_within_a_part(tmp_path: Path, activation: str) -> None:
     forward = made.objective.forward
     made.objective.forward = lambda *words: seen.append(forward(*words)) or seen[-1]  # type: ignore[method-assign]
     made.step(batch(), 0.01)
-    assert [sum(values.numel() for values in out.features.values) for out in seen] == [B // 4 * k * L] * 4
+    assert len(seen) == 4
+    assert max(map(micro.active, seen)) == B // 4 * k * L, "where enough are positive"
 
 
 def test_dead_features_are_restarted_from_the_whole_batch(tmp_path: Path) -> None:
