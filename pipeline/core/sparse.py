@@ -144,6 +144,10 @@ class _Bags(torch.autograd.Function):
         table_grads: list[Tensor | None] = [None for _ in tables]
         for i, (source, target) in enumerate(ctx.plan):
             pattern, rows, so_far = patterns[source], by_target[target], values_grads[source]
+            if pattern is not None and values_needed[source] and tables_needed[i] and ctx.leaves[i] is None:
+                both = products.bag_gradients(pattern, values[source], rows, tables[i], so_far)
+                values_grads[source], table_grads[i] = both
+                continue
             if values_needed[source]:
                 values_grads[source] = _read(pattern, rows, tables[i], so_far)
             if tables_needed[i] and pattern is None:
@@ -198,7 +202,7 @@ class _EncoderGradient(torch.autograd.Function):
         pattern: Pattern = ctx.pattern
         grad = grad * (values > 0)
         weight_grad = _table_grad(ctx.table, pattern, grad, x) if ctx.needs_input_grad[0] else None
-        bias_grad = grad.new_zeros(pattern.n_features).index_add(0, pattern.indices, grad)
+        bias_grad = products.sums_by_feature(pattern, grad)
         return weight_grad, bias_grad, None, None, None
 
 

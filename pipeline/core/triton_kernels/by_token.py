@@ -8,7 +8,7 @@
 
 Bytes, with e those of one number of the table: bag reads nnz D e where no two tokens share a row of the cache, and
 F D e where they do: all programs of one block of columns run before those of the next, so that this block of the
-table, F * 256 * e, stays in the second-level cache. It writes 4 B D. row_products reads the same and writes 4 nnz.
+table, F * 256 * e, stays in the second-level cache. It writes 4 B D. row_products reads nnz D e and writes 4 nnz.
 """
 
 import torch
