@@ -203,7 +203,8 @@ class Transcoder(nn.Module):
 
     def _encode_aside(self, x: Tensor, layer: int) -> Tensor:
         """`encode_layer`, in the memory that the layer before it was in, where the rule lets go of a layer."""
-        if not self.training or self.activation.compares_layers or torch.is_autocast_enabled(x.device.type):
+        other_rules = torch.is_inference_mode_enabled() or torch.is_autocast_enabled(x.device.type)
+        if not self.training or self.activation.compares_layers or other_rules:
             return self.encode_layer(x, layer)
         shape = (x.shape[0], self.d_features)
         aside = self._aside
