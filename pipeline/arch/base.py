@@ -180,10 +180,9 @@ class Transcoder(nn.Module):
 
     def encode_layer(self, x: Tensor, layer: int, out: Tensor | None = None) -> Tensor:
         """One source's pre-activations. x [B, width()] -> [B, F], in `out` if given, without a gradient then."""
-        if out is not None:
-            return torch.addmm(self.b_enc[layer], x, self.encoders[layer].T, out=out)
         weight = self.encoders[layer]
-        return nn.functional.linear(x, weight, self.b_enc[layer].to(weight.dtype))
+        bias = self.b_enc[layer].to(weight.dtype)
+        return nn.functional.linear(x, weight, bias) if out is None else torch.addmm(bias, x, weight.T, out=out)
 
     def encode(self, x: Tensor) -> Tensor:
         """x [B, L, D] -> pre_acts [B, S, F]"""
