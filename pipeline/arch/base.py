@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from pipeline.arch.options import ArchOptions
 from pipeline.core.activations import Activation
 from pipeline.core.normalize import Scaling
-from pipeline.core.sparse import Features, Pattern, Sparse, bag, bags, chosen_features, from_mask
+from pipeline.core.sparse import Chosen, Features, Pattern, Sparse, bag, bags, chosen_features, from_mask, of_layer
 
 
 class Dims(NamedTuple):
@@ -38,15 +38,25 @@ class Dims(NamedTuple):
     d_model: int
 
 
-class Output(NamedTuple):
-    pre_acts: Tensor | None
-    """[B, S, F]; None on the sparse path, which does not keep them."""
+class Encoded(NamedTuple):
+    """What comes before decoding."""
+
+    pre_acts: Tensor | tuple[Tensor, ...] | None
+    """[B, S, F]. The sparse step keeps them only where a loss reads them all, and then as [B, F] for each source."""
     features: Features
     """[B, S, F], or sparse."""
+    gated: Features | None = None
+    """The pre-activations that a gate made `features` of in the sparse step, in the same form, without gradient."""
+
+
+class Output(NamedTuple):
+    pre_acts: Tensor | tuple[Tensor, ...] | None
+    features: Features
     y_hat: Tensor
     """[B, L, D]"""
     shorter: tuple[Tensor, ...] = ()
     """Reconstructions [B, L, D] from shorter prefixes of the features, where an architecture nests them."""
+    gated: Features | None = None
 
 
 class Transcoder(nn.Module):
@@ -180,10 +190,9 @@ class Transcoder(nn.Module):
 
     def encode_layer(self, x: Tensor, layer: int, out: Tensor | None = None) -> Tensor:
         """One source's pre-activations. x [B, width()] -> [B, F], in `out` if given, without a gradient then."""
-        if out is not None:
-            return torch.addmm(self.b_enc[layer], x, self.encoders[layer].T, out=out)
         weight = self.encoders[layer]
-        return nn.functional.linear(x, weight, self.b_enc[layer].to(weight.dtype))
+        bias = self.b_enc[layer].to(weight.dtype)
+        return nn.functional.linear(x, weight, bias) if out is None else torch.addmm(bias, x, weight.T, out=out)
 
     def encode(self, x: Tensor) -> Tensor:
         """x [B, L, D] -> pre_acts [B, S, F]"""
@@ -203,7 +212,8 @@ class Transcoder(nn.Module):
 
     def _encode_aside(self, x: Tensor, layer: int) -> Tensor:
         """`encode_layer`, in the memory that the layer before it was in, where the rule lets go of a layer."""
-        if not self.training or self.activation.compares_layers or torch.is_autocast_enabled(x.device.type):
+        other_rules = torch.is_inference_mode_enabled() or torch.is_autocast_enabled(x.device.type)
+        if not self.training or self.activation.compares_layers or other_rules:
             return self.encode_layer(x, layer)
         shape = (x.shape[0], self.d_features)
         aside = self._aside
@@ -256,16 +266,20 @@ class Transcoder(nn.Module):
         return pattern, dense[pattern.tokens, pattern.indices]
 
     def forward(self, x: Tensor, need_pre_acts: bool = False) -> Output:
-        """x [B, L, D] -> Output. Sparse where the activation chooses, unless a loss needs the pre-activations."""
-        pre_acts, features = self.activate(x, need_pre_acts)
-        return Output(pre_acts, features, self.decode(features, x))
+        """x [B, L, D] -> Output. Sparse where the activation chooses, unless the pre-activations are asked for."""
+        return self.decoded(self.activate(x, need_pre_acts), x)
 
-    def activate(self, x: Tensor, need_pre_acts: bool) -> tuple[Tensor | None, Features]:
-        """The first two fields of `forward`'s Output."""
+    def activate(self, x: Tensor, need_pre_acts: bool) -> Encoded:
+        """What `forward` decodes. Training has a form of its own (`arch/sparse_step.py`)."""
         if self.activation.chooses and not need_pre_acts:
-            return None, self.choose(x)
+            return Encoded(None, self.choose(x))
         pre_acts = self.encode(x)
-        return pre_acts, self.activation(pre_acts, self.rank_norms())
+        return Encoded(pre_acts, self.activation(pre_acts, self.rank_norms()))
+
+    def decoded(self, encoded: Encoded, x: Tensor) -> Output:
+        """The Output that follows. x [B, L, D] is read by a skip path alone."""
+        y_hat = self.decode(encoded.features, x)
+        return Output(encoded.pre_acts, encoded.features, y_hat, gated=encoded.gated)
 
     def decoder_norms(self) -> Tensor:
         """L2 norm of each feature's decoder rows, concatenated over its targets; gradient 0 at 0. -> [S, F]"""
@@ -336,9 +350,8 @@ class Transcoder(nn.Module):
                 table.copy_(weights[f"W_dec.{source}"][:, slot])
 
     def _write(self, features: Features, layer: int, table: Tensor) -> Tensor:
-        if isinstance(features, Sparse):
-            return bag(features.patterns[layer], features.values[layer], table)
-        return features[:, layer] @ table
+        one = of_layer(features, layer)
+        return bag(*one, table) if isinstance(one, Chosen) else one @ table
 
 
 def safe_root(square: Tensor) -> Tensor:

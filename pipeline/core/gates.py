@@ -10,6 +10,9 @@ g = dL/da. Two published rules differ by a factor theta:
     gdm         dL/dtheta = -g theta K / bandwidth         so dL/dt = -g theta^2 K / bandwidth
 
 The number of active features has the same kind of gradient: d 1[h > theta] / dtheta = -K / bandwidth (`active`).
+
+In the sparse step a layer's pattern holds every pair whose g is needed: the active ones and, for jumprelu, those in the
+window, active or not, which together are h > theta - bandwidth / 2. Those that are not active have the value 0.
 """
 
 from typing import Any
@@ -17,17 +20,56 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.core.density import Limits
 from pipeline.core.options import ActivationOptions, ThetaGrad
 from pipeline.core.rule import Activation
+from pipeline.core.sparse import Chosen, Features, Pattern, Sparse, from_mask, of_layer
 from pipeline.errors import UserError
 
 
-class ReLU(Activation):
+class Gate(Activation):
+    """A rule with two forms in training. `is_sparse` [L] says which layers the last step took in sparse form."""
+
+    is_sparse: Tensor
+
+    def __init__(self, options: ActivationOptions, n_layers: int, d_features: int) -> None:
+        super().__init__(options, n_layers, d_features)
+        # A buffer, so that it is in checkpoints: the form of the next step depends on it.
+        self.register_buffer("is_sparse", torch.ones(n_layers, dtype=torch.bool))
+
+    def pairs(self, pre_acts: Tensor, layer: int, limits: Limits) -> Pattern | None:
+        """The pairs whose values or gradients are needed; None where they are so many that the layer is to be dense.
+
+        pre_acts [B, F] without gradient. While training it remembers the layer's form, which has hysteresis.
+        """
+        mask = pre_acts > self.lowest(layer)
+        share = int(mask.count_nonzero()) / max(1, mask.numel())
+        is_sparse = share <= (limits.above if self.is_sparse[layer] else limits.below)
+        if self.training:
+            self.is_sparse[layer] = is_sparse
+        return from_mask(mask) if is_sparse else None
+
+    def lowest(self, layer: int) -> Tensor | float:
+        """What a pre-activation must exceed for its pair to be needed. [F] or a number"""
+        raise NotImplementedError
+
+    def at_pairs(self, pre_acts: Tensor, pattern: Pattern, layer: int) -> Tensor:
+        """The features at the pairs of `pairs`. [nnz] -> [nnz]"""
+        raise NotImplementedError
+
+
+class ReLU(Gate):
     def layer(self, pre_acts: Tensor, layer: int, norms: Tensor | None = None) -> Tensor:
         return pre_acts.relu()
 
+    def lowest(self, layer: int) -> float:
+        return 0.0
 
-class JumpReLU(Activation):
+    def at_pairs(self, pre_acts: Tensor, pattern: Pattern, layer: int) -> Tensor:
+        return pre_acts
+
+
+class JumpReLU(Gate):
     """log_threshold [L, F] is t."""
 
     def __init__(self, options: ActivationOptions, n_layers: int, d_features: int) -> None:
@@ -50,9 +92,35 @@ class JumpReLU(Activation):
     def layer(self, pre_acts: Tensor, layer: int, norms: Tensor | None = None) -> Tensor:
         return _JumpReLU.apply(pre_acts, self.log_threshold[layer], self.bandwidth, self.theta_grad)
 
-    def active(self, pre_acts: Tensor) -> Tensor:
-        """1[h > theta], with a gradient for the thresholds alone. [B, L, F] -> [B, L, F]"""
-        return _Step.apply(pre_acts, self.log_threshold, self.bandwidth)
+    @torch.no_grad()
+    def lowest(self, layer: int) -> Tensor:
+        # Rounding may move the edge by an ulp of its terms: the pattern has a pair too many there, never one too few.
+        theta = self.log_threshold[layer].exp()
+        margin = 4 * torch.finfo(theta.dtype).eps * (theta + self.bandwidth)
+        return theta - self.bandwidth / 2 - margin
+
+    def at_pairs(self, pre_acts: Tensor, pattern: Pattern, layer: int) -> Tensor:
+        return _JumpReLU.apply(pre_acts, self._at(pattern, layer), self.bandwidth, self.theta_grad)
+
+    def active(self, pre_acts: Features) -> Features:
+        """1[h > theta], with a gradient for the thresholds alone. [B, L, F] -> [B, L, F]; or at the pairs of `pairs`,
+        and in full where a layer is dense."""
+        if isinstance(pre_acts, Tensor):
+            return _Step.apply(pre_acts, self.log_threshold, self.bandwidth)
+        values = []
+        for layer in range(self.n_layers):
+            one = of_layer(pre_acts, layer)
+            h, t = (
+                (one.values, self._at(one.pattern, layer))
+                if isinstance(one, Chosen)
+                else (one, self.log_threshold[layer])
+            )
+            values.append(_Step.apply(h, t, self.bandwidth))
+        return Sparse(pre_acts.patterns, values)
+
+    def _at(self, pattern: Pattern, layer: int) -> Tensor:
+        """t of each pair. [nnz]"""
+        return self.log_threshold[layer].index_select(0, pattern.indices)
 
 
 class FixedThreshold(Activation):
@@ -81,9 +149,9 @@ class _JumpReLU(torch.autograd.Function):
         theta = log_threshold.exp()
         window = (h - theta).abs() < ctx.bandwidth / 2
         power = theta if ctx.rule == ThetaGrad.anthropic else theta.square()
-        # Thresholds [F] were broadcast over tokens.
-        per_token = (grad * window).reshape(-1, theta.shape[-1]).sum(dim=0)
-        return grad * (h > theta), -per_token * power / ctx.bandwidth, None, None
+        # Thresholds [F] were broadcast over tokens; those of single pairs were not.
+        per_threshold = (grad * window).sum_to_size(theta.shape)
+        return grad * (h > theta), -per_threshold * power / ctx.bandwidth, None, None
 
 
 class _Step(torch.autograd.Function):
@@ -98,4 +166,4 @@ class _Step(torch.autograd.Function):
         h, log_threshold = ctx.saved_tensors
         theta = log_threshold.exp()
         window = (h - theta).abs() < ctx.bandwidth / 2
-        return None, -(grad * window).sum(dim=0) * theta / ctx.bandwidth, None
+        return None, -(grad * window).sum_to_size(theta.shape) * theta / ctx.bandwidth, None

@@ -21,6 +21,7 @@ from pipeline.core import deferred, products
 from pipeline.core.pattern import Pattern, fixed_k, from_mask, from_pairs
 
 __all__ = [
+    "Chosen",
     "Features",
     "Pattern",
     "Sparse",
@@ -30,24 +31,49 @@ __all__ = [
     "fixed_k",
     "from_mask",
     "from_pairs",
+    "n_tokens",
+    "of_layer",
     "row_products",
     "sparsify",
 ]
 
 
-class Sparse(NamedTuple):
-    """Features of all layers in sparse form: `patterns[l]` and `values[l]` [nnz_l]."""
+class Chosen(NamedTuple):
+    """One layer's features in sparse form: values [nnz] at the pairs of the pattern."""
 
-    patterns: list[Pattern]
-    values: list[Tensor]
+    pattern: Pattern
+    values: Tensor
+
+
+class Sparse(NamedTuple):
+    """Features of all layers, each in its own form: `patterns[l]` and `values[l]` [nnz_l], or None and [B, F]."""
+
+    patterns: Sequence[Pattern | None]
+    values: Sequence[Tensor]
 
     def dense(self) -> Tensor:
         """[B, L, F]"""
-        return torch.stack([_scatter(p, v) for p, v in zip(self.patterns, self.values, strict=True)], dim=1)
+        layers = [of_layer(self, layer) for layer in range(len(self.values))]
+        return torch.stack([_scatter(*one) if isinstance(one, Chosen) else one for one in layers], dim=1)
 
 
 Features = Tensor | Sparse
-"""[B, L, F], or the same in sparse form."""
+"""[B, L, F], or the same layer by layer, in sparse form where few are active."""
+
+
+def of_layer(features: Features, layer: int) -> Tensor | Chosen:
+    """One layer's features: [B, F], or in sparse form."""
+    if isinstance(features, Tensor):
+        return features[:, layer]
+    pattern, values = features.patterns[layer], features.values[layer]
+    return values if pattern is None else Chosen(pattern, values)
+
+
+def n_tokens(features: Features) -> int:
+    """B"""
+    one = of_layer(features, 0)
+    return one.pattern.n_tokens if isinstance(one, Chosen) else one.shape[0]
+
 
 Write = tuple[int, int, Tensor]
 """(source, target, table [F, D])"""
@@ -124,7 +150,9 @@ class _Bags(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.patterns, ctx.plan, ctx.leaves = patterns, plan, [_leaf(table) for table in tables]
         n_tokens = values[0].shape[0] if patterns[0] is None else patterns[0].n_tokens
-        out = tables[0].new_empty(n_tokens, n_targets, tables[0].shape[1])
+        # Sums are float32 where tables are bfloat16.
+        dtype = torch.promote_types(tables[0].dtype, torch.float32)
+        out = tables[0].new_empty(n_tokens, n_targets, tables[0].shape[1], dtype=dtype)
         begun = set()
         for (source, target), table in zip(plan, tables, strict=True):
             _write(patterns[source], values[source], table, out[:, target], target in begun)
@@ -139,7 +167,7 @@ class _Bags(torch.autograd.Function):
         values, tables = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
         values_needed, tables_needed = ctx.needs_input_grad[3 : 3 + n], ctx.needs_input_grad[3 + n :]
         # Copied once for each target, not once for each table that writes it.
-        by_target = [rows.contiguous() for rows in grad.unbind(1)]
+        by_target = [rows.to(tables[0].dtype).contiguous() for rows in grad.unbind(1)]
         values_grads: list[Tensor | None] = [None for _ in patterns]
         table_grads: list[Tensor | None] = [None for _ in tables]
         for i, (source, target) in enumerate(ctx.plan):
@@ -163,6 +191,8 @@ def _write(pattern: Pattern | None, values: Tensor, table: Tensor, out: Tensor, 
         products.bag(pattern, values, table, out, add)
     elif add:
         out += values @ table
+    elif out.dtype != table.dtype:
+        out.copy_(values @ table)
     else:
         torch.matmul(values, table, out=out)
 

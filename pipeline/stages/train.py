@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pipeline.arch import init, table
 from pipeline.arch.base import Dims, Transcoder
@@ -67,7 +68,7 @@ def _run(cfg: TrainConfig) -> Path:
         with torch.device("meta"):  # shapes alone
             model = build(cfg, dims)
         precision.check(cfg.train.weights, cfg.optim.name, model)
-        objective = Objective(cfg.loss, model, variances[0], plan.n_steps, variances[1], cfg.train.seed)
+        objective = _objective(cfg, model, variances, plan)
         train_estimate.say(cfg, cache, plan, model, objective.needs_pre_acts)
         return runs.RUNS / cfg.name
     model = build(cfg, dims).to(device)
@@ -77,7 +78,7 @@ def _run(cfg: TrainConfig) -> Path:
     mlps = mlps_of(cache, device) if cache.targets is Targets.recompute and not done else None
     recompute = None if mlps is None else Recompute(mlps, device)
     prepare = inputs.build(cache.norm, cfg.arch.site, maps, device, cfg.arch.target, recompute)
-    objective = Objective(cfg.loss, model, variances[0], plan.n_steps, variances[1], cfg.train.seed)
+    objective = _objective(cfg, model, variances, plan)
     optimizer = optim.build(model.named_parameters(), cfg.optim)
     _check_space(model, plan)
 
@@ -117,6 +118,11 @@ def build(cfg: TrainConfig, dims: Dims) -> Transcoder:
     """The transcoder, its weights zero."""
     rule = activations.build(cfg.activation, table.n_sources(cfg.arch, dims), cfg.arch.d_features)
     return table.build(cfg.arch, dims, rule)
+
+
+def _objective(cfg: TrainConfig, model: Transcoder, variances: tuple[float, Tensor], plan: Plan) -> Objective:
+    total, by_layer = variances
+    return Objective(cfg.loss, model, total, plan.n_steps, by_layer, cfg.train.seed, cfg.train.sparse)
 
 
 def _plan(cfg: TrainConfig, cache: Cache) -> Plan:

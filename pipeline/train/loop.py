@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.arch.base import Transcoder
 from pipeline.core.activations import Choosing
+from pipeline.core.gates import Gate
 from pipeline.data.loader import Batch
 from pipeline.data.shuffle import derive
 from pipeline.errors import UserError
@@ -24,7 +25,7 @@ from pipeline.train.inputs import Inputs
 from pipeline.train.interrupt import stop_requests
 from pipeline.train.micro import Taken
 from pipeline.train.objective import Objective
-from pipeline.train.options import OptimOptions
+from pipeline.train.options import OptimOptions, SparseStep
 from pipeline.train.resample import resample
 from pipeline.train.run_log import RunLog
 from pipeline.train.schedule import learning_rate
@@ -159,9 +160,9 @@ class Trainer:
     def _steer(self, taken: Taken) -> None:
         """The controller's move after a step."""
         state, target = self.state, self.objective.options.target_l0
-        if state.log_lambda is not None:
+        if state.steering is not None:
             assert target is not None
-            state.log_lambda = controller.steered(state.log_lambda, taken.l0, target, state.step - 1, self.plan.n_steps)
+            state.steering = controller.steered(state.steering, taken.l0, target, state.step - 1, self.plan.n_steps)
 
     def _logs(self, done: int) -> bool:
         """Whether the step that makes it so many is logged."""
@@ -218,13 +219,19 @@ class Trainer:
         }
 
     def _in_force(self) -> dict[str, object]:
-        """What changes over the run in the settings of this one: lambda of the sparsity penalty, an annealed k."""
+        """What changes over the run in the settings of this one: lambda of the sparsity penalty, an annealed k, the
+        share of layers in sparse form."""
         changing: dict[str, object] = {}
         if self.objective.penalises:
             changing["lambda"] = self.objective.lambda_at(self.state.step - 1, self.state.log_lambda)
+        steering = self.state.steering
+        if steering is not None and not math.isnan(steering.log_aim):
+            changing["l0_aim"] = math.exp(steering.log_aim)
         rule = self.model.activation
         if isinstance(rule, Choosing) and rule.k_start is not None:
             changing["k"] = sum(rule.k) / len(rule.k)
+        if isinstance(rule, Gate) and self.objective.sparse != SparseStep.never:
+            changing["sparse_layers"] = float(rule.is_sparse.double().mean())
         return changing
 
     def _not_finite(self, what: str, bad: list[str]) -> str:

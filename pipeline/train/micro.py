@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.arch.base import Output, Transcoder
 from pipeline.arch.matryoshka import Matryoshka
-from pipeline.core.sparse import Sparse
+from pipeline.core.sparse import Chosen, Pattern, of_layer
 from pipeline.data.loader import Batch
 from pipeline.train.inputs import Inputs
 from pipeline.train.objective import Objective, Whole
@@ -103,21 +103,21 @@ class Taken:
 
 def fired(out: Output) -> Tensor:
     """Which features fired at all in the batch. [L, F] bool"""
-    if isinstance(out.features, Sparse):
-        return torch.stack(
-            [
-                torch.zeros(p.n_features, dtype=torch.bool, device=v.device).index_fill(0, p.indices[v > 0], True)
-                for p, v in zip(out.features.patterns, out.features.values, strict=True)
-            ]
-        )
-    return (out.features > 0).any(dim=0)
+    if isinstance(out.features, Tensor):
+        return (out.features > 0).any(dim=0)
+    layers = [of_layer(out.features, layer) for layer in range(len(out.features.values))]
+    return torch.stack([_fired(*one) if isinstance(one, Chosen) else (one > 0).any(dim=0) for one in layers])
+
+
+def _fired(pattern: Pattern, values: Tensor) -> Tensor:
+    none = torch.zeros(pattern.n_features, dtype=torch.bool, device=values.device)
+    return none.index_fill(0, pattern.indices[values > 0], True)
 
 
 def active(out: Output) -> int:
     """Number of active (token, feature) pairs over all layers."""
-    if isinstance(out.features, Sparse):
-        return sum(int((values > 0).sum()) for values in out.features.values)
-    return int((out.features > 0).sum())
+    layers = [out.features] if isinstance(out.features, Tensor) else out.features.values
+    return sum(int((values > 0).sum()) for values in layers)
 
 
 def _prefixes(model: Transcoder, out: Output) -> dict[str, Tensor]:

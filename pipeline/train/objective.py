@@ -2,19 +2,23 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.arch import sparse_step
 from pipeline.arch.base import Output, Transcoder
 from pipeline.arch.matryoshka import Matryoshka
-from pipeline.core import activations, losses
+from pipeline.core import activations, density, losses
 from pipeline.core.activations import Choosing, GroupMax, JumpReLU
 from pipeline.core.options import LayerWeighting, LossOptions, PreActForm, Ramp, Shape, SparsityForm
+from pipeline.core.sparse import Sparse
 from pipeline.errors import UserError
 from pipeline.train import schedule
+from pipeline.train.options import SparseStep
 
 WIDER = 4
 """Multi-TopK's second reconstruction has so many times k features (Gao et al. 2024, A.3)."""
@@ -42,8 +46,10 @@ class Objective:
         n_steps: int,
         layer_variance: Tensor | None = None,
         seed: int = 0,
+        sparse: SparseStep = SparseStep.auto,
     ) -> None:
         _check(options, model)
+        self.sparse = sparse
         self.options, self.variance, self.n_steps, self.seed = options, variance, n_steps, seed
         self.weights = _layer_weights(options, model, layer_variance)
         self.trivial = variance
@@ -76,11 +82,22 @@ class Objective:
         """Whether a term of this step is no mean over tokens."""
         return self.options.l0 > 0 or (self.options.aux_k > 0 and bool(dead.any()))
 
+    @property
+    def reads_norms(self) -> bool:
+        """Whether a term reads the decoder norms, which are computed once a step."""
+        return self.penalises or (self.needs_pre_acts and self.options.pre_act_form == PreActForm.january)
+
     def forward(self, model: Transcoder, x: Tensor, step: int) -> Output:
         """The model's output with all that the terms of this step read. x [B, L, D] in the transcoder's units."""
+        if self.sparse == SparseStep.never:
+            encoded = model.activate(x, need_pre_acts=True)
+        else:
+            always = self.sparse == SparseStep.always
+            limits = density.ALWAYS if always else density.limits(model.b_dec)
+            encoded = sparse_step.encode(model, x, limits, self.needs_pre_acts)
         if isinstance(model, Matryoshka):
-            return model(x, self.needs_pre_acts, model.sizes(self.seed, step))
-        return model(x, self.needs_pre_acts)
+            return model.decoded(encoded, x, model.sizes(self.seed, step))
+        return model.decoded(encoded, x)
 
     def lambda_at(self, step: int, log_lambda: float | None) -> float:
         """Coefficient of the sparsity penalty: the controller's, or the schedule's."""
@@ -108,19 +125,22 @@ class Objective:
             assert out.shorter, "the output of Objective.forward has the shorter prefixes"
             parts = [losses.reconstruction(part, y, self._weights_on(y)) for part in out.shorter]
             terms["prefixes"] = torch.stack(parts).sum()
+        norms = model.decoder_norms() if self.reads_norms else None
         if self.penalises:
-            terms["sparsity"] = self.lambda_at(step, log_lambda) * self._sparsity(model, out)
+            assert norms is not None
+            terms["sparsity"] = self.lambda_at(step, log_lambda) * self._sparsity(out, norms)
         if options.l0 > 0:
             assert options.target_l0 is not None
             assert isinstance(model.activation, JumpReLU)
-            assert out.pre_acts is not None
-            active = model.activation.active(out.pre_acts)
+            gated = out.gated if out.gated is not None else out.pre_acts
+            assert isinstance(gated, Tensor | Sparse)
+            l0 = None if whole is None else whole.l0
             terms["l0"] = self._now("l0", step) * losses.l0_target(
-                active, options.target_l0, None if whole is None else whole.l0
+                model.activation.active(gated), options.target_l0, l0
             )
         if options.pre_act > 0:
             assert out.pre_acts is not None
-            terms["pre_act"] = self._now("pre_act", step) * self._pre_act(model, out.pre_acts)
+            terms["pre_act"] = self._now("pre_act", step) * self._pre_act(model, out.pre_acts, norms)
         if self.wider is not None:
             terms["multi_topk"] = self._now("multi_topk", step) * self._multi_topk(model, x, y)
         if options.aux_k > 0 and dead.any():
@@ -138,16 +158,17 @@ class Objective:
     def _weights_on(self, y: Tensor) -> Tensor | None:
         return None if self.weights is None else self.weights.to(y)
 
-    def _sparsity(self, model: Transcoder, out: Output) -> Tensor:
+    def _sparsity(self, out: Output, norms: Tensor) -> Tensor:
         if self.options.sparsity_form == SparsityForm.l1:
-            return losses.l1_sparsity(out.features, model.decoder_norms())
-        return losses.tanh_sparsity(out.features, model.decoder_norms(), self.options.sparsity_c)
+            return losses.l1_sparsity(out.features, norms)
+        return losses.tanh_sparsity(out.features, norms, self.options.sparsity_c)
 
-    def _pre_act(self, model: Transcoder, pre_acts: Tensor) -> Tensor:
+    def _pre_act(self, model: Transcoder, pre_acts: Tensor | Sequence[Tensor], norms: Tensor | None) -> Tensor:
         if self.options.pre_act_form == PreActForm.clt:
             return losses.pre_activation(pre_acts)
         assert isinstance(model.activation, JumpReLU)
-        return losses.pre_activation_january(pre_acts, model.activation.threshold, model.decoder_norms())
+        assert norms is not None
+        return losses.pre_activation_january(pre_acts, model.activation.threshold, norms)
 
     def _multi_topk(self, model: Transcoder, x: Tensor, y: Tensor) -> Tensor:
         assert self.wider is not None

@@ -28,6 +28,12 @@ class Precision(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class SparseStep(StrEnum):
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
 @dataclass
 class OptimOptions:
     name: str
@@ -96,6 +102,10 @@ class TrainOptions:
     weights: Precision = Precision.float32
     """Of the encoder and decoder tables while they are trained. bfloat16 halves their memory; it needs optim=adam8bit,
     which rounds at random, and is meant for CUDA."""
+
+    sparse: SparseStep = SparseStep.auto
+    """Arithmetic of a step on active features alone; the gradients are the same. auto: always for rules of the topk
+    family; for relu and jumprelu in each layer while few features are active. always: however many. never: dense."""
 
     dead_window: str = "auto"
     """A feature is dead when it has not fired for so many tokens; auto is a tenth of the run, at most 10M."""
