@@ -148,13 +148,14 @@ def run(
     shared = (table, out, partials, first, second, dense, width, table.stride(0), *numbers)
     settings = {"ADAM": update is not None, "DENSE": grad is not None, "FLOAT": sums, "COLUMNS": block, "num_warps": 2}
     if pattern.n_features and width:
-        _by_feature[(segments.features.numel(), n_blocks)](
-            *pattern.by_feature, *segments[:3], weights.contiguous(), rows, dots,
-            pattern.n_features, n_entries, rows.stride(0), *shared,
-            GRADIENT=gradient, PRODUCTS=products, CHUNK=CHUNK, ENTRIES=ENTRIES, **settings,
-        )  # fmt: skip
-        if gradient and segments.n_slots:
-            _add_chunks[(pattern.n_features, n_blocks)](segments.firsts, segments.slots, *shared, **settings)
+        with torch.cuda.device_of(rows):
+            _by_feature[(segments.features.numel(), n_blocks)](
+                *pattern.by_feature, *segments[:3], weights.contiguous(), rows, dots,
+                pattern.n_features, n_entries, rows.stride(0), *shared,
+                GRADIENT=gradient, PRODUCTS=products, CHUNK=CHUNK, ENTRIES=ENTRIES, **settings,
+            )  # fmt: skip
+            if gradient and segments.n_slots:
+                _add_chunks[(pattern.n_features, n_blocks)](segments.firsts, segments.slots, *shared, **settings)
     return dots.sum(0).to(rows.dtype)
 
 
