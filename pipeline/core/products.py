@@ -97,6 +97,28 @@ def bag_of_tokens(pattern: Pattern, weights: Tensor, rows: Tensor) -> Tensor:
     )
 
 
+def bag_gradients(
+    pattern: Pattern, values: Tensor, rows: Tensor, table: Tensor, so_far: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of a bag whose output's is rows: by its values [nnz], added to `so_far`, and by its table [F, D].
+
+    values [nnz], rows [B, D], table [F, D]
+    """
+    fast = _fast(values, rows, table)
+    if fast is not None and _active[0] == Kernels.triton:
+        return fast.bag_gradients(pattern, values, rows, table, so_far)
+    by_values = row_products(pattern, rows, table, so_far, add=so_far is not None)
+    return by_values, bag_of_tokens(pattern, values, rows)
+
+
+def sums_by_feature(pattern: Pattern, weights: Tensor) -> Tensor:
+    """For each feature the sum of its entries' weights. [nnz] -> [F]"""
+    fast = _fast(weights)
+    if fast is not None and _active[0] == Kernels.triton:  # index_add on CUDA adds in an order of its own each time
+        return fast.bag_of_tokens(pattern, weights, weights.new_ones(pattern.n_tokens, 1)).squeeze(1)
+    return weights.new_zeros(pattern.n_features).index_add(0, pattern.indices, weights)
+
+
 def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of relu(pre_acts) of each row, in some order, ties to the lowest index.
 

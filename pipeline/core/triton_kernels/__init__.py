@@ -10,8 +10,8 @@ blocks and numbers of warps are reckoned, not tuned: the kernels have not been t
 """
 
 from pipeline.core.triton_kernels.adam import adam
-from pipeline.core.triton_kernels.by_feature import bag_gradients, bag_of_tokens
-from pipeline.core.triton_kernels.by_token import bag, row_products
+from pipeline.core.triton_kernels.by_feature import bag_gradients, bag_of_tokens, row_products
+from pipeline.core.triton_kernels.by_token import bag
 from pipeline.core.triton_kernels.selection import largest, topk
 from pipeline.core.triton_kernels.shapes import handles
 

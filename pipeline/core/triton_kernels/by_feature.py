@@ -2,20 +2,22 @@
 """Operations that go through the pattern feature by feature, over the sorted entries of `Pattern.by_feature`.
 
     bag_of_tokens   g[i] = sum over tokens b with i active of weights[b, i] * rows[b]
-    bag_gradients   g as above, and p[b, i] = rows[b] . W[i]: both gradients of a bag
+    row_products    p[b, i] = rows[b] . W[i] at the active pairs
+    bag_gradients   g and p: both gradients of a bag
     adam            g as above, and at once Adam's step of row i (`adam.py`)
 
 One program is (a feature, a block of columns). It loads the feature's block of W once, goes through the feature's
 tokens, and keeps g in registers; p is a product along the same rows. So nothing is added by atomics, no table is
 filled with zeros first, and a feature of no token writes its zeros like any other. p of each block of columns goes to
-a buffer of its own, summed in order.
+a buffer of its own, summed in order. Where a pattern has fewer entries than there are features, row_products goes by
+its entries instead (`by_token.py`).
 
 A feature of more than CHUNK tokens is cut into chunks, one program each, whose partial sums a second kernel adds in
 order. The number of programs is bounded by F + nnz / CHUNK without asking the device.
 
-Bytes, beyond the rows [B, D], which stay in the second-level cache: bag_of_tokens writes 4 F D; bag_gradients reads W
-once more, 8 F D together; adam reads and writes weight and both moments, 24 F D, with no gradient in memory, where
-a gradient written and read by an optimiser makes 32.
+Bytes, beyond the rows [B, D], which stay in the second-level cache, with e those of one number of W: bag_of_tokens
+writes 4 F D; row_products reads F D e; bag_gradients does both. adam reads and writes weight and both moments, 24 F D,
+with no gradient in memory, where a gradient written and read by an optimiser makes it 32 F D.
 """
 
 from typing import NamedTuple
@@ -27,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pipeline.core.pattern import Pattern
+from pipeline.core.triton_kernels import by_token
 from pipeline.core.triton_kernels.shapes import blocks, columns, float_type
 
 CHUNK = 512
@@ -75,13 +78,32 @@ def bag_of_tokens(pattern: Pattern, weights: Tensor, rows: Tensor) -> Tensor:
     return out
 
 
-def bag_gradients(pattern: Pattern, values: Tensor, rows: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `bag(pattern, values, table)` where its output's is rows: by the table, and by the values.
+def row_products(pattern: Pattern, x: Tensor, table: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """x[b] . table[i] at the pattern's pairs (b, i), in `out` or added to it.
 
-    values [nnz], rows [B, D], table [F, D] -> [F, D] and [nnz], in rows' type
+    x [B, D], table [F, D], whose rows may lie apart -> [nnz] in the type of `x`
     """
-    out = torch.empty(table.shape, dtype=rows.dtype, device=rows.device)
-    return out, run(pattern, values, rows, table=table, out=out, products=True)
+    if pattern.indices.numel() < pattern.n_features:
+        return by_token.row_products(pattern, x, table, out, add)
+    return _into(run(pattern, None, x, table=table, products=True), out, add)
+
+
+def bag_gradients(
+    pattern: Pattern, values: Tensor, rows: Tensor, table: Tensor, so_far: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of a bag whose output's is rows: by its values [nnz], added to `so_far`, and by its table [F, D].
+
+    values [nnz], rows [B, D], table [F, D]; both in rows' type
+    """
+    by_table = torch.empty(table.shape, dtype=rows.dtype, device=rows.device)
+    by_values = run(pattern, values, rows, table=table, out=by_table, products=True)
+    return _into(by_values, so_far, so_far is not None), by_table
+
+
+def _into(result: Tensor, out: Tensor | None, add: bool) -> Tensor:
+    if out is None:
+        return result
+    return out.add_(result) if add else out.copy_(result)
 
 
 def _segments(pattern: Pattern) -> _Segments:
@@ -101,15 +123,16 @@ def _segments(pattern: Pattern) -> _Segments:
 
 def run(
     pattern: Pattern,
-    weights: Tensor,
+    weights: Tensor | None,
     rows: Tensor,
     table: Tensor | None = None,
     out: Tensor | None = None,
     products: bool = False,
     update: Update | None = None,
 ) -> Tensor:
-    """The kernels with what they need; -> the products [nnz], empty where not asked for."""
-    width, n_entries = rows.shape[1], weights.numel()
+    """The kernels with what they need; -> the products [nnz], empty where not asked for. No weights, no gradient."""
+    width, n_entries, gradient = rows.shape[1], pattern.indices.numel(), weights is not None
+    weights = rows[:0] if weights is None else weights
     segments = _segments(pattern)
     table = rows if table is None else table
     assert rows.stride(1) == table.stride(1) == 1
@@ -125,13 +148,14 @@ def run(
     shared = (table, out, partials, first, second, dense, width, table.stride(0), *numbers)
     settings = {"ADAM": update is not None, "DENSE": grad is not None, "FLOAT": sums, "COLUMNS": block, "num_warps": 2}
     if pattern.n_features and width:
-        _by_feature[(segments.features.numel(), n_blocks)](
-            *pattern.by_feature, *segments[:3], weights.contiguous(), rows, dots,
-            pattern.n_features, n_entries, rows.stride(0), *shared,
-            PRODUCTS=products, CHUNK=CHUNK, ENTRIES=ENTRIES, **settings,
-        )  # fmt: skip
-        if segments.n_slots:
-            _add_chunks[(pattern.n_features, n_blocks)](segments.firsts, segments.slots, *shared, **settings)
+        with torch.cuda.device_of(rows):
+            _by_feature[(segments.features.numel(), n_blocks)](
+                *pattern.by_feature, *segments[:3], weights.contiguous(), rows, dots,
+                pattern.n_features, n_entries, rows.stride(0), *shared,
+                GRADIENT=gradient, PRODUCTS=products, CHUNK=CHUNK, ENTRIES=ENTRIES, **settings,
+            )  # fmt: skip
+            if gradient and segments.n_slots:
+                _add_chunks[(pattern.n_features, n_blocks)](segments.firsts, segments.slots, *shared, **settings)
     return dots.sum(0).to(rows.dtype)
 
 
@@ -162,7 +186,7 @@ def _by_feature(
     order, tokens, offsets, features, firsts, slots, weights, rows, dots, n_features, n_entries, rows_stride,
     table, out, partials, first, second, dense, width, stride,
     keep1, fresh1, keep2, fresh2, rate, root, eps, shrink, decay,
-    PRODUCTS: tl.constexpr, CHUNK: tl.constexpr, ENTRIES: tl.constexpr,
+    GRADIENT: tl.constexpr, PRODUCTS: tl.constexpr, CHUNK: tl.constexpr, ENTRIES: tl.constexpr,
     ADAM: tl.constexpr, DENSE: tl.constexpr, FLOAT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0).to(tl.int64)
@@ -183,21 +207,23 @@ def _by_feature(
             live = entries < stop
             source = tl.load(order + entries, mask=live, other=0)
             token = tl.load(tokens + entries, mask=live, other=0)
-            scale = tl.load(weights + source, mask=live, other=0).to(FLOAT)
             both = live[:, None] & inside[None, :]
             block = tl.load(rows + token[:, None] * rows_stride + columns[None, :], mask=both, other=0).to(FLOAT)
-            total += tl.sum(scale[:, None] * block, axis=0)
+            if GRADIENT:
+                scale = tl.load(weights + source, mask=live, other=0).to(FLOAT)
+                total += tl.sum(scale[:, None] * block, axis=0)
             if PRODUCTS:
                 own = dots + tl.program_id(1).to(tl.int64) * n_entries
                 tl.store(own + source, tl.sum(block * row[None, :], axis=1), mask=live)
-        if tl.load(firsts + feature + 1) - start_segment == 1:
-            at = feature * width + columns
-            _finish(
-                total, at, inside, place, table, out, first, second, dense,
-                keep1, fresh1, keep2, fresh2, rate, root, eps, shrink, decay, ADAM, DENSE,
-            )  # fmt: skip
-        else:
-            tl.store(partials + (tl.load(slots + feature) + chunk) * width + columns, total, mask=inside)
+        if GRADIENT:
+            if tl.load(firsts + feature + 1) - start_segment == 1:
+                at = feature * width + columns
+                _finish(
+                    total, at, inside, place, table, out, first, second, dense,
+                    keep1, fresh1, keep2, fresh2, rate, root, eps, shrink, decay, ADAM, DENSE,
+                )  # fmt: skip
+            else:
+                tl.store(partials + (tl.load(slots + feature) + chunk) * width + columns, total, mask=inside)
 
 
 @triton.jit

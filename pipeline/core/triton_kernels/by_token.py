@@ -8,7 +8,7 @@
 
 Bytes, with e those of one number of the table: bag reads nnz D e where no two tokens share a row of the cache, and
 F D e where they do: all programs of one block of columns run before those of the next, so that this block of the
-table, F * 256 * e, stays in the second-level cache. It writes 4 B D. row_products reads the same and writes 4 nnz.
+table, F * 256 * e, stays in the second-level cache. It writes 4 B D. row_products reads nnz D e and writes 4 nnz.
 """
 
 import torch
@@ -34,21 +34,22 @@ def bag(pattern: Pattern, values: Tensor, table: Tensor, out: Tensor | None = No
     assert table.stride(1) == out.stride(1) == 1
     block = columns(width)
     if out.numel():
-        _bag[(n_tokens, blocks(width, block))](
-            pattern.indices,
-            pattern.offsets,
-            values.contiguous(),
-            table,
-            out,
-            width,
-            table.stride(0),
-            out.stride(0),
-            ADD=add,
-            FLOAT=float_type(values, table),
-            ENTRIES=ENTRIES,
-            COLUMNS=block,
-            num_warps=2,
-        )
+        with torch.cuda.device_of(table):
+            _bag[(n_tokens, blocks(width, block))](
+                pattern.indices,
+                pattern.offsets,
+                values.contiguous(),
+                table,
+                out,
+                width,
+                table.stride(0),
+                out.stride(0),
+                ADD=add,
+                FLOAT=float_type(values, table),
+                ENTRIES=ENTRIES,
+                COLUMNS=block,
+                num_warps=2,
+            )
     return out
 
 
@@ -62,22 +63,23 @@ def row_products(pattern: Pattern, x: Tensor, table: Tensor, out: Tensor | None 
         out = torch.empty(n_entries, dtype=x.dtype, device=x.device)
     assert x.stride(1) == table.stride(1) == out.stride(0) == 1
     if n_entries:
-        _row_products[(blocks(n_entries, ENTRIES),)](
-            pattern.indices,
-            pattern.tokens,
-            x,
-            table,
-            out,
-            n_entries,
-            width,
-            x.stride(0),
-            table.stride(0),
-            ADD=add,
-            FLOAT=float_type(x, table),
-            ENTRIES=ENTRIES,
-            COLUMNS=columns(width),
-            num_warps=2,
-        )
+        with torch.cuda.device_of(table):
+            _row_products[(blocks(n_entries, ENTRIES),)](
+                pattern.indices,
+                pattern.tokens,
+                x,
+                table,
+                out,
+                n_entries,
+                width,
+                x.stride(0),
+                table.stride(0),
+                ADD=add,
+                FLOAT=float_type(x, table),
+                ENTRIES=ENTRIES,
+                COLUMNS=columns(width),
+                num_warps=2,
+            )
     return out
 
 

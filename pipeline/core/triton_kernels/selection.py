@@ -40,8 +40,25 @@ def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     [..., F] -> values [..., k], indices [..., k]; where fewer than k are above 0, entries of value 0 at index 0 follow.
     """
-    shape = pre_acts.shape
-    rows = pre_acts.reshape(-1, shape[-1]).contiguous()
+    with torch.cuda.device_of(pre_acts):
+        values, indices = _topk(pre_acts.reshape(-1, pre_acts.shape[-1]).contiguous(), k)
+    shape = (*pre_acts.shape[:-1], k)
+    return values.view(shape), indices.view(shape)
+
+
+def largest(flat: Tensor, n: int, guess: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Positions of the n largest values above 0, ascending, ties to the lowest position; and the smallest of them.
+
+    flat [N]. Waits for the device: how many there are is not known before. No use is made of `guess`.
+    """
+    with torch.cuda.device_of(flat):
+        positions = _positions(flat.contiguous(), n)
+    values = flat[positions]
+    return positions, values.min() if positions.numel() else flat.new_zeros(())
+
+
+def _topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """[B, F] -> 2 x [B, k]"""
     n_rows, n_features = rows.shape
     values = torch.zeros(n_rows, k, dtype=rows.dtype, device=rows.device)
     indices = torch.zeros(n_rows, k, dtype=torch.int64, device=rows.device)
@@ -65,17 +82,7 @@ def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
             WHOLE=whole, SIZE=size, WIDTH=width, FLOAT=float_type(rows), INTEGER=integer, BITS=n_bits,
             num_warps=warps(width),
         )  # fmt: skip
-    return values.view(*shape[:-1], k), indices.view(*shape[:-1], k)
-
-
-def largest(flat: Tensor, n: int, guess: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Positions of the n largest values above 0, ascending, ties to the lowest position; and the smallest of them.
-
-    flat [N]. Waits for the device: how many there are is not known before. No use is made of `guess`.
-    """
-    positions = _positions(flat.contiguous(), n)
-    values = flat[positions]
-    return positions, values.min() if positions.numel() else flat.new_zeros(())
+    return values, indices
 
 
 def _positions(flat: Tensor, n: int) -> Tensor:

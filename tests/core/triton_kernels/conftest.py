@@ -6,6 +6,7 @@ then alone, so that other tests and the processes that they start know nothing o
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ INTERPRETED = INSTALLED and not torch.cuda.is_available()
 collect_ignore_glob = [] if INSTALLED else ["test_*.py"]
 
 if INTERPRETED:
+    assert "triton" not in sys.modules, "a test module or a conftest.py imports triton; let its tests import it"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         importlib.import_module("pipeline.core.triton_kernels")

@@ -1,13 +1,15 @@
 """The products of the sparse step by the kernels, against loops, on every shape of emptiness."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
+from pipeline.core import products, triton_kernels
 from pipeline.core.deferred import RowTerm
+from pipeline.core.options import Kernels
 from pipeline.core.pattern import Pattern, fixed_k
 from pipeline.core.triton_kernels import (
     adam,
@@ -78,9 +80,10 @@ def test_a_bag_equals_the_loops(rows: list[list[int]], device: str) -> None:
 
 
 @ragged
-def test_row_products_equal_the_loops(rows: list[list[int]], device: str) -> None:
+@pytest.mark.parametrize("way", [by_feature.row_products, by_token.row_products], ids=["by feature", "by token"])
+def test_row_products_equal_the_loops(way: Callable[..., Tensor], rows: list[list[int]], device: str) -> None:
     case = Case(rows, device)
-    assert oracle.normwise(row_products(case.pattern, case.x, case.table), case.row_products()) < 1e-15
+    assert oracle.normwise(way(case.pattern, case.x, case.table), case.row_products()) < 1e-15
 
 
 @ragged
@@ -95,9 +98,12 @@ def test_bags_of_tokens_equal_the_loops_and_features_of_no_token_are_0(rows: lis
 @ragged
 def test_both_gradients_of_a_bag_equal_the_loops(rows: list[list[int]], device: str) -> None:
     case = Case(rows, device)
-    by_table, by_values = bag_gradients(case.pattern, case.values, case.x, case.table)
+    by_values, by_table = bag_gradients(case.pattern, case.values, case.x, case.table)
     assert oracle.normwise(by_table, case.bag_of_tokens()) < 1e-15
     assert oracle.normwise(by_values, case.row_products()) < 1e-15
+    twice, _ = bag_gradients(case.pattern, case.values, case.x, case.table, by_values)
+    assert twice is by_values
+    assert oracle.normwise(twice, 2 * case.row_products()) < 1e-15
 
 
 @pytest.mark.parametrize(("columns", "entries"), [(256, 8), (4, 1)])
@@ -109,11 +115,18 @@ def test_the_sizes_of_blocks_change_nothing(
     monkeypatch.setattr(by_feature, "ENTRIES", entries)
     monkeypatch.setattr(by_token, "ENTRIES", entries)
     case = Case(RAGGED["ragged"], device)
-    by_table, by_values = bag_gradients(case.pattern, case.values, case.x, case.table)
+    by_values, by_table = bag_gradients(case.pattern, case.values, case.x, case.table)
     assert oracle.normwise(by_table, case.bag_of_tokens()) < 1e-15
     assert oracle.normwise(by_values, case.row_products()) < 1e-15
     assert oracle.normwise(bag(case.pattern, case.values, case.table), case.bag()) < 1e-15
     assert oracle.normwise(row_products(case.pattern, case.x, case.table), case.row_products()) < 1e-15
+
+
+def test_weights_are_summed_by_feature(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(RAGGED["ragged"], device)
+    expected = products.sums_by_feature(case.pattern, case.values)
+    monkeypatch.setattr(products, "_active", (Kernels.triton, triton_kernels))
+    assert oracle.normwise(products.sums_by_feature(case.pattern, case.values), expected) < 1e-15
 
 
 def test_padding_adds_nothing_even_where_its_index_is_active(device: str) -> None:
@@ -135,7 +148,7 @@ def test_a_bfloat16_table_is_summed_in_float32(device: str) -> None:
     wide = Case(RAGGED["ragged"], device)
     wide.table, wide.values, wide.x = case.table.double(), case.values.double(), case.x.double()
     assert oracle.normwise(bag(case.pattern, case.values, case.table), wide.bag()) < 1e-6
-    by_table, by_values = bag_gradients(case.pattern, case.values, case.x, case.table)
+    by_values, by_table = bag_gradients(case.pattern, case.values, case.x, case.table)
     assert by_table.dtype == by_values.dtype == torch.float32
     assert oracle.normwise(by_table, wide.bag_of_tokens()) < 1e-6
     assert oracle.normwise(by_values, wide.row_products()) < 1e-6
@@ -147,7 +160,7 @@ def test_tables_and_rows_may_be_some_columns_of_wider_ones(device: str) -> None:
     case.x = oracle.normal(4, 2 * D, seed=6).to(device)[:, D:]
     assert oracle.normwise(bag(case.pattern, case.values, case.table), case.bag()) < 1e-15
     assert oracle.normwise(row_products(case.pattern, case.x, case.table), case.row_products()) < 1e-15
-    by_table, by_values = bag_gradients(case.pattern, case.values, case.x, case.table)
+    by_values, by_table = bag_gradients(case.pattern, case.values, case.x, case.table)
     assert oracle.normwise(by_table, case.bag_of_tokens()) < 1e-15
     assert oracle.normwise(by_values, case.row_products()) < 1e-15
 
@@ -162,11 +175,11 @@ def test_a_result_may_be_added_to_some_columns_of_a_wider_one(rows: list[list[in
     assert oracle.normwise(out, before[:, D:] + case.bag()) < 1e-15
     bag(case.pattern, case.values, case.table, out)
     assert oracle.normwise(out, case.bag()) < 1e-15
-    products = torch.ones_like(case.values)
-    row_products(case.pattern, case.x, case.table, products, add=True)
-    assert oracle.normwise(products, 1 + case.row_products()) < 1e-15
-    row_products(case.pattern, case.x, case.table, products)
-    assert oracle.normwise(products, case.row_products()) < 1e-15
+    inner = torch.ones_like(case.values)
+    row_products(case.pattern, case.x, case.table, inner, add=True)
+    assert oracle.normwise(inner, 1 + case.row_products()) < 1e-15
+    row_products(case.pattern, case.x, case.table, inner)
+    assert oracle.normwise(inner, case.row_products()) < 1e-15
 
 
 class Adam:
