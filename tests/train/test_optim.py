@@ -114,7 +114,7 @@ def test_moments_of_eight_bits_lie_in_the_file_as_codes(tmp_path: Path) -> None:
 
 
 def test_eight_bits_follow_adam_where_gradients_are_sparse() -> None:
-    # Second moments of 0 beside first moments that are not made the loss ten million times larger in these steps.
+    # Second moments of 0 beside first moments that are not made the loss a million times larger in two steps.
     losses = {}
     for name in ("adam", "adam8bit"):
         model, optimizer = new(name, activation="topk")
