@@ -31,7 +31,7 @@ START = 0.05
 """Taken for loss.sparsity where that is 0."""
 
 BELOW = 50.0
-"""How far below loss.sparsity, as a factor, lambda begins: rising takes some steps, undoing an overshoot most of a run."""
+"""How far below loss.sparsity, as a factor, lambda begins: rising takes some steps, undoing an overshoot a run."""
 
 RAMP = 0.5
 """Share of the run in which L0 is led to its target."""
@@ -43,8 +43,8 @@ how fast features follow is a matter of steps."""
 TRAVEL = 200.0
 """Sum of the integral's gains of a run: an error of 1 %, held for half of the run, moves lambda by a factor e."""
 
-FASTEST = 0.3
-"""The integral's gain at most: short runs would steer faster than features follow."""
+FASTEST = 0.6
+"""The integral's gain at most: what critically damps features that answer as below, K_I = rate K_P^2 / 4."""
 
 PROPORTIONAL = 20.0
 """K_P: L0 5 % too high makes lambda 2.7 times as large. On the built-in world log L0 moves by about .006 a step for
