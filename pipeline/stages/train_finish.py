@@ -65,8 +65,8 @@ def finish(cfg: TrainConfig, cache: Cache, trainer: Trainer, metrics: dict[str, 
 def _compare(target: float | None, l0: float | None) -> None:
     """Say so when a run missed the L0 that it aimed at."""
     if target is not None and l0 is not None and abs(l0 / target - 1) > TOLERANCE:
-        start = "larger" if l0 > target else "smaller"
-        fix = f"a longer run, or a {start} loss.sparsity to begin with, comes closer"
+        other = "larger loss.sparsity" if l0 > target else "smaller loss.sparsity or a larger arch.init_firing"
+        fix = f"a longer run, or a {other} to begin with, comes closer"
         logger.warning("held-out L0 is %.1f, loss.target_l0 was %g; %s", l0, target, fix)
 
 

@@ -44,8 +44,8 @@ how fast features follow is a matter of steps."""
 TRAVEL = 200.0
 """Sum of the integral's gains of a run: an error of 1 %, held for half of the run, moves lambda by a factor e."""
 
-FASTEST = 0.3
-"""The integral's gain at most: short runs would steer faster than features follow."""
+FASTEST = 0.6
+"""The integral's gain at most: what critically damps features that answer as below, K_I = rate K_P^2 / 4."""
 
 PROPORTIONAL = 20.0
 """K_P: L0 5 % too high makes lambda 2.7 times as large. On the built-in world log L0 moves by about .006 a step for
