@@ -88,7 +88,7 @@ STAGES = {
 }
 
 TEXT_KEYS = {
-    "name", "run", "to", "prompt", "resume",
+    "name", "run", "to", "prompt",
     "model.path", "model.revision", "model.offload_dir", "lm.tokenizer", "cache.dir", "cache.path", "cache.local_dir",
     "train.init_from",
     "dataset.name", "dataset.path", "dataset.subset", "dataset.split", "dataset.revision", "dataset.column",
@@ -211,7 +211,7 @@ def compose(stage: str, overrides: Sequence[str] = (), config_dir: Path | None =
             with open_dict(cfg):
                 del cfg["hydra"]
             config = _typed(stage, cfg, choices, job=None, bases={})
-        return _with_jobs(config, words)
+        return _with_own_settings(_with_jobs(config, words), words)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UserError(one_line(error, stage)) from error
 
@@ -368,6 +368,7 @@ def _task(stage: str, request: Request, outcomes: Outcomes) -> Callable[[DictCon
         try:
             config = _typed(stage, cfg, dict(settings.runtime.choices), job, outcomes.bases)
             config = _with_jobs(config, [*settings.overrides.task, *searchpath])
+            config = _with_own_settings(config, settings.overrides.task)
             importlib.import_module(STAGES[stage].module).run(config)
         except Exception as error:
             refusal = _refusal(error, stage)
@@ -435,6 +436,18 @@ def _with_jobs(config: Config, words: Sequence[str]) -> Config:
         assert isinstance(job, TrainConfig)
         config.jobs[name] = job
     return config
+
+
+def _with_own_settings(config: Config, words: Sequence[str]) -> Config:
+    """A training run that is named and no more, in the place of what the defaults say."""
+    if type(config) is not TrainConfig:
+        return config
+    if not config.resume and not Path("runs", str(config.name), "config.yaml").exists():
+        return config
+    # Not before: what it needs takes as long to import as all that is needed here.
+    from pipeline.stages.train_resume import continued
+
+    return continued(config, words)
 
 
 def _free_name(label: str) -> str:

@@ -19,11 +19,16 @@ logger = logging.getLogger(__name__)
 
 def write_aside(file: Path, data: bytes) -> None:
     """Write a file so that it is there as a whole or not at all, even after a loss of power."""
-    aside = file.with_name(file.name + ".aside")
+    aside = aside_of(file)
     aside.write_bytes(data)
     sync([aside])
     aside.replace(file)
     sync([file.parent])
+
+
+def aside_of(file: Path) -> Path:
+    """Where `write_aside` puts a file before it takes its name."""
+    return file.with_name(file.name + ".aside")
 
 
 class atomic_directory:

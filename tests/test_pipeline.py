@@ -214,6 +214,15 @@ def test_the_log_says_what_lambda_and_k_were_in_force(work: Path) -> None:
     assert len({line["lambda"] for line in lines[18:]}) == 1, "frozen"
 
 
+def test_the_log_says_which_share_of_the_layers_ran_sparse(work: Path) -> None:
+    words = ["+experiment=relu", "loss.target_l0=null", *SHORT, "log.every=1"]
+    for setting, shares in (("always", {1.0}), ("never", {None}), ("auto", {0.0, 0.5, 1.0})):
+        train.run(compose("train", [*words, f"train.sparse={setting}", f"name={setting}"]))
+        lines = [json.loads(line) for line in Path(f"runs/{setting}/metrics.jsonl").read_text().splitlines()]
+        assert {line.get("sparse_layers") for line in lines} <= shares
+        assert len(lines) == 20
+
+
 @pytest.mark.slow
 def test_a_training_killed_at_any_instant_goes_on_to_the_same_bytes(work: Path) -> None:
     words = [*TRAIN, "train.n_steps=400"]

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from pipeline.arch.options import ArchOptions
 from pipeline.core.activations import Activation
 from pipeline.core.normalize import Scaling
-from pipeline.core.sparse import Features, Pattern, Sparse, bag, bags, chosen_features, from_mask
+from pipeline.core.norms import row_norms
+from pipeline.core.sparse import Chosen, Features, Pattern, Sparse, bag, bags, chosen_features, from_mask, of_layer
 
 
 class Dims(NamedTuple):
@@ -38,15 +39,28 @@ class Dims(NamedTuple):
     d_model: int
 
 
-class Output(NamedTuple):
-    pre_acts: Tensor | None
-    """[B, S, F]; None on the sparse path, which does not keep them."""
+class Encoded(NamedTuple):
+    """What comes before decoding."""
+
+    pre_acts: Tensor | tuple[Tensor, ...] | None
+    """[B, S, F]. The sparse step keeps them only where a loss reads them all, and then as [B, F] for each source."""
     features: Features
     """[B, S, F], or sparse."""
+    gated: Features | None = None
+    """The pre-activations that a gate made `features` of in the sparse step, in the same form, without gradient."""
+    beyond: tuple[Tensor | None, ...] = ()
+    """For each source what `core/gates.Pairs` says, in the sparse step of a gate."""
+
+
+class Output(NamedTuple):
+    pre_acts: Tensor | tuple[Tensor, ...] | None
+    features: Features
     y_hat: Tensor
     """[B, L, D]"""
     shorter: tuple[Tensor, ...] = ()
     """Reconstructions [B, L, D] from shorter prefixes of the features, where an architecture nests them."""
+    gated: Features | None = None
+    beyond: tuple[Tensor | None, ...] = ()
 
 
 class Transcoder(nn.Module):
@@ -68,6 +82,8 @@ class Transcoder(nn.Module):
     """Options that have one value in this architecture, which its YAML sets."""
 
     W_skip: nn.Parameter | None
+
+    _aside: Tensor | None = None
 
     config: dict[str, Any] | None = None
     """What `final/config.json` says, when the transcoder was read from a run."""
@@ -122,7 +138,7 @@ class Transcoder(nn.Module):
 
     def inputs(self, x: Tensor) -> tuple[Tensor, ...]:
         """What each source reads. x [B, L, D] -> [B, width()] for each source"""
-        return x.unbind(1)
+        return x.to(self.encoders[0].dtype).unbind(1)
 
     def width(self) -> int:
         """Length of an encoder row."""
@@ -177,7 +193,8 @@ class Transcoder(nn.Module):
 
     def encode_layer(self, x: Tensor, layer: int) -> Tensor:
         """One source's pre-activations. x [B, width()] -> [B, F]"""
-        return nn.functional.linear(x, self.encoders[layer], self.b_enc[layer])
+        weight = self.encoders[layer]
+        return nn.functional.linear(x, weight, self.b_enc[layer].to(weight.dtype))
 
     def encode(self, x: Tensor) -> Tensor:
         """x [B, L, D] -> pre_acts [B, S, F]"""
@@ -187,13 +204,24 @@ class Transcoder(nn.Module):
         """Features in sparse form, for the activations that choose; pre-activations are dropped layer by layer."""
         inputs = self.inputs(x)
         with torch.no_grad():
-            pre_acts = (self.encode_layer(h, layer) for layer, h in enumerate(inputs))
+            pre_acts = (self.encode_aside(h, layer) for layer, h in enumerate(inputs))
             chosen = list(self.activation.choose(pre_acts, self.rank_norms()))
         values = [
             chosen_features(pattern, taken, h, self.encoders[layer], self.b_enc[layer])
             for layer, ((pattern, taken), h) in enumerate(zip(chosen, inputs, strict=True))
         ]
         return Sparse([pattern for pattern, _ in chosen], values)
+
+    def encode_aside(self, x: Tensor, layer: int) -> Tensor:
+        """`encode_layer`, in the memory that the layer before it was in, where the rule lets go of a layer."""
+        if not self.training or self.activation.compares_layers or torch.is_autocast_enabled(x.device.type):
+            return self.encode_layer(x, layer)
+        shape = (x.shape[0], self.d_features)
+        aside = self._aside
+        if aside is None or aside.shape != shape or (aside.dtype, aside.device) != (x.dtype, x.device):
+            # Kept from step to step: fresh pages cost a CPU more than the selection does.
+            self._aside = aside = x.new_empty(shape)
+        return torch.addmm(self.b_enc[layer], x, self.encoders[layer].T, out=aside)
 
     def decode(self, features: Features, x: Tensor) -> Tensor:
         """features [B, S, F] or sparse, x [B, L, D] -> y_hat [B, L, D]. x is read by a skip path alone."""
@@ -208,7 +236,8 @@ class Transcoder(nn.Module):
         rows: list[Tensor | None] = [None for _ in range(self.dims.n_layers)]
         for source in range(self.n_sources):
             for target in self.targets(source):
-                part = self.write(features, source, target)
+                # Sums are float32 where tables are bfloat16.
+                part = self.write(features, source, target).to(self.b_dec.dtype)
                 so_far = rows[target]
                 rows[target] = part if so_far is None else so_far + part
         return torch.stack([row for row in rows if row is not None], dim=1)
@@ -238,23 +267,25 @@ class Transcoder(nn.Module):
         return pattern, dense[pattern.tokens, pattern.indices]
 
     def forward(self, x: Tensor, need_pre_acts: bool = False) -> Output:
-        """x [B, L, D] -> Output. Sparse where the activation chooses, unless a loss needs the pre-activations."""
-        pre_acts, features = self.activate(x, need_pre_acts)
-        return Output(pre_acts, features, self.decode(features, x))
+        """x [B, L, D] -> Output. Sparse where the activation chooses, unless the pre-activations are asked for."""
+        return self.decoded(self.activate(x, need_pre_acts), x)
 
-    def activate(self, x: Tensor, need_pre_acts: bool) -> tuple[Tensor | None, Features]:
-        """The first two fields of `forward`'s Output."""
+    def activate(self, x: Tensor, need_pre_acts: bool) -> Encoded:
+        """What `forward` decodes. Training has a form of its own (`arch/sparse_step.py`)."""
         if self.activation.chooses and not need_pre_acts:
-            return None, self.choose(x)
+            return Encoded(None, self.choose(x))
         pre_acts = self.encode(x)
-        return pre_acts, self.activation(pre_acts, self.rank_norms())
+        return Encoded(pre_acts, self.activation(pre_acts, self.rank_norms()))
+
+    def decoded(self, encoded: Encoded, x: Tensor) -> Output:
+        """The Output that follows. x [B, L, D] is read by a skip path alone."""
+        y_hat = self.decode(encoded.features, x)
+        return Output(encoded.pre_acts, encoded.features, y_hat, (), encoded.gated, encoded.beyond)
 
     def decoder_norms(self) -> Tensor:
         """L2 norm of each feature's decoder rows, concatenated over its targets; gradient 0 at 0. -> [S, F]"""
-        squares = [
-            sum(self.table(i, target).square().sum(dim=1) for target in self.targets(i)) for i in range(self.n_sources)
-        ]
-        return safe_root(torch.stack([s for s in squares if isinstance(s, Tensor)]))
+        sources = range(self.n_sources)
+        return torch.stack([row_norms([self.table(i, target) for target in self.targets(i)]) for i in sources])
 
     def rank_norms(self) -> Tensor | None:
         """The decoder norms for a rule that ranks by them, without gradient. -> [L, F] or None"""
@@ -318,9 +349,8 @@ class Transcoder(nn.Module):
                 table.copy_(weights[f"W_dec.{source}"][:, slot])
 
     def _write(self, features: Features, layer: int, table: Tensor) -> Tensor:
-        if isinstance(features, Sparse):
-            return bag(features.patterns[layer], features.values[layer], table)
-        return features[:, layer] @ table
+        one = of_layer(features, layer)
+        return bag(*one, table) if isinstance(one, Chosen) else one @ table
 
 
 def safe_root(square: Tensor) -> Tensor:

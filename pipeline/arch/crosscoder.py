@@ -37,7 +37,7 @@ class Crosscoder(Transcoder):
         return range(self.dims.n_layers)
 
     def inputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (x.flatten(1),)
+        return (x.to(self.encoders[0].dtype).flatten(1),)
 
     @property
     def W_enc(self) -> Tensor:

@@ -28,10 +28,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pipeline.arch.base import Output
+from pipeline.arch.base import Encoded, Output
 from pipeline.arch.clt import CLT
 from pipeline.arch.options import ArchOptions
-from pipeline.core.sparse import Features, Sparse, bag, from_pairs
+from pipeline.core.sparse import Features, bag, from_pairs, of_layer
 from pipeline.errors import UserError
 
 SHARES = (1 / 32, 3 / 32, 7 / 32, 15 / 32)
@@ -99,12 +99,14 @@ class Matryoshka(CLT):
 
     def forward(self, x: Tensor, need_pre_acts: bool = False, sizes: Sequence[int] = ()) -> Output:
         """x [B, L, D] -> Output; with `sizes` (ascending, the last F) it has the shorter prefixes' reconstructions."""
+        return self.decoded(self.activate(x, need_pre_acts), x, sizes)
+
+    def decoded(self, encoded: Encoded, x: Tensor, sizes: Sequence[int] = ()) -> Output:
         if not sizes:
-            return super().forward(x, need_pre_acts)
+            return super().decoded(encoded, x)
         assert sizes[-1] == self.d_features
-        pre_acts, features = self.activate(x, need_pre_acts)
-        *shorter, y_hat = self.nested(features, sizes)
-        return Output(pre_acts, features, y_hat, tuple(shorter))
+        *shorter, y_hat = self.nested(encoded.features, sizes)
+        return Output(encoded.pre_acts, encoded.features, y_hat, tuple(shorter), encoded.gated, encoded.beyond)
 
 
 def _added(one: list[Tensor], other: list[Tensor]) -> list[Tensor]:
@@ -113,9 +115,10 @@ def _added(one: list[Tensor], other: list[Tensor]) -> list[Tensor]:
 
 def _cut(features: Features, layer: int, widths: Sequence[int]) -> list[Callable[[Tensor], Tensor]]:
     """A layer's features in consecutive slices of so many: for each what it writes, [B, D], from its decoder rows."""
-    if not isinstance(features, Sparse):
-        return [part.matmul for part in features[:, layer, : sum(widths)].split(list(widths), dim=1)]
-    pattern, values = features.patterns[layer], features.values[layer]
+    one = of_layer(features, layer)
+    if isinstance(one, Tensor):
+        return [part.matmul for part in one[:, : sum(widths)].split(list(widths), dim=1)]
+    pattern, values = one
     parts: list[Callable[[Tensor], Tensor]] = []
     for a, b in itertools.pairwise([0, *itertools.accumulate(widths)]):
         here = ((pattern.indices >= a) & (pattern.indices < b)).nonzero().squeeze(1)

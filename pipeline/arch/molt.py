@@ -37,7 +37,7 @@ from pipeline.arch.base import Dims, Transcoder, safe_root
 from pipeline.arch.options import ArchOptions
 from pipeline.core.activations import Activation
 from pipeline.core.normalize import Scaling
-from pipeline.core.sparse import Features, Pattern, Sparse, bag, row_products
+from pipeline.core.sparse import Chosen, Features, Pattern, Sparse, bag, of_layer, row_products
 from pipeline.errors import UserError
 
 
@@ -201,8 +201,9 @@ class MOLT(Transcoder):
     def _transformed(self, features: Features, layer: int, x: Tensor) -> Tensor:
         """sum_t a_t U_t V_t x of one layer. x [B, D] -> [B, D]"""
         U, V, offset = self.U[layer], self.V[layer], self.offset[layer]
-        if isinstance(features, Sparse):
-            pattern, values = features.patterns[layer], features.values[layer]
+        one = of_layer(features, layer)
+        if isinstance(one, Chosen):
+            pattern, values = one
             entry, rows = self._rows(pattern.indices)
             edges = torch.cat([pattern.offsets.new_zeros(1), self.rank[pattern.indices].cumsum(0)])[pattern.offsets]
             active = Pattern(rows, edges, V.shape[0])
@@ -214,7 +215,7 @@ class MOLT(Transcoder):
             (p.unflatten(1, (count, rank)) * a[:, :, None]).flatten(1)
             for p, a, count, rank in zip(
                 inner.split(sizes, dim=1),
-                features[:, layer].split(self.counts, dim=1),
+                one.split(self.counts, dim=1),
                 self.counts,
                 self.ranks,
                 strict=True,

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from pipeline.arch.base import Dims, Transcoder
 from pipeline.arch.options import ArchOptions, Tie
 from pipeline.core.activations import Activation
-from pipeline.core.sparse import Features, Pattern, Sparse, bag, from_pairs
+from pipeline.core.sparse import Chosen, Features, Pattern, bag, from_pairs, of_layer
 
 
 class Tied(Transcoder):
@@ -124,28 +124,33 @@ class Tied(Transcoder):
     def _part(self, features: Features, source: int, target: int) -> Tensor:
         """What one source writes to one target, its output scale apart. -> [B, D]"""
         sent, table = self._sent(features, source, target), self._shared(source, target)
-        return bag(features.patterns[source], sent, table) if isinstance(features, Sparse) else sent @ table
+        return bag(*sent, table) if isinstance(sent, Chosen) else sent @ table
 
     def _written_to(self, target: int, features: Features) -> Tensor:
-        """What all sources write to one target, in one product with its table. -> [B, D]"""
+        """What all sources write to one target, in one product with its table for each form. -> [B, D]"""
         sent = [self._sent(features, source, target) for source in range(target + 1)]
-        table = self._shared(target, target)
-        if not isinstance(features, Sparse):
-            return torch.stack(sent).sum(dim=0) @ table
-        pattern, order = merged(features.patterns[: target + 1])
-        return bag(pattern, torch.cat(sent)[order], table)
+        dense, chosen = (
+            [one for one in sent if isinstance(one, Tensor)],
+            [one for one in sent if isinstance(one, Chosen)],
+        )
+        table, parts = self._shared(target, target), []
+        if dense:
+            parts.append(torch.stack(dense).sum(dim=0) @ table)
+        if chosen:
+            pattern, order = merged([one.pattern for one in chosen])
+            parts.append(bag(pattern, torch.cat([one.values for one in chosen])[order], table))
+        return torch.stack(parts).sum(dim=0)
 
-    def _sent(self, features: Features, source: int, target: int) -> Tensor:
-        """s a + o 1[a > 0] of one source's features: [B, F], or [nnz] where they are sparse."""
-        slot = target - source
-        values = features.values[source] if isinstance(features, Sparse) else features[:, source]
-        ids = features.patterns[source].indices if isinstance(features, Sparse) else slice(None)
+    def _sent(self, features: Features, source: int, target: int) -> Tensor | Chosen:
+        """s a + o 1[a > 0] of one source's features."""
+        slot, one = target - source, of_layer(features, source)
+        values, ids = (one.values, one.pattern.indices) if isinstance(one, Chosen) else (one, slice(None))
         sent = values
         if self.scales is not None:
             sent = sent * self.scales[source][:, slot][ids]
         if self.offsets is not None:
             sent = sent + self.offsets[source][:, slot][ids] * (values > 0)
-        return sent
+        return Chosen(one.pattern, sent) if isinstance(one, Chosen) else sent
 
 
 def merged(patterns: Sequence[Pattern]) -> tuple[Pattern, Tensor]:

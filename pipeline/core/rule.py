@@ -21,6 +21,9 @@ class Activation(nn.Module):
     per_token = True
     """Whether a token's features depend on that token's layer alone, so that the rule can run live in a model."""
 
+    compares_layers = False
+    """Whether `choose` holds the pre-activations of all layers at once."""
+
     by_norm = False
     """Whether the rule reads the decoder norms."""
 

@@ -21,6 +21,7 @@ from pipeline.core import deferred, products
 from pipeline.core.pattern import Pattern, fixed_k, from_mask, from_pairs
 
 __all__ = [
+    "Chosen",
     "Features",
     "Pattern",
     "Sparse",
@@ -30,24 +31,49 @@ __all__ = [
     "fixed_k",
     "from_mask",
     "from_pairs",
+    "n_tokens",
+    "of_layer",
     "row_products",
     "sparsify",
 ]
 
 
-class Sparse(NamedTuple):
-    """Features of all layers in sparse form: `patterns[l]` and `values[l]` [nnz_l]."""
+class Chosen(NamedTuple):
+    """One layer's features in sparse form: values [nnz] at the pairs of the pattern."""
 
-    patterns: list[Pattern]
-    values: list[Tensor]
+    pattern: Pattern
+    values: Tensor
+
+
+class Sparse(NamedTuple):
+    """Features of all layers, each in its own form: `patterns[l]` and `values[l]` [nnz_l], or None and [B, F]."""
+
+    patterns: Sequence[Pattern | None]
+    values: Sequence[Tensor]
 
     def dense(self) -> Tensor:
         """[B, L, F]"""
-        return torch.stack([_scatter(p, v) for p, v in zip(self.patterns, self.values, strict=True)], dim=1)
+        layers = [of_layer(self, layer) for layer in range(len(self.values))]
+        return torch.stack([_scatter(*one) if isinstance(one, Chosen) else one for one in layers], dim=1)
 
 
 Features = Tensor | Sparse
-"""[B, L, F], or the same in sparse form."""
+"""[B, L, F], or the same layer by layer, in sparse form where few are active."""
+
+
+def of_layer(features: Features, layer: int) -> Tensor | Chosen:
+    """One layer's features: [B, F], or in sparse form."""
+    if isinstance(features, Tensor):
+        return features[:, layer]
+    pattern, values = features.patterns[layer], features.values[layer]
+    return values if pattern is None else Chosen(pattern, values)
+
+
+def n_tokens(features: Features) -> int:
+    """B"""
+    one = of_layer(features, 0)
+    return one.pattern.n_tokens if isinstance(one, Chosen) else one.shape[0]
+
 
 Write = tuple[int, int, Tensor]
 """(source, target, table [F, D])"""
@@ -118,35 +144,56 @@ class _Bag(torch.autograd.Function):
 class _Bags(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, patterns: list[Pattern], plan: list[tuple[int, int]], n_targets: int, *tensors: Tensor
+        ctx: Any, patterns: Sequence[Pattern | None], plan: list[tuple[int, int]], n_targets: int, *tensors: Tensor
     ) -> Tensor:
         values, tables = tensors[: len(patterns)], tensors[len(patterns) :]
         ctx.save_for_backward(*tensors)
         ctx.patterns, ctx.plan, ctx.leaves = patterns, plan, [_leaf(table) for table in tables]
-        out = tables[0].new_empty(patterns[0].n_tokens, n_targets, tables[0].shape[1])
+        n_tokens = values[0].shape[0] if patterns[0] is None else patterns[0].n_tokens
+        out = tables[0].new_empty(n_tokens, n_targets, tables[0].shape[1])
         begun = set()
         for (source, target), table in zip(plan, tables, strict=True):
-            products.bag(patterns[source], values[source], table, out[:, target], add=target in begun)
+            _write(patterns[source], values[source], table, out[:, target], target in begun)
             begun.add(target)
         assert len(begun) == n_targets, "every target is written"
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        patterns: list[Pattern] = ctx.patterns
-        values, tables = ctx.saved_tensors[: len(patterns)], ctx.saved_tensors[len(patterns) :]
-        needs = ctx.needs_input_grad[3:]
+        patterns: Sequence[Pattern | None] = ctx.patterns
+        n = len(patterns)
+        values, tables = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        values_needed, tables_needed = ctx.needs_input_grad[3 : 3 + n], ctx.needs_input_grad[3 + n :]
         # Copied once for each target, not once for each table that writes it.
         by_target = [rows.contiguous() for rows in grad.unbind(1)]
         values_grads: list[Tensor | None] = [None for _ in patterns]
-        table_grads: list[Tensor | None] = []
-        for n, ((source, target), table, leaf) in enumerate(zip(ctx.plan, tables, ctx.leaves, strict=True)):
+        table_grads: list[Tensor | None] = [None for _ in tables]
+        for i, (source, target) in enumerate(ctx.plan):
             pattern, rows, so_far = patterns[source], by_target[target], values_grads[source]
-            if needs[source]:
-                values_grads[source] = products.row_products(pattern, rows, table, so_far, add=so_far is not None)
-            wanted = needs[len(patterns) + n]
-            table_grads.append(_table_grad(leaf, pattern, values[source], rows) if wanted else None)
+            if values_needed[source]:
+                values_grads[source] = _read(pattern, rows, tables[i], so_far)
+            if tables_needed[i] and pattern is None:
+                table_grads[i] = values[source].T @ rows
+            elif tables_needed[i] and pattern is not None:
+                table_grads[i] = _table_grad(ctx.leaves[i], pattern, values[source], rows)
         return None, None, None, *values_grads, *table_grads
+
+
+def _write(pattern: Pattern | None, values: Tensor, table: Tensor, out: Tensor, add: bool) -> None:
+    """A layer's part of what is written to one target, in `out` or added to it; without a pattern values are [B, F]."""
+    if pattern is not None:
+        products.bag(pattern, values, table, out, add)
+    elif add:
+        out += values @ table
+    else:
+        torch.matmul(values, table, out=out)
+
+
+def _read(pattern: Pattern | None, rows: Tensor, table: Tensor, so_far: Tensor | None) -> Tensor:
+    """The gradient of the values of `_write`, with what other targets gave."""
+    if pattern is not None:
+        return products.row_products(pattern, rows, table, so_far, add=so_far is not None)
+    return rows @ table.T if so_far is None else so_far.addmm_(rows, table.T)
 
 
 class _RowProducts(torch.autograd.Function):

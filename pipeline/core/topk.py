@@ -162,6 +162,8 @@ class BatchTopK(Choosing):
 
 
 class BatchTopKAcross(BatchTopK):
+    compares_layers = True
+
     def forward(self, pre_acts: Tensor, norms: Tensor | None = None) -> Tensor:
         return self._keep(pre_acts.relu(), slice(None), norms)
 

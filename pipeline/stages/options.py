@@ -223,6 +223,10 @@ class TrainConfig:
     dry_run: bool = False
     """Say what it would cost, and write nothing. `--dry-run` sets it."""
 
+    resume: bool | None = None
+    """null: continue the run of this name, or begin it. true: there must be one to continue; without a name it is the
+    unfinished run that was at work last, with its own settings. false: there must be none."""
+
 
 class Thresholds(StrEnum):
     per_feature = "per_feature"

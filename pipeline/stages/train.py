@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pipeline.arch import init, table
 from pipeline.arch.base import Dims, Transcoder
@@ -27,13 +28,16 @@ from pipeline.errors import UserError
 from pipeline.stages import train_estimate
 from pipeline.stages.options import TrainConfig
 from pipeline.stages.train_cache import find_cache, statistics
-from pipeline.stages.train_finish import finish, last_metrics
-from pipeline.train import artifact, checkpoint, inputs, optim, warm
+from pipeline.stages.train_finish import finish, held_out_fvu, use_best
+from pipeline.stages.train_resume import alone, check_resume
+from pipeline.train import artifact, checkpoint, inputs, optim, precision, warm
 from pipeline.train import run as runs
 from pipeline.train.artifact import Trained
 from pipeline.train.inputs import Inputs, Recompute
 from pipeline.train.loop import Plan, Trainer
 from pipeline.train.objective import Objective
+from pipeline.train.options import Finish
+from pipeline.train.run_log import METRICS, last_line
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +51,7 @@ def run(cfg: TrainConfig) -> Path:
 
 def _run(cfg: TrainConfig) -> Path:
     assert cfg.name is not None
+    check_resume(cfg)
     cache = find_cache(cfg)
     plan = _plan(cfg, cache)
     device = resolve_device(cfg.train.device)
@@ -62,42 +67,49 @@ def _run(cfg: TrainConfig) -> Path:
     if cfg.dry_run:
         with torch.device("meta"):  # shapes alone
             model = build(cfg, dims)
-        objective = Objective(cfg.loss, model, variances[0], plan.n_steps, variances[1], cfg.train.seed)
+        precision.check(cfg.train.weights, cfg.optim.name, model)
+        objective = _objective(cfg, model, variances, plan)
         train_estimate.say(cfg, cache, plan, model, objective.needs_pre_acts)
         return runs.RUNS / cfg.name
     model = build(cfg, dims).to(device)
-    activations.check_batch(model.activation, plan.batch_tokens)
+    precision.check(cfg.train.weights, cfg.optim.name, model)
+    activations.check_batch(model.activation, plan.part_tokens)
     done = runs.finished(runs.RUNS / cfg.name)
     mlps = mlps_of(cache, device) if cache.targets is Targets.recompute and not done else None
     recompute = None if mlps is None else Recompute(mlps, device)
     prepare = inputs.build(cache.norm, cfg.arch.site, maps, device, cfg.arch.target, recompute)
-    objective = Objective(cfg.loss, model, variances[0], plan.n_steps, variances[1], cfg.train.seed)
-    optimizer = optim.build(model.parameters(), cfg.optim)
+    objective = _objective(cfg, model, variances, plan)
+    optimizer = optim.build(model.named_parameters(), cfg.optim)
     _check_space(model, plan)
 
     directory = runs.start(cfg.name, cfg)
     if runs.finished(directory):
         logger.info("%s is finished already\nnext: clt eval run=%s", directory, directory)
         return directory
-    trainer = Trainer(directory, model, optimizer, objective, prepare, plan, cfg.optim)
-    trainer.about = {"cache": cache.key}
-    last = checkpoint.newest(directory)
-    _say(cfg, cache, plan, model, device, last)
-    if mlps is not None:
-        _say_targets(mlps, plan.batch_tokens)
-    if last is not None:
-        trainer.resume(last)
-    elif earlier is not None:
-        logger.info("weights    from %s", earlier.path)
-        warm.start_from(model, earlier, prepare.scaling)
-    else:
-        _initialise(cfg, model, cache, prepare)
-    start, ahead = trainer.state.step, cfg.cache.shards_ahead
-    with Loader(cache, plan.batch_tokens, cfg.train.seed, cfg.cache.read, start, shards_ahead=ahead) as batches:
-        metrics = trainer.fit(iter(batches))
-    if mlps is not None:
-        _say_share(directory)
-    finish(cfg, cache, trainer, metrics or last_metrics(directory))
+    with alone(directory):
+        trainer = Trainer(directory, model, optimizer, objective, prepare, plan, cfg.optim)
+        trainer.about = {"cache": cache.key}
+        trainer.held_out_fvu = lambda: held_out_fvu(cfg, cache, trainer)
+        checkpoint.tidy(directory)
+        last = checkpoint.newest(directory)
+        _say(cfg, cache, plan, model, device, last)
+        if mlps is not None:
+            _say_targets(mlps, plan.part_tokens)
+        if last is None and earlier is not None:
+            logger.info("weights    from %s", earlier.path)
+            warm.start_from(model, earlier, prepare.scaling)
+        elif last is None:
+            _initialise(cfg, model, cache, prepare)
+        precision.store(model, cfg.train.weights)
+        trainer.begin(last)
+        start, ahead = trainer.state.step, cfg.cache.shards_ahead
+        with Loader(cache, plan.batch_tokens, cfg.train.seed, cfg.cache.read, start, shards_ahead=ahead) as batches:
+            metrics = trainer.fit(iter(batches))
+        if mlps is not None:
+            _say_share(directory)
+        if cfg.train.finish is Finish.best:
+            metrics = use_best(trainer)
+        finish(cfg, cache, trainer, metrics or last_line(directory / METRICS))
     logger.info("%s\nnext: clt eval run=%s", directory, directory)
     return directory
 
@@ -108,12 +120,22 @@ def build(cfg: TrainConfig, dims: Dims) -> Transcoder:
     return table.build(cfg.arch, dims, rule)
 
 
+def _objective(cfg: TrainConfig, model: Transcoder, variances: tuple[float, Tensor], plan: Plan) -> Objective:
+    total, by_layer = variances
+    return Objective(cfg.loss, model, total, plan.n_steps, by_layer, cfg.train.seed, cfg.train.sparse)
+
+
 def _plan(cfg: TrainConfig, cache: Cache) -> Plan:
     """Resolve lengths given in tokens, and `auto`."""
     options = cfg.train
     if options.batch_tokens < 1 or options.batch_tokens > cache.n_rows:
         raise UserError(
             f"train.batch_tokens={options.batch_tokens} must lie between 1 and the cache's {cache.n_rows} rows"
+        )
+    if options.accumulate < 1 or options.batch_tokens % options.accumulate:
+        raise UserError(
+            f"train.accumulate={options.accumulate} must be 1 or more and divide "
+            f"train.batch_tokens={options.batch_tokens}, into equal parts"
         )
     if options.seed < 0:
         raise UserError(f"train.seed={options.seed} must not be negative")
@@ -128,6 +150,12 @@ def _plan(cfg: TrainConfig, cache: Cache) -> Plan:
     every = tokens // 5 if options.checkpoint_every == "auto" else count(options.checkpoint_every)
     if options.keep_checkpoints < 1:
         raise UserError(f"train.keep_checkpoints={options.keep_checkpoints} must be at least 1")
+    if options.keep_best < 0:
+        raise UserError(f"train.keep_best={options.keep_best} must not be negative")
+    if options.finish is Finish.best and not options.keep_best:
+        raise UserError("train.finish=best needs a best checkpoint to finish with; add train.keep_best=1")
+    if options.diverged is not None and options.diverged <= 1:
+        raise UserError(f"train.diverged={options.diverged} must be above 1; null for no such limit")
     if cfg.log.every < 1:
         raise UserError(f"log.every={cfg.log.every} must be at least 1")
     resample_steps = _resampling(cfg, n_steps, window)
@@ -142,6 +170,9 @@ def _plan(cfg: TrainConfig, cache: Cache) -> Plan:
         last_resample=int(cfg.loss.resample_until * n_steps),
         seed=options.seed,
         y_variance=statistics(cache, cfg.arch.writes).std.square(),
+        accumulate=options.accumulate,
+        keep_best=options.keep_best,
+        diverged=options.diverged,
     )
 
 

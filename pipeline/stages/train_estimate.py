@@ -14,6 +14,8 @@ from pipeline.stages.options import TrainConfig
 from pipeline.train import run as runs
 from pipeline.train.calibrate import FEATURES_AT_ONCE
 from pipeline.train.loop import Plan
+from pipeline.train.optim import OPTIMISERS
+from pipeline.train.options import Precision
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ def say(cfg: TrainConfig, cache: Cache, plan: Plan, model: Transcoder, needs_pre
     """`model` may lie on the meta device: only its shapes are read."""
     learned = model.n_parameters
     cost = flops(model, needs_pre_acts)
-    weights, peak = FLOAT * learned, peak_bytes(cfg, model, plan, needs_pre_acts, held_out_rows(cache))
+    (weights, state), peak = _kept(cfg, model), peak_bytes(cfg, model, plan, needs_pre_acts, held_out_rows(cache))
     tokens = plan.n_steps * plan.batch_tokens
     sparse = "" if cost.decode_sparse is None else f", sparse {_count(cost.decode_sparse)}"
     needed, free = disk_bytes(model, plan), free_bytes(runs.RUNS)
@@ -46,7 +48,7 @@ def say(cfg: TrainConfig, cache: Cache, plan: Plan, model: Transcoder, needs_pre
         "FLOPs a token": f"encode {_count(cost.encode)}, decode dense {_count(cost.decode_dense)}{sparse}",
         "FLOPs a step": f"{_count(cost.step * plan.batch_tokens)} forward and backward "
         f"({_count(cost.step)} a token), {_count(cost.step * tokens)} in all; a multiply-add is 2",
-        "memory": f"weights {gb(weights)}, gradients {gb(weights)}, optimiser {gb(2 * weights)}; "
+        "memory": f"weights {gb(weights)}, gradients {gb(weights)}, optimiser {gb(state)}; "
         f"about {gb(peak)} at the peak, on {cfg.train.device}",
         "disk": f"{gb(needed)}, {gb(free)} free on {disk_of(runs.RUNS)}" + ("" if free >= needed else ": NOT ENOUGH"),
         "run": f"runs/{cfg.name}: {plan.n_steps:,} steps of {plan.batch_tokens:,} tokens, "
@@ -62,7 +64,7 @@ def disk_bytes(model: Transcoder, plan: Plan) -> int:
     """What a run writes: weights and two moments in each checkpoint, one more of them while it is being written, and
     the result."""
     weights = FLOAT * model.n_parameters
-    return weights * (3 * (plan.keep_checkpoints + 1) + 1)
+    return weights * (3 * (plan.keep_checkpoints + plan.keep_best + 1) + 1)
 
 
 def peak_bytes(cfg: TrainConfig, model: Transcoder, plan: Plan, needs_pre_acts: bool, held_out: int) -> int:
@@ -73,11 +75,13 @@ def peak_bytes(cfg: TrainConfig, model: Transcoder, plan: Plan, needs_pre_acts: 
     sampled = cfg.train.init_from is None and init.needs_sample(cfg.arch)
     n_first = max(8192, 4 * model.d_features) if sampled else 0
     start = weights + 6 * n_first * row
-    kept = 4 * weights  # weights, gradients and the two moments, from the first step on
+    in_use, state = _kept(cfg, model)
+    kept = 2 * in_use + state  # weights, gradients and moments, from the first step on
     # As they are stored, as floats, through the norm, scaled, and the reconstruction with its gradient.
     batch = 8 * plan.batch_tokens * row
     step = kept + batch + _features_bytes(model, plan, needs_pre_acts)
-    checkpoint = kept + 2 * weights  # the moments are laid out as bytes once more
+    # The optimiser's state is laid out as bytes once more; with signsgd there are the weights at work beside the averaged.
+    checkpoint = kept + state + (weights if cfg.optim.name == "signsgd" else 0)
     ranked = RANKED * held_out * min(FEATURES_AT_ONCE, model.d_features) if model.activation.chooses else 0
     end = kept + weights + 5 * held_out * row + ranked
     return LIBRARIES + max(start, step, checkpoint, end)
@@ -86,6 +90,12 @@ def peak_bytes(cfg: TrainConfig, model: Transcoder, plan: Plan, needs_pre_acts: 
 def held_out_rows(cache: Cache) -> int:
     """Rows of the larger of the two held-out splits."""
     return max(cache.specs[f"{prefix(split)}resid_mid"].shape[0] for split in (Split.calibration, Split.evaluation))
+
+
+def _kept(cfg: TrainConfig, model: Transcoder) -> tuple[int, int]:
+    """Bytes of the weights in training, which are also those of the gradients, and of the optimiser's state."""
+    each = FLOAT // 2 if cfg.train.weights is Precision.bfloat16 else FLOAT
+    return each * model.n_parameters, int(OPTIMISERS[cfg.optim.name].state_bytes * model.n_parameters)
 
 
 def _features_bytes(model: Transcoder, plan: Plan, needs_pre_acts: bool) -> int:

@@ -1,8 +1,6 @@
 """The end of `clt train`: thresholds, folding, `runs/NAME/final/`."""
 
-import json
 import logging
-from pathlib import Path
 
 from torch import Tensor
 
@@ -12,11 +10,16 @@ from pipeline.data.tokens import Split
 from pipeline.plain import to_plain
 from pipeline.stages.options import TrainConfig
 from pipeline.stages.train_cache import statistics
-from pipeline.train import artifact, calibrate
+from pipeline.train import artifact, calibrate, checkpoint, precision
 from pipeline.train.inputs import Inputs
 from pipeline.train.loop import Trainer
+from pipeline.train.optimisers import averaged, settle
+from pipeline.train.run_log import METRICS, last_line
 
 logger = logging.getLogger(__name__)
+
+SCORED_ROWS = 2048
+"""Rows that a checkpoint is scored on."""
 
 TOLERANCE = 0.05
 """How far held-out L0 may lie from loss.target_l0 before the run says so."""
@@ -24,7 +27,9 @@ TOLERANCE = 0.05
 
 def finish(cfg: TrainConfig, cache: Cache, trainer: Trainer, metrics: dict[str, object]) -> None:
     """Thresholds from the calibration split, their L0 and FVU on the evaluation split, folding, runs/NAME/final."""
-    model, prepare, batch = trainer.model.eval(), trainer.inputs, trainer.plan.batch_tokens
+    settle(trainer.optimizer)
+    precision.restore(trainer.model)
+    model, prepare, batch = trainer.model.eval(), trainer.inputs, trainer.plan.part_tokens
     x, _ = _held_out(cache, Split.calibration, prepare)
     rank_norms = model.rank_norms()
     threshold = calibrate.thresholds(model, x, batch, cfg.train.seed)
@@ -70,5 +75,24 @@ def _held_out(cache: Cache, split: Split, prepare: Inputs) -> tuple[Tensor, Tens
     return prepare(resid_mid, mlp_out)
 
 
-def last_metrics(directory: Path) -> dict[str, object]:
-    return json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])
+def held_out_fvu(cfg: TrainConfig, cache: Cache, trainer: Trainer) -> float:
+    """FVU of the model as it stands, under the rule of training, on the first rows of the calibration split: at least
+    one batch, so that tokens compete as in training. The evaluation split is not chosen by."""
+    model, batch = trainer.model, trainer.plan.part_tokens
+    _, resid_mid, mlp_out = cache.held_out(Split.calibration)
+    n = max(SCORED_ROWS, batch)
+    x, y = trainer.inputs(resid_mid[:n], mlp_out[:n])
+    with averaged(trainer.optimizer):
+        measured = calibrate.measure(model.eval(), x, y, trainer.inputs.scaling.y_scale, batch, cfg.train.seed)
+    model.train()
+    assert measured["fvu"] is not None
+    return measured["fvu"]
+
+
+def use_best(trainer: Trainer) -> dict[str, object]:
+    """Put the weights of the best checkpoint into the model. -> what was logged of its steps last"""
+    chosen = checkpoint.best(trainer.directory)[0]
+    step = checkpoint.load(chosen, trainer.model, trainer.optimizer).step
+    trainer.model.activation.at((step - 1) / trainer.plan.n_steps)
+    logger.info("best       %s", chosen)
+    return last_line(chosen / METRICS)

@@ -31,6 +31,7 @@ from torch import nn
 from pipeline.errors import UserError
 from pipeline.files import atomic_directory, remove_empty, take_lock, write_aside
 from pipeline.train import checkpoint
+from pipeline.train.optimisers import optimizer_tensors, restore_optimizer
 from pipeline.train.run import flatten
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class Work:
         weights = dict(model.named_parameters())  # tied ones once
         with atomic_directory(self.directory / "checkpoints" / f"step_{step}") as aside:
             save_file(checkpoint.contiguous(weights), aside / "model.safetensors")
-            moments = checkpoint.optimizer_tensors(model, optimizer)
+            moments = optimizer_tensors(model, optimizer)
             save_file(checkpoint.contiguous(moments), aside / "optimizer.safetensors")
             save_file({"torch_rng": torch.get_rng_state()}, aside / "state.safetensors")
             (aside / "state.json").write_text(json.dumps({"step": step, "data": self.data}, indent=2) + "\n")
@@ -102,7 +103,7 @@ class Work:
             for name, parameter in model.named_parameters():
                 parameter.copy_(saved[name])
             moments = load_file(last / "optimizer.safetensors")
-            checkpoint.restore_optimizer(model, optimizer, moments)
+            restore_optimizer(model, optimizer, moments)
             torch.set_rng_state(load_file(last / "state.safetensors")["torch_rng"])
             self.lines = [json.loads(line) for line in (last / "metrics.jsonl").read_text().splitlines()]
             step = state["step"]

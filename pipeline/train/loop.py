@@ -1,32 +1,34 @@
 """The training loop: a batch, a step, the counters, a line in the log."""
 
-import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pipeline.arch.base import Output, Transcoder
-from pipeline.arch.matryoshka import Matryoshka
+from pipeline.arch.base import Transcoder
 from pipeline.core.activations import Choosing
-from pipeline.core.sparse import Sparse
+from pipeline.core.density import Form
+from pipeline.core.gates import Gate
 from pipeline.data.loader import Batch
 from pipeline.data.shuffle import derive
 from pipeline.errors import UserError
-from pipeline.files import write_aside
 from pipeline.progress import Progress
-from pipeline.train import checkpoint, controller
+from pipeline.train import checkpoint, controller, health, micro
+from pipeline.train import run as runs
 from pipeline.train.checkpoint import State
+from pipeline.train.health import Divergence
 from pipeline.train.inputs import Inputs
 from pipeline.train.interrupt import stop_requests
+from pipeline.train.micro import Taken
 from pipeline.train.objective import Objective
-from pipeline.train.options import OptimOptions
+from pipeline.train.options import OptimOptions, SparseStep
 from pipeline.train.resample import resample
+from pipeline.train.run_log import RunLog
 from pipeline.train.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,16 @@ class Plan:
     seed: int
     y_variance: Tensor
     """[L, D] variance of the targets over the cache, in the model's units."""
+    accumulate: int = 1
+    """Parts of a batch that go through the model one after the other."""
+    keep_best: int = 0
+    diverged: float | None = None
+    """See `train/health.py`."""
+
+    @property
+    def part_tokens(self) -> int:
+        """Tokens that go through the model at once, and compete where tokens do."""
+        return self.batch_tokens // self.accumulate
 
 
 class Trainer:
@@ -69,15 +81,21 @@ class Trainer:
         self.objective, self.inputs, self.plan, self.optim = objective, inputs, plan, optim
         never = torch.zeros(model.n_sources, model.d_features, dtype=torch.int64, device=inputs.device)
         self.state = State(0, never, controller.first(objective.options) if objective.controlled else None)
+        self.divergence = Divergence(plan.diverged, objective.trivial)
+        self.log = RunLog(directory)
         self.about: dict[str, object] = {}
+        self.held_out_fvu: Callable[[], float] | None = None
+        """What the best checkpoints are chosen by."""
 
-    def resume(self, path: Path) -> None:
-        """Continue from a checkpoint: as if the run had never stopped."""
-        self.state = checkpoint.load(path, self.model, self.optimizer)
-        _keep_lines(self.directory / "metrics.jsonl", self.state.step)
+    def begin(self, path: Path | None) -> None:
+        """Continue from a checkpoint, as if the run had never stopped; None: what was logged before one counts not."""
+        if path is not None:
+            self.state = checkpoint.load(path, self.model, self.optimizer)
+            self.divergence.restore(self.state.more)
+        self.log.begin(path, self.state.step)
 
     def fit(self, batches: Iterator[Batch]) -> dict[str, object]:
-        """`batches` begins at the batch that follows the state. Ctrl-C saves a checkpoint first."""
+        """`batches` begins at the batch that follows the state. Ctrl-C and SIGTERM save a checkpoint first."""
         plan, state = self.plan, self.state
         record: dict[str, object] = {}
         total = plan.n_steps * plan.batch_tokens
@@ -89,63 +107,79 @@ class Trainer:
                 batch = next(batches)
                 clock.data_arrived()
                 rate = learning_rate(self.optim, state.step, plan.n_steps)
-                out, y, terms = self.step(batch, rate)
+                taken = self.step(batch, rate)
                 state.step += 1
                 fields: dict[str, str | float] = {}
-                if state.step % plan.log_steps == 0 or state.step == plan.n_steps:
-                    record = self.record(out, y, terms, rate)
-                    _append(self.directory / "metrics.jsonl", record)
+                if self._logs(state.step):
+                    record = self.record(taken, rate)
                     times = clock.record(state.step, plan.batch_tokens)
                     if self.inputs.recompute is not None:
                         times["targets_ms"] = self.inputs.recompute.take_ms()
-                    _append(self.directory / "timings.jsonl", times)
+                    self.log.add(record, times)
                     fields = _bar_fields(record)
-                self._steer(out)
+                self._steer(taken)
+                self._refuse_divergence(taken)
                 bar.update(plan.batch_tokens, **fields)
                 if state.step % plan.checkpoint_steps == 0 or state.step == plan.n_steps or requested():
                     self.save()
                 if requested():
-                    logger.info("stopped at step %d of %d; the same command continues", state.step, plan.n_steps)
+                    name = runs.name_of(self.directory)
+                    logger.info("stopped at step %d of %d; clt train name=%s continues", state.step, plan.n_steps, name)
                     raise KeyboardInterrupt
         self.model.activation.at(1.0)
         return record
 
-    def step(self, batch: Batch, rate: float) -> tuple[Output, Tensor, dict[str, Tensor]]:
+    def step(self, batch: Batch, rate: float) -> Taken:
         """One optimiser step, and the counters that follow from it."""
-        x, y = self.inputs(batch.resid_mid, batch.mlp_out)
-        state = self.state
-        self.model.activation.at(state.step / self.plan.n_steps)
-        out = self.objective.forward(self.model, x, state.step)
-        terms = self.objective(self.model, out, x, y, self.dead(), state.step, state.log_lambda)
-        loss = torch.stack(list(terms.values())).sum()
-        terms = {name: term.detach() for name, term in terms.items()}
-        if not math.isfinite(loss.item()):
-            raise UserError(self._diverged(terms))
+        state, plan = self.state, self.plan
+        self.model.activation.at(state.step / plan.n_steps)
+        dead = self.dead()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        counts, scale = self.objective.controlled, self.inputs.scaling.y_scale
+        taken = Taken(self.model, scale, counts, self._logs(state.step + 1), self._resamples(state.step + 1))
+        whole = micro.whole(self.objective, self.model, self.inputs, batch, plan.accumulate, dead, state.step)
+        for part in micro.parts(batch, plan.accumulate):
+            x, y = self.inputs(part.resid_mid, part.mlp_out)
+            out = self.objective.forward(self.model, x, state.step)
+            terms = self.objective(self.model, out, x, y, dead, state.step, state.log_lambda, whole)
+            stacked = torch.stack(list(terms.values()))
+            if not math.isfinite(sum(taken.note(terms, stacked))):
+                raise UserError(self._not_finite("loss", health.bad_terms(terms)))
+            (stacked.sum() / plan.accumulate).backward()
+            taken.add(out, x, y)
+            del out, terms, stacked  # what they keep of this part is not to lie beside the next
+        if bad := health.bad_gradients(self.model):
+            raise UserError(self._not_finite("gradient", bad))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        state.tokens_since_fired += y.shape[0]
-        state.tokens_since_fired[fired(out)] = 0
-        self._resample(out, x, y)
-        return out, y, terms
+        state.tokens_since_fired += taken.n_tokens
+        state.tokens_since_fired[taken.fired] = 0
+        self._resample(taken)
+        return taken
 
-    def _steer(self, out: Output) -> None:
+    def _steer(self, taken: Taken) -> None:
         """The controller's move after a step."""
         state, target = self.state, self.objective.options.target_l0
         if state.log_lambda is not None:
             assert target is not None
-            l0 = active(out) / out.y_hat.shape[0]
-            state.log_lambda = controller.steered(state.log_lambda, l0, target, state.step - 1, self.plan.n_steps)
+            state.log_lambda = controller.steered(state.log_lambda, taken.l0, target, state.step - 1, self.plan.n_steps)
 
-    def _resample(self, out: Output, x: Tensor, y: Tensor) -> None:
+    def _logs(self, done: int) -> bool:
+        """Whether the step that makes it so many is logged."""
+        return done % self.plan.log_steps == 0 or done == self.plan.n_steps
+
+    def _resamples(self, done: int) -> bool:
+        every = self.plan.resample_steps
+        return every > 0 and done % every == 0 and done <= self.plan.last_resample
+
+    def _resample(self, taken: Taken) -> None:
         """Restart dead features, when it is time to."""
-        plan, done = self.plan, self.state.step + 1
-        if not plan.resample_steps or done % plan.resample_steps or done > plan.last_resample:
+        done = self.state.step + 1
+        if not self._resamples(done):
             return
-        generator = torch.Generator().manual_seed(derive(plan.seed, "resample", done))
-        error = (y - out.y_hat).detach()
+        generator = torch.Generator().manual_seed(derive(self.plan.seed, "resample", done))
+        x, error = (torch.cat(tensors) for tensors in zip(*taken.kept, strict=True))
         restarted = resample(self.model, self.optimizer, x, error, self.dead(), generator)
         self.state.tokens_since_fired[restarted] = 0
         logger.info("step %d: %d dead features begin again", done, int(restarted.sum()))
@@ -155,74 +189,70 @@ class Trainer:
         return self.state.tokens_since_fired >= self.plan.dead_window
 
     def save(self) -> None:
-        checkpoint.save(self.directory, self.model, self.optimizer, self.state, self.about)
-        checkpoint.prune(self.directory, self.plan.keep_checkpoints)
+        """Write a checkpoint, unless something in it is not finite, and remove those that are not to be kept."""
+        plan, step = self.plan, self.state.step
+        if bad := health.bad_weights(self.model, self.optimizer):
+            raise UserError(self._not_finite("weights or moments", bad))
+        about = dict(self.about)
+        # A stop by Ctrl-C adds no candidate: which one is best depends on the run alone.
+        if plan.keep_best and self.held_out_fvu and (step % plan.checkpoint_steps == 0 or step == plan.n_steps):
+            about[checkpoint.SCORE] = self.held_out_fvu()
+            logger.info("step %d: held-out FVU %.4f", step, about[checkpoint.SCORE])
+        self.state.more |= self.divergence.tensors()
+        checkpoint.save(self.directory, self.model, self.optimizer, self.state, about)
+        # While the loss is suspiciously high, the last good checkpoint stays.
+        if not self.divergence.above:
+            checkpoint.prune(self.directory, plan.keep_checkpoints, plan.keep_best)
 
-    @torch.no_grad()
-    def record(self, out: Output, y: Tensor, terms: dict[str, Tensor], rate: float) -> dict[str, object]:
+    def record(self, taken: Taken, rate: float) -> dict[str, object]:
         """A line of metrics.jsonl, of this step's batch. fvu: pooled, in the model's units, cache's variance."""
-        tokens = self.state.step * self.plan.batch_tokens
+        tokens, terms = self.state.step * self.plan.batch_tokens, taken.terms
         return {
             "step": self.state.step,
             "tokens": tokens,
             "loss": float(torch.stack(list(terms.values())).sum()),
             **{f"loss/{name}": float(term) for name, term in terms.items()},
-            "fvu": self._fvu(out.y_hat, y),
-            **self._prefix_fvu(out, y),
-            "l0": active(out) / y.shape[0],
+            **taken.fvu(float(self.plan.y_variance.sum())),
+            "l0": taken.l0,
             "dead_fraction": float(self.dead().float().mean()) if tokens >= self.plan.dead_window else None,
             "lr": rate,
             **self._in_force(),
         }
 
     def _in_force(self) -> dict[str, object]:
-        """What changes over the run in the settings of this one: lambda of the sparsity penalty, an annealed k."""
+        """What changes over the run in the settings of this one: lambda of the sparsity penalty, an annealed k, the
+        share of layers in sparse form."""
         changing: dict[str, object] = {}
         if self.objective.penalises:
             changing["lambda"] = self.objective.lambda_at(self.state.step - 1, self.state.log_lambda)
         rule = self.model.activation
         if isinstance(rule, Choosing) and rule.k_start is not None:
             changing["k"] = sum(rule.k) / len(rule.k)
+        if isinstance(rule, Gate) and self.objective.sparse != SparseStep.never:
+            changing["sparse_layers"] = float((rule.form != Form.dense).double().mean())
+            if rule.windowed:
+                changing["dense_windows"] = float((rule.form == Form.dense_window).double().mean())
         return changing
 
-    def _fvu(self, y_hat: Tensor, y: Tensor) -> float:
-        error = ((y_hat - y) * self.inputs.scaling.y_scale).square().sum() / y.shape[0]
-        return float(error) / float(self.plan.y_variance.sum())
-
-    def _prefix_fvu(self, out: Output, y: Tensor) -> dict[str, float]:
-        """The FVU of each shorter prefix, of the same sizes in every line of the log."""
-        if not isinstance(self.model, Matryoshka):
-            return {}
-        *sizes, _ = self.model.usual_sizes()
-        parts = self.model.nested(out.features, sizes)
-        return {f"fvu/prefix_{size}": self._fvu(part, y) for size, part in zip(sizes, parts, strict=True)}
-
-    def _diverged(self, terms: dict[str, Tensor]) -> str:
-        bad = ", ".join(name for name, term in terms.items() if not math.isfinite(float(term)))
+    def _not_finite(self, what: str, bad: list[str]) -> str:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         last = checkpoint.newest(self.directory)
         return (
-            f"the loss ({bad}) is no longer finite at step {self.state.step}; lower optim.lr={self.optim.lr}"
-            f" and train under another name (last good checkpoint: {last or 'none'})"
+            f"the {what} ({', '.join(bad[:3])}{more}) is no longer finite at step {self.state.step}; lower "
+            f"optim.lr={self.optim.lr} and train under another name (last good checkpoint: {last or 'none'})"
         )
 
-
-def fired(out: Output) -> Tensor:
-    """Which features fired at all in the batch. [L, F] bool"""
-    if isinstance(out.features, Sparse):
-        return torch.stack(
-            [
-                torch.zeros(p.n_features, dtype=torch.bool, device=v.device).index_fill(0, p.indices[v > 0], True)
-                for p, v in zip(out.features.patterns, out.features.values, strict=True)
-            ]
+    def _refuse_divergence(self, taken: Taken) -> None:
+        loss, seen = taken.reconstruction, self.divergence
+        if not seen.has(loss):
+            return
+        last = checkpoint.newest(self.directory, self.state.step - seen.above)
+        raise UserError(
+            f"the loss (reconstruction) has diverged at step {self.state.step}: {loss:.3g}, above that of predicting "
+            f"means and for {seen.above} steps above {seen.limit:g} times its lowest, {seen.lowest:.3g}; lower "
+            f"optim.lr={self.optim.lr} and train under another name (last good checkpoint: {last or 'none'}), or go on "
+            "with train.diverged=null"
         )
-    return (out.features > 0).any(dim=0)
-
-
-def active(out: Output) -> int:
-    """Number of active (token, feature) pairs over all layers."""
-    if isinstance(out.features, Sparse):
-        return sum(int((values > 0).sum()) for values in out.features.values)
-    return int((out.features > 0).sum())
 
 
 class _Clock:
@@ -250,18 +280,6 @@ class _Clock:
         }
         self.start, self.waited, self.steps = now, 0.0, 0
         return line
-
-
-def _append(path: Path, line: dict[str, object]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def _keep_lines(path: Path, step: int) -> None:
-    """Drop what was logged after the checkpoint: those steps are taken again. A line cut short by a crash goes too."""
-    if path.exists():
-        whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        write_aside(path, "".join(line for line in whole if json.loads(line)["step"] <= step).encode())
 
 
 def _bar_fields(record: dict[str, object]) -> dict[str, str | float]:

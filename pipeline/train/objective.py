@@ -2,21 +2,35 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.arch import sparse_step
 from pipeline.arch.base import Output, Transcoder
 from pipeline.arch.matryoshka import Matryoshka
-from pipeline.core import activations, losses
-from pipeline.core.activations import Choosing, GroupMax, JumpReLU
+from pipeline.core import activations, density, losses
+from pipeline.core.activations import Activation, Choosing, GroupMax, JumpReLU
 from pipeline.core.options import LayerWeighting, LossOptions, PreActForm, Ramp, Shape, SparsityForm
+from pipeline.core.sparse import Features, Sparse
 from pipeline.errors import UserError
 from pipeline.train import schedule
+from pipeline.train.options import SparseStep
 
 WIDER = 4
 """Multi-TopK's second reconstruction has so many times k features (Gao et al. 2024, A.3)."""
+
+
+class Whole(NamedTuple):
+    """Of a batch that comes in parts: what the terms which are no means over tokens need to know of all of it."""
+
+    spread: float
+    """mean_n |e - mean e|^2 of the errors e = y - y_hat."""
+    l0: float
+    """Active features of a token."""
 
 
 class Objective:
@@ -32,10 +46,16 @@ class Objective:
         n_steps: int,
         layer_variance: Tensor | None = None,
         seed: int = 0,
+        sparse: SparseStep = SparseStep.auto,
     ) -> None:
         _check(options, model)
+        self.sparse = sparse
         self.options, self.variance, self.n_steps, self.seed = options, variance, n_steps, seed
         self.weights = _layer_weights(options, model, layer_variance)
+        self.trivial = variance
+        """The reconstruction loss of predicting the means."""
+        if self.weights is not None and layer_variance is not None:
+            self.trivial = float((self.weights.to(layer_variance) * layer_variance).sum())
         self.wider: Choosing | None = None
         if options.multi_topk > 0:
             assert isinstance(model.activation, Choosing)
@@ -58,11 +78,22 @@ class Objective:
         """Whether a term reads every pre-activation, so that the sparse path cannot drop them."""
         return self.options.pre_act > 0
 
+    @property
+    def reads_norms(self) -> bool:
+        """Whether a term reads the decoder norms, which are computed once a step."""
+        return self.penalises or (self.needs_pre_acts and self.options.pre_act_form == PreActForm.january)
+
+    def reads_whole(self, dead: Tensor) -> bool:
+        """Whether a term of this step is no mean over tokens."""
+        return self.options.l0 > 0 or (self.options.aux_k > 0 and bool(dead.any()))
+
     def forward(self, model: Transcoder, x: Tensor, step: int) -> Output:
         """The model's output with all that the terms of this step read. x [B, L, D] in the transcoder's units."""
-        if isinstance(model, Matryoshka):
-            return model(x, self.needs_pre_acts, model.sizes(self.seed, step))
-        return model(x, self.needs_pre_acts)
+        sizes = model.sizes(self.seed, step) if isinstance(model, Matryoshka) else []
+        if self.sparse == SparseStep.never:
+            return model(x, True, sizes) if isinstance(model, Matryoshka) else model(x, True)
+        limits = density.ALWAYS if self.sparse == SparseStep.always else density.limits(model.encoders[0])
+        return sparse_step.forward(model, x, limits, self.needs_pre_acts, sizes)
 
     def lambda_at(self, step: int, log_lambda: float | None) -> float:
         """Coefficient of the sparsity penalty: the controller's, or the schedule's."""
@@ -80,31 +111,37 @@ class Objective:
         dead: Tensor,
         step: int,
         log_lambda: float | None = None,
+        whole: Whole | None = None,
     ) -> dict[str, Tensor]:
-        """x, y [B, M, D] in the transcoder's units; dead [L, F] bool; log_lambda the controller's -> {term: []}."""
+        """x, y [B, M, D] in the transcoder's units; dead [L, F] bool; log_lambda the controller's; whole: of the batch
+        that these tokens are a part of -> {term: []}."""
         options = self.options
         terms = {"reconstruction": losses.reconstruction(out.y_hat, y, self._weights_on(y))}
         if isinstance(model, Matryoshka) and model.nests:
             assert out.shorter, "the output of Objective.forward has the shorter prefixes"
             parts = [losses.reconstruction(part, y, self._weights_on(y)) for part in out.shorter]
             terms["prefixes"] = torch.stack(parts).sum()
+        norms = model.decoder_norms() if self.reads_norms else None
         if self.penalises:
-            terms["sparsity"] = self.lambda_at(step, log_lambda) * self._sparsity(model, out)
+            assert norms is not None
+            terms["sparsity"] = self.lambda_at(step, log_lambda) * self._sparsity(model.activation, out, norms)
         if options.l0 > 0:
             assert options.target_l0 is not None
             assert isinstance(model.activation, JumpReLU)
-            assert out.pre_acts is not None
-            active = model.activation.active(out.pre_acts)
-            terms["l0"] = self._now("l0", step) * losses.l0_target(active, options.target_l0)
+            active, unseen = active_features(model.activation, out)
+            of_batch = None if whole is None else whole.l0
+            terms["l0"] = self._now("l0", step) * losses.l0_target(active, options.target_l0, of_batch, unseen)
         if options.pre_act > 0:
             assert out.pre_acts is not None
-            terms["pre_act"] = self._now("pre_act", step) * self._pre_act(model, out.pre_acts)
+            terms["pre_act"] = self._now("pre_act", step) * self._pre_act(model, out.pre_acts, norms)
         if self.wider is not None:
             terms["multi_topk"] = self._now("multi_topk", step) * self._multi_topk(model, x, y)
         if options.aux_k > 0 and dead.any():
             error = (y - out.y_hat).detach()
             explained = explain_error(model, x, dead)
-            terms["aux_k"] = self._now("aux_k", step) * losses.aux_k(error, explained, int(dead.sum()), self.variance)
+            spread = None if whole is None else whole.spread
+            auxiliary = losses.aux_k(error, explained, int(dead.sum()), self.variance, spread)
+            terms["aux_k"] = self._now("aux_k", step) * auxiliary
         return terms
 
     def _now(self, term: str, step: int) -> float:
@@ -114,16 +151,25 @@ class Objective:
     def _weights_on(self, y: Tensor) -> Tensor | None:
         return None if self.weights is None else self.weights.to(y)
 
-    def _sparsity(self, model: Transcoder, out: Output) -> Tensor:
+    def _sparsity(self, rule: Activation, out: Output, norms: Tensor) -> Tensor:
+        c = self.options.sparsity_c
         if self.options.sparsity_form == SparsityForm.l1:
-            return losses.l1_sparsity(out.features, model.decoder_norms())
-        return losses.tanh_sparsity(out.features, model.decoder_norms(), self.options.sparsity_c)
+            value, slope = losses.l1_sparsity(out.features, norms), 1.0
+        else:
+            value, slope = losses.tanh_sparsity(out.features, norms, c), c
+        for layer, beyond in enumerate(out.beyond):
+            if beyond is not None:
+                # Features that are 0, where the penalty is as steep as this.
+                assert isinstance(rule, JumpReLU)
+                value = value + slope * (norms[layer] * rule.sum_beyond(beyond, layer)).sum() / len(beyond)
+        return value
 
-    def _pre_act(self, model: Transcoder, pre_acts: Tensor) -> Tensor:
+    def _pre_act(self, model: Transcoder, pre_acts: Tensor | Sequence[Tensor], norms: Tensor | None) -> Tensor:
         if self.options.pre_act_form == PreActForm.clt:
             return losses.pre_activation(pre_acts)
         assert isinstance(model.activation, JumpReLU)
-        return losses.pre_activation_january(pre_acts, model.activation.threshold, model.decoder_norms())
+        assert norms is not None
+        return losses.pre_activation_january(pre_acts, model.activation.threshold, norms)
 
     def _multi_topk(self, model: Transcoder, x: Tensor, y: Tensor) -> Tensor:
         assert self.wider is not None
@@ -212,6 +258,14 @@ def _layer_weights(options: LossOptions, model: Transcoder, layer_variance: Tens
     return torch.tensor(list(given), dtype=torch.float64)
 
 
+def active_features(rule: JumpReLU, out: Output) -> tuple[Features, Tensor]:
+    """What is 1 where a feature is active, with the thresholds' gradient; and 0 [], with that of pairs not in it."""
+    gated = out.pre_acts if out.gated is None else out.gated
+    assert isinstance(gated, Tensor | Sparse)
+    counts = [rule.count_beyond(one, i).sum() for i, one in enumerate(out.beyond) if one is not None]
+    return rule.active(gated), torch.stack(counts).sum() if counts else out.y_hat.new_zeros(())
+
+
 def explain_error(model: Transcoder, x: Tensor, dead: Tensor) -> Tensor:
     """AuxK's e_hat: the min(d/2, n_dead) most active dead features of each token and layer, decoded without a bias.
 
@@ -223,7 +277,7 @@ def explain_error(model: Transcoder, x: Tensor, dead: Tensor) -> Tensor:
         ids = dead[source].nonzero().squeeze(1)
         if not ids.numel():
             continue
-        pre_acts = F.linear(read, model.encoders[source][ids], model.b_enc[source][ids])
+        pre_acts = F.linear(read, model.encoders[source][ids], model.b_enc[source][ids].to(read.dtype))
         values, indices = pre_acts.topk(min(d_model // 2, ids.numel()), dim=1)
         z = torch.zeros_like(pre_acts).scatter(1, indices, values.relu())
         for target, part in model.write_rows(z, ids, source, read):

@@ -7,6 +7,11 @@ from pipeline.core.options import Kernels
 from pipeline.data.options import Dtype
 
 
+class Finish(StrEnum):
+    last = "last"
+    best = "best"
+
+
 class LrSchedule(StrEnum):
     constant = "constant"
     linear = "linear"
@@ -18,16 +23,39 @@ class Norm(StrEnum):
     standard = "standard"
 
 
+class SparseStep(StrEnum):
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
+class Precision(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 @dataclass
 class OptimOptions:
     name: str
-    """adam."""
+    """adam, adamw, adam8bit, muon or signsgd."""
 
     lr: float = 1e-3
     """Peak learning rate."""
 
     beta1: float = 0.9
+    """Of Adam's first moment; with muon of its Adam for what is no matrix."""
+
     beta2: float = 0.999
+    """Of the second."""
+
+    momentum: float = 0.95
+    """muon: of the gradient's mean. signsgd: how far from its newest point towards the average gradients are taken."""
+
+    weight_decay: float = 0.0
+    """adamw, adam8bit, muon: the share of each weight, times the learning rate, that a step takes away."""
+
+    clip: float | None = None
+    """The largest norm of all gradients together; longer ones are scaled down to it. Null for no limit."""
 
     warmup: float = 0.02
     """Share of the run over which the learning rate rises from 0."""
@@ -50,6 +78,10 @@ class TrainOptions:
     batch_tokens: int = 1024
     """Tokens of a step."""
 
+    accumulate: int = 1
+    """Equal parts of a step's tokens that go through the model one after the other, their gradients added up: less
+    memory, the same step. Under the batchtopk rules tokens compete within a part."""
+
     seed: int = 0
     """Seed of the initial weights and of the order of the rows."""
 
@@ -67,6 +99,15 @@ class TrainOptions:
     norm: Norm = Norm.rms
     """rms: one scalar for each layer and side. standard: mean and standard deviation of each dimension."""
 
+    sparse: SparseStep = SparseStep.auto
+    """Whether a step does arithmetic on active features alone; the gradients are the same. auto: always for rules of
+    the topk family; for relu and jumprelu in each layer while few features are active. always: however many are.
+    never: dense."""
+
+    weights: Precision = Precision.float32
+    """Of the encoder and decoder tables while they are trained. bfloat16 halves their memory; it needs optim=adam8bit,
+    which rounds at random, and is meant for CUDA."""
+
     dead_window: str = "auto"
     """A feature is dead when it has not fired for so many tokens; auto is a tenth of the run, at most 10M."""
 
@@ -75,6 +116,17 @@ class TrainOptions:
 
     keep_checkpoints: int = 1
     """How many of the newest checkpoints stay."""
+
+    keep_best: int = 0
+    """How many of the best checkpoints stay besides: those of the lowest FVU on the first rows of the calibration
+    split, under the rule of training. No effect on the weights."""
+
+    finish: Finish = Finish.last
+    """Which checkpoint becomes final/: the last, or the best, with keep_best."""
+
+    diverged: float | None = 10.0
+    """The run stops when its reconstruction loss has been so many times its lowest, and above that of predicting the
+    means, for 100 steps in a row. Null: it goes on as long as numbers are finite."""
 
 
 @dataclass

@@ -18,7 +18,7 @@ import torch
 from pipeline.data.text import hash_files
 from pipeline.data.tokens import count
 from pipeline.errors import UserError
-from pipeline.train.options import LmOptions, Weights
+from pipeline.train.options import LmOptions, OptimOptions, Weights
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
@@ -69,6 +69,9 @@ def check(options: LmOptions, context: int) -> None:
         raise UserError(f"lm.optim.name={optim.name}: a language model is trained with adamw only")
     if optim.lr <= 0:
         raise UserError(f"lm.optim.lr={optim.lr} must be above 0")
+    for name, fix in (("momentum", "leave it out"), ("clip", "leave it out"), ("weight_decay", "use lm.weight_decay")):
+        if getattr(optim, name) != getattr(OptimOptions(name="adamw"), name):
+            raise UserError(f"lm.optim.{name} has no meaning for a language model; {fix}")
     for name, top in (("beta1", 0.999999), ("beta2", 0.999999), ("warmup", 1), ("decay", 1)):
         if not 0 <= getattr(optim, name) <= top:
             raise UserError(f"lm.optim.{name}={getattr(optim, name)} must lie between 0 and 1")

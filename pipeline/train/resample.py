@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from pipeline.arch.base import Transcoder
 from pipeline.arch.init_rows import FIRING
 from pipeline.core.activations import JumpReLU
+from pipeline.train.optimisers import forget
 
 SHARE = 0.2
 """How much of its token's error a resampled feature explains: several of a token's features may begin at once."""
@@ -53,7 +54,7 @@ def resample(
 def _restart(model: Transcoder, x: Tensor, error: Tensor, layer: int, ids: Tensor, tokens: Tensor) -> None:
     living = torch.ones(model.d_features, dtype=torch.bool, device=x.device).index_fill(0, ids, False)
     weight, mean = model.encoders[layer], x.mean(dim=0)
-    length = weight[living].norm(dim=1).mean() if living.any() else x.new_ones(())
+    length = weight[living].norm(dim=1).to(x.dtype).mean() if living.any() else x.new_ones(())
     rows = F.normalize(x[tokens] - mean, dim=1) * length
     at_token = (rows * (x[tokens] - mean)).sum(dim=1)
     bias, theta = -rows @ mean, torch.zeros_like(at_token)
@@ -64,11 +65,11 @@ def _restart(model: Transcoder, x: Tensor, error: Tensor, layer: int, ids: Tenso
         reached = ((x - mean) @ rows.T).topk(rank, dim=0).values[-1]
         # The feature's own token is among those that it fires on.
         bias = bias + theta - torch.minimum(reached, at_token / 2)
-    weight[ids] = rows
+    weight[ids] = rows.to(weight.dtype)
     model.b_enc[layer, ids] = bias
     value = (x[tokens] * rows).sum(dim=1) + bias
     for target, table in zip(model.targets(layer), model.tables(layer), strict=True):
-        table[ids] = SHARE * error[tokens, target] / value.clamp(min=1e-6)[:, None]
+        table[ids] = (SHARE * error[tokens, target] / value.clamp(min=1e-6)[:, None]).to(table.dtype)
 
 
 def _forget(model: Transcoder, optimizer: torch.optim.Optimizer, restarted: Tensor) -> None:
@@ -79,6 +80,4 @@ def _forget(model: Transcoder, optimizer: torch.optim.Optimizer, restarted: Tens
     for layer in range(model.n_sources):
         by_layer += [(table, restarted[layer]) for table in (model.encoders[layer], *model.tables(layer))]
     for parameter, rows in by_layer:
-        for moment in optimizer.state.get(parameter, {}).values():
-            if isinstance(moment, Tensor) and moment.shape == parameter.shape:
-                moment[rows] = 0
+        forget(optimizer, parameter, rows)

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import UserError
-from pipeline.files import write_aside
+from pipeline.files import aside_of, write_aside
 from pipeline.plain import to_plain
 
 logger = logging.getLogger(__name__)
@@ -16,11 +16,14 @@ RUNS = Path("runs")
 
 NO_EFFECT = {
     "cache.dir", "cache.read", "cache.shards_ahead", "cache.local_dir", "cache.local_gb", "newest_cache",
-    "train.keep_checkpoints", "experiment", "dry_run",
+    "train.keep_checkpoints", "train.keep_best", "train.diverged", "experiment", "dry_run", "resume",
 }  # fmt: skip
 """Settings that do not change what a run computes, so they may differ when it is continued."""
 
-ADDED = {"dataset.skip_tokens": "0", "train.kernels": "auto"}
+ADDED = {
+    "dataset.skip_tokens": "0", "train.accumulate": 1, "train.finish": "last", "train.weights": "float32",
+    "optim.momentum": 0.95, "optim.weight_decay": 0.0, "optim.clip": None, "train.kernels": "auto",
+}  # fmt: skip
 """Settings that the config.yaml of an older run lacks, and what they were then."""
 
 
@@ -46,12 +49,17 @@ def begin(directory: Path, config: Any, key: str) -> Path:
     plain = to_plain(config)
     if file.exists():
         _refuse_difference(directory, key, flatten(yaml.safe_load(file.read_text())), flatten(plain))
-    elif directory.exists() and any(not child.name.isdigit() for child in directory.iterdir()):
+    elif directory.exists() and any(not _may_be_there(child, file) for child in directory.iterdir()):
         raise UserError(f"{directory} exists and is no run (it has no config.yaml); choose another {key}=")
     else:
         directory.mkdir(parents=True, exist_ok=True)
         write_aside(file, yaml.safe_dump(plain, sort_keys=False).encode())
     return directory
+
+
+def _may_be_there(child: Path, file: Path) -> bool:
+    """In a directory that becomes a run: a sweep's runs, and what a process killed as it writes `file` leaves."""
+    return child.name.isdigit() or child.name == aside_of(file).name
 
 
 def finished(directory: Path) -> bool:
@@ -77,6 +85,26 @@ def newest() -> Path:
             f"no finished run under {RUNS}/; train one (clt train +experiment=batchtopk_across) or name it with run=DIR"
         )
     return max(done, key=lambda run: (run / "final" / "config.json").stat().st_mtime_ns)
+
+
+def newest_unfinished() -> Path:
+    """The unfinished run that was at work last, sweeps included. UserError when there is none."""
+    begun = [path.parent for path in (*RUNS.glob("*/config.yaml"), *RUNS.glob("*/*/config.yaml"))]
+    left = [run for run in begun if not finished(run)]
+    if not left:
+        raise UserError(f"no unfinished run under {RUNS}/, so nothing to continue; leave resume=true out to begin one")
+    return max(left, key=_last_change)
+
+
+def _last_change(run: Path) -> int:
+    """When a run last wrote a line or a checkpoint, ns."""
+    files = [run / "config.yaml", run / "metrics.jsonl", run / "checkpoints"]
+    return max(file.stat().st_mtime_ns for file in files if file.exists())
+
+
+def name_of(directory: Path) -> str:
+    """What `name=` calls it."""
+    return str(directory.relative_to(RUNS) if directory.is_relative_to(RUNS) else directory)
 
 
 def chosen(run: str | None) -> Path:

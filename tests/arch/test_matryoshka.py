@@ -23,6 +23,7 @@ from pipeline.train import checkpoint, optim
 from pipeline.train.checkpoint import State
 from pipeline.train.inputs import Inputs
 from pipeline.train.loop import Plan, Trainer
+from pipeline.train.micro import Taken
 from pipeline.train.objective import Objective
 from pipeline.train.options import OptimOptions
 from tests import oracle
@@ -288,7 +289,10 @@ def test_the_log_has_the_fvu_of_the_same_prefixes_at_every_step(
     x, y = oracle.normal(B, L, D, seed=5), oracle.normal(B, L, D, seed=6)
     for step in range(2):
         out = objective.forward(model, x, step)
-        line = trainer.record(out, y, {"reconstruction": torch.zeros(())}, 0.1)
+        taken = Taken(model, scale, counts=False, logs=True)
+        taken.note({"reconstruction": torch.zeros(())}, torch.zeros(1))
+        taken.add(out, x, y)
+        line = trainer.record(taken, 0.1)
         assert [key for key in line if key.startswith("fvu/")] == [f"fvu/prefix_{m}" for m in sizes]
         for m in sizes:
             y_hat = oracle.decode(prefix(dense(out.features), m), model.W_dec, model.b_dec)

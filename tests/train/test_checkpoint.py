@@ -110,6 +110,21 @@ def test_the_controllers_state_survives_to_the_last_bit(tmp_path: Path, log_lamb
     assert checkpoint.load(path, model, optimizer).log_lambda == log_lambda
 
 
+def test_what_others_remember_comes_back_by_name_to_the_last_bit(tmp_path: Path) -> None:
+    model, optimizer, state = new_run("clt", "topk", seed=0)
+    more = {
+        "density/share": torch.tensor([1 / 3, math.pi], dtype=torch.float64),
+        "density/sparse": torch.tensor([True, False, True]),
+        "health/above": torch.tensor(7),
+    }
+    state.more |= more
+    path = checkpoint.save(tmp_path, model, optimizer, state, {})
+    loaded = checkpoint.load(path, model, optimizer).more
+    assert loaded.keys() == more.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in more.items())
+    assert all(loaded[name].dtype == tensor.dtype for name, tensor in more.items())
+
+
 def test_saving_does_not_disturb_the_run(tmp_path: Path) -> None:
     straight = new_run("clt", "batchtopk", seed=0)
     train(straight, 4)

@@ -69,6 +69,8 @@ def test_the_penalty_moves_layer_0_away_from_earlier_tokens(saved, tmp_path):
     [
         ({"n_heads": 5}, r"multiple of lm\.n_heads=5"),
         ({"optim": OptimOptions(name="adam")}, "adamw only"),
+        ({"optim": OptimOptions(name="adamw", weight_decay=0.1)}, r"optim\.weight_decay .*; use lm\.weight_decay"),
+        ({"optim": OptimOptions(name="adamw", clip=1.0)}, r"optim\.clip has no meaning .*; leave it out"),
         ({"optim": OptimOptions(name="adamw", lr=0.0)}, r"lm\.optim\.lr=0\.0 must be above 0"),
         ({"optim": OptimOptions(name="adamw", beta2=1.0)}, r"lm\.optim\.beta2=1\.0 must lie"),
         ({"n_tokens": "1k"}, "once: lm.n_tokens or lm.n_steps"),

@@ -10,6 +10,10 @@
 #include <utility>
 #include <vector>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 typedef int64_t i64;
 
 namespace {
@@ -66,24 +70,84 @@ struct Candidate {
     i64 index;
 };
 
-// Larger values first, a NaN before all, then lower indices.
-inline bool before(const Candidate &a, const Candidate &b) {
-    bool a_nan = a.value != a.value, b_nan = b.value != b.value;
-    if (a_nan || b_nan) return a_nan != b_nan ? a_nan : a.index < b.index;
-    return a.value != b.value ? a.value > b.value : a.index < b.index;
+inline bool larger(float a, float b) { return b == b && !(a <= b); }  // a NaN is larger than all else
+
+// Where the n largest of some values end: all that are larger than `value`, and the first `ties` that equal it.
+struct Cut {
+    float value;
+    i64 ties;
+    bool takes(float x, i64 &left) const {
+        if (larger(x, value)) return true;
+        const bool tie = x == value || (x != x && value != value);
+        return tie && left-- > 0;
+    }
+};
+
+Cut cut_of(const Candidate *found, i64 count, i64 n, float *space) {
+    if (count <= n) return {-INFINITY, 0};
+    for (i64 j = 0; j < count; ++j) space[j] = found[j].value;
+    std::nth_element(space, space + n - 1, space + count, larger);
+    const float value = space[n - 1];
+    i64 more = 0;
+    for (i64 j = 0; j < count; ++j) more += larger(found[j].value, value);
+    return {value, n - more};
 }
 
-inline bool larger(float a, float b) { return b == b && !(a <= b); }
+// Which of 8 values reach the bound (exceed it, where STRICT), as bits; a NaN does.
+template <bool STRICT>
+inline uint64_t reach(const float *x, float bound) {
+#ifdef __AVX2__
+    return _mm256_movemask_ps(
+        _mm256_cmp_ps(_mm256_loadu_ps(x), _mm256_set1_ps(bound), STRICT ? _CMP_NLE_UQ : _CMP_NLT_UQ));
+#else
+    uint64_t bits = 0;
+    for (int j = 0; j < 8; ++j) bits |= uint64_t(STRICT ? !(x[j] <= bound) : !(x[j] < bound)) << j;
+    return bits;
+#endif
+}
 
-// A bound that at least k values reach: the k-th largest of the maxima of `groups` interleaved groups, at least 0.
-float bound_of(const float *h, i64 n, i64 k, i64 groups, float *best, float *sorted) {
-    for (i64 j = 0; j < groups; ++j) best[j] = h[j];
-    i64 d = groups;
-    for (; d + groups <= n; d += groups)
-        for (i64 j = 0; j < groups; ++j) best[j] = h[d + j] > best[j] ? h[d + j] : best[j];
-    for (i64 j = 0; j < groups; ++j) sorted[j] = best[j] > 0 ? best[j] : 0;  // a NaN is no bound
-    std::nth_element(sorted, sorted + k - 1, sorted + groups, [](float a, float b) { return a > b; });
-    return sorted[k - 1];
+template <bool STRICT>
+i64 above(const float *h, i64 n, float bound, Candidate *found) {
+    i64 count = 0, d = 0;
+    for (; d + 64 <= n; d += 64) {
+        uint64_t bits = 0;
+        for (int j = 0; j < 64; j += 8) bits |= reach<STRICT>(h + d + j, bound) << j;
+        for (; bits; bits &= bits - 1) {
+            const i64 index = d + __builtin_ctzll(bits);
+            found[count++] = {h[index], index};
+        }
+    }
+    for (; d < n; ++d)
+        if (STRICT ? !(h[d] <= bound) : !(h[d] < bound)) found[count++] = {h[d], d};
+    return count;
+}
+
+// Those that reach the bound (exceed it, where `strict`) and 0, in order. -> how many
+i64 above(const float *h, i64 n, float bound, bool strict, Candidate *found) {
+    return bound > 0 && !strict ? above<false>(h, n, bound, found) : above<true>(h, n, bound, found);
+}
+
+// A bound at least 0 that at least k values reach, and not many more: of the maxima of `groups` interleaved groups k
+// reach it. Found by halving, which mispredicts no branch.
+float bound_of(const float *h, i64 n, i64 k, i64 groups, float *best) {
+    float low = 0, high = 0;
+    for (i64 g = 0; g < groups; g += 32) {
+        float most[32];  // in registers
+        for (int j = 0; j < 32; ++j) most[j] = h[g + j];
+        for (i64 d = g + groups; d + 32 <= n; d += groups)
+            for (int j = 0; j < 32; ++j) most[j] = h[d + j] > most[j] ? h[d + j] : most[j];
+        for (int j = 0; j < 32; ++j) best[g + j] = most[j];
+        for (int j = 0; j < 32; ++j) high = most[j] > high ? most[j] : high;
+    }
+    if (!(high < INFINITY)) return 0;
+    for (int halving = 0; halving < 24; ++halving) {
+        const float middle = 0.5f * (low + high);
+        int count = 0;
+        for (i64 j = 0; j < groups; ++j) count += best[j] >= middle;
+        (count >= k ? low : high) = middle;
+        if (count >= k && count <= k + 1) break;
+    }
+    return low;
 }
 
 }  // namespace
@@ -139,38 +203,29 @@ void clt_bag_of_tokens(const i64 *order, const i64 *tokens, const i64 *edges, i6
         sum_tokens(out + i * n, true, order, tokens, edges[i], edges[i + 1], weights, rows, stride, n);
 }
 
-// The k largest of each row above 0, descending, ties to the lowest index; the rest of the k are value 0 at index 0.
+// The k largest of each row above 0, by index, ties to the lowest; the rest of the k are value 0 at index 0.
 void clt_topk(const float *h, i64 n_rows, i64 n, i64 stride, i64 k, float *values, i64 *indices, i64 n_threads) {
     const i64 groups = std::max<i64>(64, (4 * k + 31) / 32 * 32);
 #pragma omp parallel num_threads(n_threads) if (n_threads > 1)
     {
-        std::vector<float> best(groups), sorted(groups);
-        std::vector<Candidate> found;
+        std::vector<float> best(groups), space(n);
+        std::vector<Candidate> found(n);
 #pragma omp for schedule(static)
         for (i64 b = 0; b < n_rows; ++b) {
             const float *row = h + b * stride;
-            const float bound = groups <= n ? bound_of(row, n, k, groups, best.data(), sorted.data()) : 0;
-            found.clear();
-            i64 d = 0;
-            for (; d + 32 <= n; d += 32) {
-                int any = 0;
-                for (int j = 0; j < 32; ++j) any |= !(row[d + j] < bound);
-                if (any)
-                    for (int j = 0; j < 32; ++j)
-                        if (!(row[d + j] < bound) && !(row[d + j] <= 0)) found.push_back({row[d + j], d + j});
-            }
-            for (; d < n; ++d)
-                if (!(row[d] < bound) && !(row[d] <= 0)) found.push_back({row[d], d});
-            const i64 taken = std::min<i64>(k, found.size());
-            if ((i64)found.size() > 4 * k) {
-                std::nth_element(found.begin(), found.begin() + (taken - 1), found.end(), before);
-                std::sort(found.begin(), found.begin() + taken, before);
-            } else {
-                std::partial_sort(found.begin(), found.begin() + taken, found.end(), before);
-            }
-            for (i64 j = 0; j < k; ++j) {
-                values[b * k + j] = j < taken ? found[j].value : 0;
-                indices[b * k + j] = j < taken ? found[j].index : 0;
+            const float bound = groups <= n ? bound_of(row, n, k, groups, best.data()) : 0;
+            const i64 count = above(row, n, bound, false, found.data());
+            const Cut cut = cut_of(found.data(), count, k, space.data());
+            float *v = values + b * k;
+            i64 *i = indices + b * k, ties = cut.ties, place = 0;
+            for (i64 c = 0; c < count; ++c)
+                if (cut.takes(found[c].value, ties)) {
+                    v[place] = found[c].value;
+                    i[place++] = found[c].index;
+                }
+            for (; place < k; ++place) {
+                v[place] = 0;
+                i[place] = 0;
             }
         }
     }
@@ -179,50 +234,28 @@ void clt_topk(const float *h, i64 n_rows, i64 n, i64 stride, i64 k, float *value
 // The n largest above 0 of flat [size], ties to the lowest position: positions ascending, in `chosen` [n]. Candidates
 // exceed 0.8 guess where n do, else 0. Returns how many were chosen; *smallest is the least of their values.
 i64 clt_largest(const float *flat, i64 size, i64 n, float guess, i64 *chosen, float *smallest) {
-    std::vector<Candidate> found;
+    const i64 BLOCK = 4096;
+    std::vector<Candidate> found, block(BLOCK);
     found.reserve(2 * n);
     for (int attempt = 0; attempt < 2; ++attempt) {
         const float bound = attempt || !(guess > 0) ? 0 : 0.8f * guess;
         found.clear();
-        i64 d = 0;
-        for (; d + 32 <= size; d += 32) {
-            int any = 0;
-            for (int j = 0; j < 32; ++j) any |= !(flat[d + j] <= bound);
-            if (any)
-                for (int j = 0; j < 32; ++j)
-                    if (!(flat[d + j] <= bound)) found.push_back({flat[d + j], d + j});
+        for (i64 start = 0; start < size; start += BLOCK) {
+            const i64 count = above(flat + start, std::min(BLOCK, size - start), bound, true, block.data());
+            for (i64 c = 0; c < count; ++c) found.push_back({block[c].value, start + block[c].index});
         }
-        for (; d < size; ++d)
-            if (!(flat[d] <= bound)) found.push_back({flat[d], d});
         if ((i64)found.size() >= n || bound <= 0) break;
     }
+    std::vector<float> space(found.size());
+    const Cut cut = cut_of(found.data(), found.size(), n, space.data());
+    i64 ties = cut.ties, place = 0;
     *smallest = 0;
-    if (n <= 0 || found.empty()) return 0;
-    const i64 taken = std::min<i64>(n, found.size());
-    Candidate cut = {-INFINITY, -1};
-    if ((i64)found.size() > n) {
-        std::vector<float> values(found.size());
-        for (size_t j = 0; j < found.size(); ++j) values[j] = found[j].value;
-        auto descending = [](float a, float b) { return a != a ? b == b : a > b; };
-        std::nth_element(values.begin(), values.begin() + (n - 1), values.end(), descending);
-        cut.value = values[n - 1];
-        i64 above = 0;
-        for (const Candidate &c : found) above += larger(c.value, cut.value);
-        i64 ties = n - above, place = 0;
-        for (const Candidate &c : found) {
-            const bool tie = c.value == cut.value || (c.value != c.value && cut.value != cut.value);
-            if (larger(c.value, cut.value) || (tie && ties-- > 0)) chosen[place++] = c.index;
+    for (const Candidate &c : found)
+        if (n > 0 && cut.takes(c.value, ties)) {
+            if (!place || !(c.value >= *smallest)) *smallest = c.value;
+            chosen[place++] = c.index;
         }
-        *smallest = cut.value;
-        return place;
-    }
-    float least = found[0].value;
-    for (i64 j = 0; j < taken; ++j) {
-        chosen[j] = found[j].index;
-        if (!(found[j].value >= least)) least = found[j].value;
-    }
-    *smallest = least;
-    return taken;
+    return place;
 }
 
 struct Term {

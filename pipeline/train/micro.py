@@ -1,0 +1,133 @@
+"""Gradient accumulation: the batch of a step in equal parts, and what they add up to (`train.accumulate`).
+
+The loss of a step is the mean over its parts of their losses, so that gradients add up to those of the whole batch for
+every term that is a mean over tokens. Two terms are not: AuxK divides by the spread of the errors about their mean, and
+the L0 target squares a mean. They are given that one number of the whole batch, from a pass over the parts without
+gradients, and are then means as well. What tokens compete for (the BatchTopK rules), they compete for within a part.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pipeline.arch.base import Output, Transcoder
+from pipeline.arch.matryoshka import Matryoshka
+from pipeline.core.sparse import Chosen, Pattern, of_layer
+from pipeline.data.loader import Batch
+from pipeline.train.inputs import Inputs
+from pipeline.train.objective import Objective, Whole
+
+
+def parts(batch: Batch, n: int) -> Iterator[Batch]:
+    """The batch in n parts of equal size, as views."""
+    size = batch.rows.shape[0] // n
+    for start in range(0, n * size, size):
+        rows = slice(start, start + size)
+        yield Batch(batch.resid_mid[rows], None if batch.mlp_out is None else batch.mlp_out[rows], batch.rows[rows])
+
+
+@torch.no_grad()
+def whole(
+    objective: Objective, model: Transcoder, inputs: Inputs, batch: Batch, n: int, dead: Tensor, step: int
+) -> Whole | None:
+    """What terms of this step need to know of the whole batch; None where none does, or it is one part."""
+    if n == 1 or not objective.reads_whole(dead):
+        return None
+    total, squares, n_active = torch.zeros((), dtype=torch.float64), 0.0, 0
+    for part in parts(batch, n):
+        x, y = inputs(part.resid_mid, part.mlp_out)
+        out = objective.forward(model, x, step)
+        error = (y - out.y_hat).double()
+        total, squares = total.to(error.device) + error.sum(dim=0), squares + float(error.square().sum())
+        n_active += active(out)
+    tokens = batch.rows.shape[0]
+    return Whole(squares / tokens - float((total / tokens).square().sum()), n_active / tokens)
+
+
+class Taken:
+    """What a step saw, added up over its parts. counts: active pairs too. logs: what metrics.jsonl says too. keeps:
+    inputs and errors themselves."""
+
+    def __init__(self, model: Transcoder, y_scale: Tensor, counts: bool, logs: bool, keeps: bool = False) -> None:
+        self._model, self._y_scale, self._counts, self._logs, self._keeps = model, y_scale, counts, logs, keeps
+        self.n_parts = self.n_tokens = self.n_active = 0
+        self.fired = torch.zeros(model.n_sources, model.d_features, dtype=torch.bool, device=y_scale.device)
+        """[S, F]: which features fired at all."""
+        self._terms: dict[str, Tensor] = {}
+        self._reconstruction = 0.0
+        self._squares: dict[str, Tensor] = {}
+        self.kept: list[tuple[Tensor, Tensor]] = []
+        """x, y - y_hat [B / n, L, D] of each part."""
+
+    def note(self, terms: dict[str, Tensor], stacked: Tensor) -> list[float]:
+        """The terms of a part, once on their own and once as one tensor. -> their values"""
+        _add(self._terms, {name: term.detach() for name, term in terms.items()})
+        values: list[float] = stacked.tolist()
+        self._reconstruction += values[list(terms).index("reconstruction")]
+        return values
+
+    @torch.no_grad()
+    def add(self, out: Output, x: Tensor, y: Tensor) -> None:
+        """A part that has been through the model, with weights as they were."""
+        self.n_parts, self.n_tokens = self.n_parts + 1, self.n_tokens + y.shape[0]
+        self.fired |= fired(out)
+        if self._counts or self._logs:
+            self.n_active += active(out)
+        if self._logs:
+            y_hats = {"fvu": out.y_hat, **_prefixes(self._model, out)}
+            _add(self._squares, {name: ((y_hat - y) * self._y_scale).square().sum() for name, y_hat in y_hats.items()})
+        if self._keeps:
+            self.kept.append((x, (y - out.y_hat).detach()))
+
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """{term: []}, means over the parts."""
+        return {name: term / self.n_parts for name, term in self._terms.items()}
+
+    @property
+    def reconstruction(self) -> float:
+        """The term of that name. Nothing waits for a GPU here."""
+        return self._reconstruction / self.n_parts
+
+    @property
+    def l0(self) -> float:
+        """Active features of a token, all layers together."""
+        assert self._counts or self._logs
+        return self.n_active / self.n_tokens
+
+    def fvu(self, variance: float) -> dict[str, float]:
+        """Pooled, in the model's units, over the given variance; that of shorter prefixes too."""
+        return {name: float(square / self.n_tokens) / variance for name, square in self._squares.items()}
+
+
+def fired(out: Output) -> Tensor:
+    """Which features fired at all in the batch. [L, F] bool"""
+    if isinstance(out.features, Tensor):
+        return (out.features > 0).any(dim=0)
+    layers = [of_layer(out.features, layer) for layer in range(len(out.features.values))]
+    return torch.stack([_fired(*one) if isinstance(one, Chosen) else (one > 0).any(dim=0) for one in layers])
+
+
+def _fired(pattern: Pattern, values: Tensor) -> Tensor:
+    none = torch.zeros(pattern.n_features, dtype=torch.bool, device=values.device)
+    return none.index_fill(0, pattern.indices[values > 0], True)
+
+
+def active(out: Output) -> int:
+    """Number of active (token, feature) pairs over all layers."""
+    layers = [out.features] if isinstance(out.features, Tensor) else out.features.values
+    return sum(int((values > 0).sum()) for values in layers)
+
+
+def _prefixes(model: Transcoder, out: Output) -> dict[str, Tensor]:
+    """The reconstruction from each shorter prefix, of the same sizes in every line of the log."""
+    if not isinstance(model, Matryoshka):
+        return {}
+    *sizes, _ = model.usual_sizes()
+    return {f"fvu/prefix_{m}": part for m, part in zip(sizes, model.nested(out.features, sizes), strict=True)}
+
+
+def _add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+    for name, value in more.items():
+        sums[name] = sums[name] + value if name in sums else value

@@ -1,0 +1,56 @@
+"""metrics.jsonl and timings.jsonl: whole lines, and after a stop those of the steps that count."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import write_aside
+
+METRICS = "metrics.jsonl"
+
+
+class RunLog:
+    """The two files of a run directory. metrics.jsonl repeats to the byte, timings.jsonl does not."""
+
+    def __init__(self, directory: Path) -> None:
+        self.metrics, self.timings = directory / METRICS, directory / "timings.jsonl"
+
+    def begin(self, checkpoint: Path | None, step: int) -> None:
+        """Make metrics.jsonl what it was at the checkpoint, whatever became of it: later steps are taken again.
+
+        The checkpoint has its own copy, unless nothing had been logged or an older version wrote it; then the file's
+        lines up to `step` stay. Lines that a crash cut short go from both files.
+        """
+        copy = None if checkpoint is None else checkpoint / METRICS
+        if copy is not None and copy.exists():
+            write_aside(self.metrics, copy.read_bytes())
+        elif self.metrics.exists():
+            kept = [line for line in whole_lines(self.metrics) if json.loads(line)["step"] <= step]
+            write_aside(self.metrics, "".join(kept).encode())
+        if self.timings.exists():
+            write_aside(self.timings, "".join(whole_lines(self.timings)).encode())
+
+    def add(self, metrics: dict[str, object], times: dict[str, object]) -> None:
+        """A line for each file."""
+        for path, line in ((self.metrics, metrics), (self.timings, times)):
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def last_line(file: Path) -> dict[str, Any]:
+    """{} where there is none."""
+    lines = whole_lines(file) if file.exists() else []
+    return json.loads(lines[-1]) if lines else {}
+
+
+def whole_lines(file: Path) -> list[str]:
+    """Those that are JSON to their end: a crash may cut the last one short, a loss of power fill it with zeros."""
+    return [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n") and _is_json(line)]
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True

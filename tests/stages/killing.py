@@ -1,0 +1,87 @@
+"""Training in processes that are killed: `python -m tests.stages.killing random|everywhere SEED WORD...` in a directory
+with a cache. Prints one JSON line: what was killed how often, and the names of the runs that went on.
+
+Children are forked from a process that has imported everything and computed nothing.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+from pipeline.config import compose
+from pipeline.stages import train
+
+FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.copyfile"}
+NO_FD = -1
+
+
+def start(words: list[str], arm: Callable[[], None] = lambda: None) -> int:
+    """A child that trains. -> its process id"""
+    child = os.fork()
+    if child == 0:
+        arm()
+        train.run(compose("train", words))
+        os._exit(0)
+    return child
+
+
+def finished(child: int) -> bool:
+    """Wait for a child. Whether it came to its end; anything but being killed on the way is an error."""
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return False
+    assert os.WEXITSTATUS(status) == 0
+    return True
+
+
+def kill_at_file_event(number: int) -> Callable[[], None]:
+    """Arms a child to kill itself before it touches a file of a run for the n-th time."""
+    left = [number]
+
+    def hook(event: str, args: tuple[object, ...]) -> None:
+        if event in FILE_EVENTS and ("runs/" in str(args[0]) or (event != "open" and args[-1] not in {NO_FD, None})):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return lambda: sys.addaudithook(hook)
+
+
+def at_random(words: list[str], drawn: random.Random, kills: int = 20) -> list[str]:
+    """Kill at random moments of what a whole run takes, over and over; a run that gets through is followed by another."""
+    begun = time.monotonic()
+    assert finished(start([*words, "name=whole"]))
+    took = time.monotonic() - begun
+    names = ["killed-0"]
+    while kills:
+        child = start([*words, f"name={names[-1]}"])
+        time.sleep(drawn.uniform(0, took))
+        os.kill(child, signal.SIGKILL)
+        if finished(child):
+            names.append(f"killed-{len(names)}")
+        else:
+            kills -= 1
+    assert finished(start([*words, f"name={names[-1]}"]))
+    return names
+
+
+def everywhere(words: list[str]) -> list[str]:
+    """Kill before each touch of a file, each time another run, and let it go on."""
+    assert finished(start([*words, "name=whole"]))
+    names: list[str] = []
+    while True:
+        name = f"killed-{len(names)}"
+        if finished(start([*words, f"name={name}"], kill_at_file_event(len(names) + 1))):
+            return names
+        assert finished(start([*words, f"name={name}"]))
+        names.append(name)
+
+
+if __name__ == "__main__":
+    how, seed, *given = sys.argv[1:]
+    print(json.dumps(at_random(given, random.Random(seed)) if how == "random" else everywhere(given)))
