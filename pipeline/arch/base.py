@@ -221,7 +221,7 @@ class Transcoder(nn.Module):
         if aside is None or aside.shape != shape or (aside.dtype, aside.device) != (x.dtype, x.device):
             # Kept from step to step: fresh pages cost a CPU more than the selection does.
             self._aside = aside = x.new_empty(shape)
-        return torch.addmm(self.b_enc[layer], x, self.encoders[layer].T, out=aside)
+        return torch.addmm(self.b_enc[layer].to(x.dtype), x, self.encoders[layer].T, out=aside)
 
     def decode(self, features: Features, x: Tensor) -> Tensor:
         """features [B, S, F] or sparse, x [B, L, D] -> y_hat [B, L, D]. x is read by a skip path alone."""
@@ -230,7 +230,7 @@ class Transcoder(nn.Module):
 
     def written(self, features: Features) -> Tensor:
         """What the features write, without biases and skip path. -> [B, L, D]"""
-        if isinstance(features, Sparse):
+        if isinstance(features, Sparse) and None not in features.patterns:
             writes = [(i, target, self.table(i, target)) for i in range(self.n_sources) for target in self.targets(i)]
             return bags(features, writes, self.dims.n_layers)
         rows: list[Tensor | None] = [None for _ in range(self.dims.n_layers)]
