@@ -7,7 +7,8 @@ export RUN
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PYTEST := $(BIN)/python -m pytest
+# A process a core; the tests of a file share what they made, and so a process.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 SLOW := slow and not gpu and not net and not interop
 
 .DEFAULT_GOAL := help

@@ -208,10 +208,11 @@ def test_the_log_says_what_lambda_and_k_were_in_force(work: Path) -> None:
     words = ["+experiment=jumprelu", "loss.target_l0=9", "loss.sparsity=0.05"]
     train.run(compose("train", [*words, *SHORT, "log.every=1", "name=lambda"]))
     lines = [json.loads(line) for line in Path("runs/lambda/metrics.jsonl").read_text().splitlines()]
-    assert lines[0]["lambda"] == pytest.approx(0.05)
-    for line, following in itertools.pairwise(lines[:17]):
-        assert (following["lambda"] > line["lambda"]) == (line["l0"] > 9)
-    assert len({line["lambda"] for line in lines[18:]}) == 1, "frozen"
+    assert lines[0]["lambda"] == pytest.approx(0.05 / 50)
+    assert "l0_aim" not in lines[0], "no batch was seen"
+    assert lines[1]["l0_aim"] < lines[0]["l0"]
+    assert all(line["l0_aim"] >= following["l0_aim"] for line, following in itertools.pairwise(lines[1:]))
+    assert [line["l0_aim"] for line in lines[11:]] == pytest.approx([9] * 9)
 
 
 def test_the_log_says_which_share_of_the_layers_ran_sparse(work: Path) -> None:

@@ -45,18 +45,17 @@ def l1_sparsity(features: Features, decoder_norms: Tensor) -> Tensor:
     return _over_written(features, decoder_norms, lambda written: written)
 
 
-def l0_target(active: Features, target: float, l0: float | None = None, unseen: Tensor | float = 0.0) -> Tensor:
+def l0_target(active: Features, target: float, unseen: Tensor | float = 0.0, whole: float | None = None) -> Tensor:
     """(L0 / target - 1)^2. active [B, L, F], or sparse, is 1 where a feature is active (`JumpReLU.active`) -> []
 
-    l0: that of the batch of which these tokens are a part. The value is then the batch's, and the mean of the parts'
-    gradients is the batch's gradient. `unseen` [] is added to the number of active pairs: 0, but with a gradient.
+    `unseen` [] is added to the number of active pairs: 0, but it may have a gradient. whole: L0 of the batch of which
+    these tokens are a part. The value is then the batch's, and the mean of the parts' gradients is its gradient.
     """
     layers = [active] if isinstance(active, Tensor) else active.values
-    total = torch.stack([layer.sum() for layer in layers]).sum() + unseen
-    own = total / n_tokens(active) / target
-    if l0 is None:
+    own = (torch.stack([layer.sum() for layer in layers]).sum() + unseen) / n_tokens(active) / target
+    if whole is None:
         return (own - 1).square()
-    miss = l0 / target - 1
+    miss = whole / target - 1
     return miss**2 + 2 * miss * (own - own.detach())
 
 

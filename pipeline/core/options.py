@@ -113,7 +113,7 @@ class LossOptions:
     """Name of the recipe; the coefficients below are what counts."""
 
     sparsity: float = 0.0
-    """lambda of the sparsity penalty. With target_l0 it is where the controller begins."""
+    """lambda of the sparsity penalty. With target_l0 the controller begins at a fiftieth of it."""
 
     sparsity_form: SparsityForm = SparsityForm.tanh
     """tanh: sum tanh(c |W_dec| a). l1: sum |W_dec| a."""

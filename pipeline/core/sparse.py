@@ -150,7 +150,9 @@ class _Bags(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.patterns, ctx.plan, ctx.leaves = patterns, plan, [_leaf(table) for table in tables]
         n_tokens = values[0].shape[0] if patterns[0] is None else patterns[0].n_tokens
-        out = tables[0].new_empty(n_tokens, n_targets, tables[0].shape[1])
+        # Sums are float32 where tables are bfloat16.
+        dtype = torch.promote_types(tables[0].dtype, torch.float32)
+        out = tables[0].new_empty(n_tokens, n_targets, tables[0].shape[1], dtype=dtype)
         begun = set()
         for (source, target), table in zip(plan, tables, strict=True):
             _write(patterns[source], values[source], table, out[:, target], target in begun)
@@ -165,7 +167,7 @@ class _Bags(torch.autograd.Function):
         values, tables = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
         values_needed, tables_needed = ctx.needs_input_grad[3 : 3 + n], ctx.needs_input_grad[3 + n :]
         # Copied once for each target, not once for each table that writes it.
-        by_target = [rows.contiguous() for rows in grad.unbind(1)]
+        by_target = [rows.to(tables[0].dtype).contiguous() for rows in grad.unbind(1)]
         values_grads: list[Tensor | None] = [None for _ in patterns]
         table_grads: list[Tensor | None] = [None for _ in tables]
         for i, (source, target) in enumerate(ctx.plan):
@@ -185,6 +187,8 @@ def _write(pattern: Pattern | None, values: Tensor, table: Tensor, out: Tensor, 
         products.bag(pattern, values, table, out, add)
     elif add:
         out += values @ table
+    elif out.dtype != table.dtype:
+        out.copy_(values @ table)
     else:
         torch.matmul(values, table, out=out)
 

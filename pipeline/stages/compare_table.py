@@ -17,12 +17,15 @@ MEASURED = {
     "l0": ("L0", 1),
     "fvu": ("FVU", 4),
     "kl": ("KL, nats", 4),
+    "fvu_own_rule": ("FVU, own rule", 4),
+    "kl_own_rule": ("KL, own rule", 4),
     "top1": ("top-1", 3),
     "dead": ("dead", 3),
     "tasks": ("tasks", 3),
     "seconds": ("seconds", 0),
 }
-"""Key of a row -> heading and digits. All but seconds are those of `clt eval` with fixed thresholds."""
+"""Key of a row -> heading and digits. All but seconds are those of `clt eval`, with fixed thresholds unless they say under
+the rule that the run was trained with: a BatchTopK rule, which looks at other tokens, has no KL of its own."""
 
 
 def row(directory: Path, experiment: str, seed: int, arch: str, parameters: int, basis: str) -> Row:
@@ -30,6 +33,7 @@ def row(directory: Path, experiment: str, seed: int, arch: str, parameters: int,
     metrics = json.loads((directory / "eval" / "metrics.json").read_text())
     final = json.loads((directory / "final" / "config.json").read_text())
     replaced, tasks = metrics["replacement"] or {}, metrics.get("tasks")
+    own_rule = metrics.get("exact") or metrics  # thresholds are the rule itself where there is no other
     return {
         "experiment": experiment,
         "seed": seed,
@@ -42,6 +46,8 @@ def row(directory: Path, experiment: str, seed: int, arch: str, parameters: int,
         "l0": metrics["l0"]["total"],
         "fvu": metrics["fvu"]["pooled"],
         "kl": replaced.get("kl"),
+        "fvu_own_rule": own_rule["fvu"]["pooled"],
+        "kl_own_rule": (own_rule.get("replacement") or {}).get("kl"),
         "top1": replaced.get("top1"),
         "dead": metrics["dead_fraction"]["total"],
         "tasks": tasks["mean"].get("threshold") if tasks else None,

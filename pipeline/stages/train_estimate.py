@@ -80,7 +80,7 @@ def peak_bytes(cfg: TrainConfig, model: Transcoder, plan: Plan, needs_pre_acts: 
     # As they are stored, as floats, through the norm, scaled, and the reconstruction with its gradient.
     batch = 8 * plan.batch_tokens * row
     step = kept + batch + _features_bytes(model, plan, needs_pre_acts)
-    # The optimiser's state is laid out as bytes once more; with signsgd there are the weights at work beside the averaged.
+    # The optimiser's state is laid out as bytes once more; with signsgd the weights at work lie beside the averaged.
     checkpoint = kept + state + (weights if cfg.optim.name == "signsgd" else 0)
     ranked = RANKED * held_out * min(FEATURES_AT_ONCE, model.d_features) if model.activation.chooses else 0
     end = kept + weights + 5 * held_out * row + ranked

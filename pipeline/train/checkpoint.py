@@ -3,8 +3,8 @@
     checkpoints/step_N/
         model.safetensors        weights (with signsgd the averaged ones) and buffers, in the transcoder's units
         optimizer.safetensors    what the optimiser remembers (`train/optimisers.py`)
-        state.safetensors        tokens since each feature fired, random generators, the controller's log lambda, and
-                                 the small tensors of whatever else remembers something (`State.more`), by their names
+        state.safetensors        tokens since each feature fired, random generators, the controller's numbers, and the
+                                 small tensors of whatever else remembers something (`State.more`), by their names
         state.json               step, the cache's key, where it was scored the FVU on held-out text
         metrics.jsonl            what had been logged by then
 
@@ -12,6 +12,7 @@ The data position is the step: batch n of a run is a function of the seed and n 
 written beside its place, synced and renamed, so that whatever bears its name is whole.
 """
 
+import dataclasses
 import json
 import re
 import shutil
@@ -25,11 +26,15 @@ from torch import Tensor
 
 from pipeline.arch.base import Transcoder
 from pipeline.files import atomic_directory
+from pipeline.train.controller import Steering
 from pipeline.train.optimisers import averaged, optimizer_tensors, restore_optimizer
 from pipeline.train.run_log import METRICS
 
 SCORE = "held_out_fvu"
 """What the best checkpoints have the least of; in state.json."""
+
+STEERING = "steering/"
+"""What the names of the controller's numbers begin with."""
 
 
 @dataclass
@@ -42,12 +47,17 @@ class State:
     tokens_since_fired: Tensor
     """[L, F] int64"""
 
-    log_lambda: float | None = None
-    """Of the sparsity penalty, where a controller steers it."""
+    steering: Steering | None = None
+    """Where a controller sets lambda of the sparsity penalty."""
 
     more: dict[str, Tensor] = field(default_factory=dict)
     """Small tensors of whatever else remembers something from step to step, named owner/what ("density/share"), on the
     CPU. The owner puts its own here before a save and takes them back after a load; dtypes and bits survive."""
+
+    @property
+    def log_lambda(self) -> float | None:
+        """Of the sparsity penalty, where a controller steers it."""
+        return None if self.steering is None else self.steering.log_lambda
 
 
 def save(
@@ -77,16 +87,18 @@ def load(checkpoint: Path, model: Transcoder, optimizer: torch.optim.Optimizer) 
         torch.cuda.set_rng_state(tensors.pop("cuda_rng"), model.b_enc.device)
     step = json.loads((checkpoint / "state.json").read_text())["step"]
     fired = tensors.pop("tokens_since_fired").to(model.b_enc.device)
-    log_lambda = float(tensors.pop("log_lambda")) if "log_lambda" in tensors else None
-    return State(step, fired, log_lambda, tensors)
+    own = [name for name in tensors if name.startswith(STEERING)]
+    steering = {name.removeprefix(STEERING): float(tensors.pop(name)) for name in own}
+    return State(step, fired, Steering(**steering) if steering else None, tensors)
 
 
 def _state_tensors(state: State) -> dict[str, Tensor]:
     own = {"tokens_since_fired": state.tokens_since_fired, "torch_rng": torch.get_rng_state()}
     if state.tokens_since_fired.is_cuda:
         own["cuda_rng"] = torch.cuda.get_rng_state(state.tokens_since_fired.device)
-    if state.log_lambda is not None:
-        own["log_lambda"] = torch.tensor(state.log_lambda, dtype=torch.float64)
+    if state.steering is not None:
+        numbers = dataclasses.asdict(state.steering)
+        own |= {STEERING + name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
     assert not own.keys() & state.more.keys(), "a name of State.more is taken"
     return own | state.more
 

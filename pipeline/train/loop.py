@@ -161,9 +161,9 @@ class Trainer:
     def _steer(self, taken: Taken) -> None:
         """The controller's move after a step."""
         state, target = self.state, self.objective.options.target_l0
-        if state.log_lambda is not None:
+        if state.steering is not None:
             assert target is not None
-            state.log_lambda = controller.steered(state.log_lambda, taken.l0, target, state.step - 1, self.plan.n_steps)
+            state.steering = controller.steered(state.steering, taken.l0, target, state.step - 1, self.plan.n_steps)
 
     def _logs(self, done: int) -> bool:
         """Whether the step that makes it so many is logged."""
@@ -225,6 +225,9 @@ class Trainer:
         changing: dict[str, object] = {}
         if self.objective.penalises:
             changing["lambda"] = self.objective.lambda_at(self.state.step - 1, self.state.log_lambda)
+        steering = self.state.steering
+        if steering is not None and not math.isnan(steering.log_aim):
+            changing["l0_aim"] = math.exp(steering.log_aim)
         rule = self.model.activation
         if isinstance(rule, Choosing) and rule.k_start is not None:
             changing["k"] = sum(rule.k) / len(rule.k)

@@ -78,14 +78,14 @@ class Objective:
         """Whether a term reads every pre-activation, so that the sparse path cannot drop them."""
         return self.options.pre_act > 0
 
+    def reads_whole(self, dead: Tensor) -> bool:
+        """Whether a term of this step is no mean over tokens."""
+        return self.options.l0 > 0 or (self.options.aux_k > 0 and bool(dead.any()))
+
     @property
     def reads_norms(self) -> bool:
         """Whether a term reads the decoder norms, which are computed once a step."""
         return self.penalises or (self.needs_pre_acts and self.options.pre_act_form == PreActForm.january)
-
-    def reads_whole(self, dead: Tensor) -> bool:
-        """Whether a term of this step is no mean over tokens."""
-        return self.options.l0 > 0 or (self.options.aux_k > 0 and bool(dead.any()))
 
     def forward(self, model: Transcoder, x: Tensor, step: int) -> Output:
         """The model's output with all that the terms of this step read. x [B, L, D] in the transcoder's units."""
@@ -129,8 +129,8 @@ class Objective:
             assert options.target_l0 is not None
             assert isinstance(model.activation, JumpReLU)
             active, unseen = active_features(model.activation, out)
-            of_batch = None if whole is None else whole.l0
-            terms["l0"] = self._now("l0", step) * losses.l0_target(active, options.target_l0, of_batch, unseen)
+            l0 = None if whole is None else whole.l0
+            terms["l0"] = self._now("l0", step) * losses.l0_target(active, options.target_l0, unseen, l0)
         if options.pre_act > 0:
             assert out.pre_acts is not None
             terms["pre_act"] = self._now("pre_act", step) * self._pre_act(model, out.pre_acts, norms)

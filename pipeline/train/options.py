@@ -23,15 +23,15 @@ class Norm(StrEnum):
     standard = "standard"
 
 
+class Precision(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 class SparseStep(StrEnum):
     auto = "auto"
     always = "always"
     never = "never"
-
-
-class Precision(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
 
 
 @dataclass
@@ -99,14 +99,14 @@ class TrainOptions:
     norm: Norm = Norm.rms
     """rms: one scalar for each layer and side. standard: mean and standard deviation of each dimension."""
 
+    weights: Precision = Precision.float32
+    """Of the encoder and decoder tables while they are trained. bfloat16 halves their memory; it needs optim=adam8bit,
+    which rounds at random, and is meant for CUDA."""
+
     sparse: SparseStep = SparseStep.auto
     """Whether a step does arithmetic on active features alone; the gradients are the same. auto: always for rules of
     the topk family; for relu and jumprelu in each layer while few features are active. always: however many are.
     never: dense."""
-
-    weights: Precision = Precision.float32
-    """Of the encoder and decoder tables while they are trained. bfloat16 halves their memory; it needs optim=adam8bit,
-    which rounds at random, and is meant for CUDA."""
 
     dead_window: str = "auto"
     """A feature is dead when it has not fired for so many tokens; auto is a tenth of the run, at most 10M."""

@@ -59,6 +59,33 @@ def test_a_bag_and_its_gradients_equal_the_loops(rows: list[list[int]]) -> None:
     assert oracle.normwise(table.grad, d_table) < 1e-12
 
 
+def test_bags_of_several_sources_and_their_gradients_are_those_of_each_bag() -> None:
+    # Source 1 writes both targets and is dense, as a source with many active features is.
+    rows = [RAGGED["ragged"], [[1], [], [0, 6], [4]]]
+    sparse_parts = [oracle.normal(8, seed=1), oracle.normal(4, F, seed=2), oracle.normal(4, seed=3)]
+    tables = [oracle.normal(F, D, seed=seed) for seed in (4, 5, 6, 7)]
+    plan = [(0, 0), (1, 0), (1, 1), (2, 1)]
+    dy = oracle.normal(4, 2, D, seed=8)
+
+    def run(together: bool) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (*sparse_parts, *tables)]
+        first, second, third = leaves[:3]
+        W = leaves[3:]
+        if together:
+            features = Sparse([csr(rows[0]), None, csr(rows[1])], [first, second, third])
+            y = sparse.bags(features, [(*pair, table) for pair, table in zip(plan, W, strict=True)], 2)
+        else:
+            y = torch.stack(
+                [bag(csr(rows[0]), first, W[0]) + second @ W[1], second @ W[2] + bag(csr(rows[1]), third, W[3])], dim=1
+            )
+        y.backward(dy)
+        return [y.detach(), *[leaf.grad for leaf in leaves if leaf.grad is not None]]
+
+    together, apart = run(True), run(False)
+    assert len(together) == len(apart) == 8
+    assert all(oracle.normwise(a, b) < 1e-12 for a, b in zip(together, apart, strict=True))
+
+
 @pytest.mark.parametrize("rows", RAGGED.values(), ids=RAGGED.keys())
 def test_chosen_features_and_their_gradients_equal_the_loops(rows: list[list[int]]) -> None:
     x, weight, bias = oracle.normal(len(rows), D), oracle.normal(F, D, seed=2), oracle.normal(F, seed=3)

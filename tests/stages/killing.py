@@ -14,17 +14,19 @@ from collections.abc import Callable
 
 from pipeline.config import compose
 from pipeline.stages import train
+from pipeline.stages.options import TrainConfig
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.copyfile"}
 NO_FD = -1
 
 
-def start(words: list[str], arm: Callable[[], None] = lambda: None) -> int:
-    """A child that trains. -> its process id"""
+def start(config: TrainConfig, name: str, arm: Callable[[], None] = lambda: None) -> int:
+    """A child that trains under a name. -> its process id"""
     child = os.fork()
     if child == 0:
+        config.name = name
         arm()
-        train.run(compose("train", words))
+        train.run(config)
         os._exit(0)
     return child
 
@@ -52,36 +54,39 @@ def kill_at_file_event(number: int) -> Callable[[], None]:
     return lambda: sys.addaudithook(hook)
 
 
-def at_random(words: list[str], drawn: random.Random, kills: int = 20) -> list[str]:
-    """Kill at random moments of what a whole run takes, over and over; a run that gets through is followed by another."""
+def at_random(config: TrainConfig, drawn: random.Random, kills: int = 20) -> list[str]:
+    """Kill at random moments of what a whole run takes, again and again; a run that gets through is followed by one."""
     begun = time.monotonic()
-    assert finished(start([*words, "name=whole"]))
+    assert finished(start(config, "whole"))
     took = time.monotonic() - begun
     names = ["killed-0"]
     while kills:
-        child = start([*words, f"name={names[-1]}"])
+        child = start(config, names[-1])
         time.sleep(drawn.uniform(0, took))
         os.kill(child, signal.SIGKILL)
         if finished(child):
             names.append(f"killed-{len(names)}")
         else:
             kills -= 1
-    assert finished(start([*words, f"name={names[-1]}"]))
+    assert finished(start(config, names[-1]))
     return names
 
 
-def everywhere(words: list[str]) -> list[str]:
+def everywhere(config: TrainConfig) -> list[str]:
     """Kill before each touch of a file, each time another run, and let it go on."""
-    assert finished(start([*words, "name=whole"]))
+    assert finished(start(config, "whole"))
     names: list[str] = []
     while True:
         name = f"killed-{len(names)}"
-        if finished(start([*words, f"name={name}"], kill_at_file_event(len(names) + 1))):
+        if finished(start(config, name, kill_at_file_event(len(names) + 1))):
             return names
-        assert finished(start([*words, f"name={name}"]))
+        assert finished(start(config, name))
         names.append(name)
 
 
 if __name__ == "__main__":
-    how, seed, *given = sys.argv[1:]
-    print(json.dumps(at_random(given, random.Random(seed)) if how == "random" else everywhere(given)))
+    how, seed, *words = sys.argv[1:]
+    given = compose("train", [*words, "name=whole"])
+    assert isinstance(given, TrainConfig)
+    found = at_random(given, random.Random(seed)) if how == "random" else everywhere(given)
+    sys.stdout.write(json.dumps(found) + "\n")

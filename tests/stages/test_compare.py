@@ -71,6 +71,9 @@ def test_experiments_are_trained_measured_and_tabled_once(
         assert int(row["tokens"]) == 640
         assert float(row["fvu"]) == metrics["fvu"]["pooled"]
         assert float(row["kl"]) == metrics["replacement"]["kl"]
+        assert float(row["fvu_own_rule"]) == metrics["exact"]["fvu"]["pooled"]
+        own_kl = metrics["exact"]["replacement"]["kl"] if row["experiment"] == "topk" else ""
+        assert row["kl_own_rule"] == str(own_kl), "tokens of a batch compete, a prompt has none"
         assert float(row["l0"]) == metrics["l0"]["total"]
         assert float(row["seconds"]) > 0
         assert row["tasks"] == "", "questions are of the built-in world"

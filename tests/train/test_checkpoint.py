@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.files import atomic_directory
 from pipeline.train import checkpoint, optim
 from pipeline.train.checkpoint import State
+from pipeline.train.controller import Steering
 from pipeline.train.objective import Objective
 from pipeline.train.options import OptimOptions
 from pipeline.train.schedule import learning_rate
@@ -75,7 +76,7 @@ def assert_same(one: Run, other: Run) -> None:
             assert moment.dtype == other[1].state[twin][what].dtype, (name, what)
     assert one[2].step == other[2].step
     assert torch.equal(one[2].tokens_since_fired, other[2].tokens_since_fired)
-    assert one[2].log_lambda == other[2].log_lambda
+    assert one[2].steering == other[2].steering
 
 
 @pytest.mark.parametrize(
@@ -102,12 +103,12 @@ def test_six_steps_equal_three_a_checkpoint_and_three_in_fresh_objects(
     assert not torch.equal(straight[0].b_enc, first[0].b_enc)
 
 
-@pytest.mark.parametrize("log_lambda", [None, -1 / 3, 0.0, math.pi])
-def test_the_controllers_state_survives_to_the_last_bit(tmp_path: Path, log_lambda: float | None) -> None:
+@pytest.mark.parametrize("steering", [None, Steering(-1 / 3, 0.0, math.pi, math.e), Steering(0.0, -1e-17, 1 / 7, 3.0)])
+def test_the_controllers_state_survives_to_the_last_bit(tmp_path: Path, steering: Steering | None) -> None:
     model, optimizer, state = new_run("clt", "relu", seed=0)
-    state.log_lambda = log_lambda
+    state.steering = steering
     path = checkpoint.save(tmp_path, model, optimizer, state, {})
-    assert checkpoint.load(path, model, optimizer).log_lambda == log_lambda
+    assert checkpoint.load(path, model, optimizer).steering == steering
 
 
 def test_what_others_remember_comes_back_by_name_to_the_last_bit(tmp_path: Path) -> None:

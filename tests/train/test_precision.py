@@ -132,6 +132,16 @@ def test_every_loss_and_gradient_is_near_that_of_float32(architecture: str, rule
             assert float((parameter.grad.float() - other).norm()) < 0.3 * float(other.norm()), name
 
 
+@pytest.mark.parametrize("rule", ["topk", "relu"])
+def test_what_several_layers_write_is_summed_in_float32(rule: str) -> None:
+    model = oracle.transcoder("clt", rule, 3, 22, 8, dtype=torch.float32).train()
+    precision.store(model, Precision.bfloat16)
+    written = model.written(model(oracle.normal(12, 3, 8, dtype=torch.float32)).features)
+    assert written.dtype == torch.float32
+    assert torch.equal(written[:, 0], written[:, 0].bfloat16().float())  # by one layer
+    assert (written[:, 2] != written[:, 2].bfloat16().float()).double().mean() > 0.5  # by three
+
+
 def test_a_stopped_run_goes_on_exactly(tmp_path: Path) -> None:
     def new(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(seed)
