@@ -122,6 +122,11 @@ def test_a_dry_run_is_a_setting(asked: list[Any]) -> None:
     assert asked == [("extract", config.Request(overrides=("model=gpt2", "dry_run=true")))]
 
 
+def test_the_file_of_a_bench_is_a_setting(asked: list[Any]) -> None:
+    CliRunner().invoke(app, ["bench", "train", "bench.shapes=[A]", "--json", "out/a,b.json"])
+    assert asked == [("bench_train", config.Request(overrides=("bench.shapes=[A]", "to=out/a,b.json")))]
+
+
 def test_the_commands_on_caches_are_listed_each_with_examples_that_parse(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

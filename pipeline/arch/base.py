@@ -233,7 +233,7 @@ class Transcoder(nn.Module):
 
     def written(self, features: Features) -> Tensor:
         """What the features write, without biases and skip path. -> [B, L, D]"""
-        if isinstance(features, Sparse) and None not in features.patterns:
+        if isinstance(features, Sparse):
             writes = [(i, target, self.table(i, target)) for i in range(self.n_sources) for target in self.targets(i)]
             return bags(features, writes, self.dims.n_layers)
         rows: list[Tensor | None] = [None for _ in range(self.dims.n_layers)]

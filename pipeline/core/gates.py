@@ -61,9 +61,9 @@ class Gate(Activation):
         if all_pairs.hold(_share(needed), before is Form.sparse):
             form, pairs = Form.sparse, Pairs(from_mask(needed))
         elif wide:
-            active, window = self.split(pre_acts, layer)
+            active, beyond = self.split(pre_acts, layer)
             if limits.hold(_share(active), before is not Form.dense):
-                form, pairs = Form.dense_window, Pairs(from_mask(active), window & ~active)
+                form, pairs = Form.dense_window, Pairs(from_mask(active), beyond)
         if self.training and torch.is_grad_enabled():
             self.form[layer] = form
         return pairs
@@ -76,7 +76,7 @@ class Gate(Activation):
         raise NotImplementedError
 
     def split(self, pre_acts: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Which pairs are active, and which are in the window. [B, F] -> bool [B, F], bool [B, F]"""
+        """Which pairs are active, and which others are in the window. [B, F] -> bool [B, F], bool [B, F]"""
         raise NotImplementedError
 
     def at_pairs(self, pre_acts: Tensor, pattern: Pattern, layer: int) -> Tensor:
@@ -122,8 +122,9 @@ class JumpReLU(Gate):
 
     @torch.no_grad()
     def split(self, pre_acts: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        theta = self.log_threshold[layer].exp()
-        return pre_acts > theta, (pre_acts - theta).abs() < self.bandwidth / 2
+        above = pre_acts - self.log_threshold[layer].exp()
+        active = above > 0
+        return active, (above > -self.bandwidth / 2) ^ active
 
     @torch.no_grad()
     def lowest(self, layer: int) -> Tensor:
@@ -153,11 +154,13 @@ class JumpReLU(Gate):
 
     def sum_beyond(self, beyond: Tensor, layer: int) -> Tensor:
         """Each feature's sum over the pairs in `beyond`: 0, with the gradient for t that its values have. -> [F]"""
-        return _Beyond.apply(self.log_threshold[layer], beyond.sum(dim=0), self.bandwidth, self.theta_grad)
+        return _Beyond.apply(self.log_threshold[layer], _over_tokens(beyond.float()), self.bandwidth, self.theta_grad)
 
     def count_beyond(self, beyond: Tensor, layer: int) -> Tensor:
         """The same for the sum of 1[h > theta]. -> [F]"""
-        return _Beyond.apply(self.log_threshold[layer], beyond.sum(dim=0), self.bandwidth, ThetaGrad.anthropic)
+        return _Beyond.apply(
+            self.log_threshold[layer], _over_tokens(beyond.float()), self.bandwidth, ThetaGrad.anthropic
+        )
 
     def write_beyond(
         self, y_hat: Tensor, beyond: Tensor, layer: int, tables: Mapping[int, Callable[[], Tensor]]
@@ -253,7 +256,7 @@ class _WriteBeyond(torch.autograd.Function):
         g = grad.new_zeros(beyond.shape)
         for target, table in ctx.tables.items():
             g.addmm_(grad[:, target], table().T.to(grad.dtype))
-        per_threshold = g.mul_(beyond).sum(dim=0)
+        per_threshold = _over_tokens(g.mul_(beyond.to(g.dtype)))
         slope = _slope(log_threshold.exp(), ctx.bandwidth, ctx.rule)
         return grad, -per_threshold * slope, None, None, None, None
 
@@ -261,6 +264,11 @@ class _WriteBeyond(torch.autograd.Function):
 def _slope(theta: Tensor, bandwidth: float, rule: ThetaGrad) -> Tensor:
     """-da/dt of a pair in the window."""
     return (theta if rule == ThetaGrad.anthropic else theta.square()) / bandwidth
+
+
+def _over_tokens(x: Tensor) -> Tensor:
+    """Sums over tokens, as a product, which is several times as fast on a CPU. [B, F] -> [F]"""
+    return x.new_ones(x.shape[0]) @ x
 
 
 def _share(mask: Tensor) -> float:

@@ -7,11 +7,11 @@ L layers, S = L (L + 1) / 2 decoder tables [F, D], P parameters, B tokens, k act
 gemm     x [B, D] W^T of the encoder's own shape in float32, over all layers' weights: encoding is dense always
 gather   rows of the step's own tables, k drawn at random for a token, summed by embedding_bag: the decoder's products
          forward, of the values and of the weights, and the encoder's weight gradient each take as many rows
-pass     a copy between two buffers far larger than any cache, bytes read and written; weights and the two moments of
-         Adam are read and written once, the gradient is never in memory
+pass     the faster of a copy between two buffers far larger than any cache and of scaling one where it lies, bytes read
+         and written; weights and the two moments of Adam are read and written once, the gradient is never in memory
 
-`in_place` is the same for a buffer that is scaled where it lies, as an optimiser does it. Where that is faster than a
-copy, the floor with it in place of `pass` is the stricter one; both are given.
+A copy alone would be no floor: it fetches what it overwrites, which an optimiser need not, and steps have been faster
+than that. The floor with a copy's rate is given as well (`copy`).
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class Rates(NamedTuple):
     """Floating-point operations a second."""
     gather: float
     """Bytes a second."""
-    pass_: float
+    copy: float
     """Bytes a second, read and written."""
     in_place: float
     """The same."""
@@ -52,17 +52,17 @@ class Floor(NamedTuple):
     gemm: float
     gather: float
     parameters: float
-    """By a copy's rate."""
-    parameters_in_place: float
+    parameters_copied: float
+    """At a copy's rate."""
 
     @property
     def seconds(self) -> float:
         return self.gemm + self.gather + self.parameters
 
     @property
-    def strict_seconds(self) -> float:
-        """With the better of the two passes over the parameters."""
-        return self.gemm + self.gather + min(self.parameters, self.parameters_in_place)
+    def copy_seconds(self) -> float:
+        """With the rate of a copy for the parameters."""
+        return self.gemm + self.gather + self.parameters_copied
 
 
 class Work(NamedTuple):
@@ -76,8 +76,8 @@ class Work(NamedTuple):
         return Floor(
             self.gemm_flops / rates.gemm,
             self.gathered_bytes / rates.gather,
-            self.parameter_bytes / rates.pass_,
-            self.parameter_bytes / rates.in_place,
+            self.parameter_bytes / max(rates.copy, rates.in_place),
+            self.parameter_bytes / rates.copy,
         )
 
 

@@ -5,7 +5,7 @@ that is called by another one is its own, not the other's.
 
     ours: Trainer.step               dense reference
     data        Inputs               Inputs                   bfloat16 rows to floats, the norm, the units
-    encode      encode_layer         encode                   every pre-activation
+    encode      encode_layer, _aside encode                   every pre-activation
     select      objective.forward    select                   which are features
     decode      decode               decode
     backward    Tensor.backward      Tensor.backward          all gradients, but for what a fused optimiser takes over
@@ -94,7 +94,8 @@ def _watched(side: Ours | Reference, watch: _Watch) -> Iterator[None]:
     wrapped = [(model, "encode", "encode"), (model, "select", "select"), (model, "decode", "decode")]
     if isinstance(side, Ours):  # what of the forward pass is neither encoding nor decoding is selection
         forward = (owner.objective, "forward", "select")
-        wrapped = [(model, "encode_layer", "encode"), (model, "decode", "decode"), forward]
+        encodes = [(model, name, "encode") for name in ("encode_layer", "encode_aside")]
+        wrapped = [*encodes, (model, "decode", "decode"), forward]
     wrapped.append((owner.optimizer, "step", "optimiser"))
     inputs, backward = owner.inputs, Tensor.backward
     try:

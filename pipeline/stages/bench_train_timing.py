@@ -62,9 +62,9 @@ def measure(
             "gemm": _ms([floor.gemm for floor in floors]),
             "gather": _ms([floor.gather for floor in floors]),
             "parameters": _ms([floor.parameters for floor in floors]),
-            "parameters_in_place": _ms([floor.parameters_in_place for floor in floors]),
+            "parameters_copied": _ms([floor.parameters_copied for floor in floors]),
             "all": _ms([floor.seconds for floor in floors]),
-            "strict": _ms([floor.strict_seconds for floor in floors]),
+            "copy": _ms([floor.copy_seconds for floor in floors]),
         },
         DENSE: _side(DENSE, times, shape, watched, peaks),
         "kernels": {},
@@ -74,7 +74,7 @@ def measure(
         side = _side(name, times, shape, watched, peaks)
         side["speedup_vs_dense"] = quartiles(times[DENSE], times[name])
         side["times_floor"] = quartiles(times[name], [floor.seconds for floor in floors])
-        side["times_strict_floor"] = quartiles(times[name], [floor.strict_seconds for floor in floors])
+        side["times_copy_floor"] = quartiles(times[name], [floor.copy_seconds for floor in floors])
         side["percent_of_floor"] = 100 / side["times_floor"]["median"]
         side["exact"] = exact[name]
         if peaks:

@@ -109,7 +109,7 @@ def test_unlike_things_are_not_compared(broken: str) -> None:
 
 def test_a_wrong_gradient_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, reference = both("topk")
-    parameter = dict(ours.trainer.model.named_parameters())["decoders.0.1"]
+    parameter = ours.trainer.model.b_enc  # a table may have its gradient as terms, which hooks do not see
     parameter.register_hook(lambda grad: grad * 1.001)
     with pytest.raises(AssertionError, match="gradients are not those"):
         bench_train_sides.compare(ours, reference)
@@ -134,11 +134,11 @@ def test_it_prints_figures_and_writes_them(
     assert set(found["ms_by_part"]) == set(bench_train_parts.PARTS)
     assert found["summary_of"] == "torch"
     side = found["kernels"]["torch"]
-    for ratio in (side["speedup_vs_dense"], side["times_floor"], side["times_strict_floor"]):
+    for ratio in (side["speedup_vs_dense"], side["times_floor"], side["times_copy_floor"]):
         assert 0 < ratio["q1"] <= ratio["median"] <= ratio["q3"]
     assert found["times_floor"] == side["times_floor"]["median"]
     assert found["percent_of_floor"] == pytest.approx(100 / found["times_floor"])
-    assert side["times_strict_floor"]["median"] >= side["times_floor"]["median"]
+    assert side["times_copy_floor"]["median"] <= side["times_floor"]["median"]
     assert set(report["scaling"]["custom"]) == {"kernels", "targets", "d_features", "k"}
     assert report["loop"]["cache"] == "a scratch cache"
     assert (report["loop"]["pairs"], report["loop"]["steps"]) == (3, 2)
@@ -159,14 +159,16 @@ def test_the_peak_is_that_of_gradients_and_activations() -> None:
 
 def test_the_floor_is_the_sum_of_what_cannot_be_saved() -> None:
     """L=3, D=6, F=22, B=14, k=2, S=6, by hand."""
-    floor = work(SHAPE, 2).at(Rates(gemm=1e3, gather=1e2, pass_=10.0, in_place=20.0))
+    floor = work(SHAPE, 2).at(Rates(gemm=1e3, gather=1e2, copy=10.0, in_place=20.0))
     assert floor.gemm == pytest.approx(14 * 2 * 3 * 6 * 22 / 1e3)
     assert floor.gather == pytest.approx(14 * 2 * 6 * 4 * (3 * 6 + 3) / 1e2)
     n_parameters = (3 + 6) * 22 * 6 + 3 * 22 + 3 * 6
     assert SHAPE.n_parameters == n_parameters
-    assert floor.parameters == pytest.approx(24 * n_parameters / 10)
+    assert floor.parameters == pytest.approx(24 * n_parameters / 20)
     assert floor.seconds == floor.gemm + floor.gather + floor.parameters
-    assert floor.strict_seconds == floor.gemm + floor.gather + floor.parameters / 2
+    assert floor.copy_seconds == pytest.approx(floor.seconds + floor.parameters)
+    copied = work(SHAPE, 2).at(Rates(gemm=1e3, gather=1e2, copy=20.0, in_place=10.0))
+    assert (copied.seconds, copied.copy_seconds) == (floor.seconds, floor.seconds)
 
 
 def test_the_shape_counts_the_parameters_that_there_are() -> None:
