@@ -26,11 +26,11 @@ from pipeline.core.options import (
     ThetaGrad,
 )
 from pipeline.core.sparse import Pattern, Sparse
-from pipeline.train import checkpoint
+from pipeline.train import checkpoint, precision
 from pipeline.train.checkpoint import State
 from pipeline.train.micro import active, fired
 from pipeline.train.objective import Objective
-from pipeline.train.options import SparseStep
+from pipeline.train.options import Precision, SparseStep
 from tests import oracle
 from tests.arch.test_contract import VARIANTS, n_sources
 
@@ -158,6 +158,24 @@ def test_the_sparse_step_keeps_float32s_accuracy(
 ) -> None:
     under(monkeypatch, "mixed")
     assert_equals_dense(gated("clt", options, torch.float32), LOSSES[loss], torch.float32, 1e-6)
+
+
+@pytest.mark.parametrize("form", ["all sparse", "mixed", "all dense"])
+@pytest.mark.parametrize("options", [ActivationOptions("relu"), jumprelu(), jumprelu(4.0)], ids=["relu", "", "wide"])
+def test_tables_of_bfloat16_take_every_form(
+    monkeypatch: pytest.MonkeyPatch, options: ActivationOptions, form: str
+) -> None:
+    under(monkeypatch, form)
+    model, (x, y) = gated("clt", options, torch.float32), data(torch.float32)
+    precision.store(model, Precision.bfloat16)
+    slow = copy.deepcopy(model)
+    x = x.bfloat16()
+    out, _, grads = stepped(model, LOSSES["l1"], x, y, SparseStep.auto)
+    expected = stepped(slow, LOSSES["l1"], x, y, SparseStep.never)[2]
+    assert out.y_hat.dtype == torch.float32
+    for name, parameter in model.named_parameters():
+        assert grads[name].dtype == parameter.dtype
+        assert oracle.normwise(grads[name], expected[name]) < 2e-2, name
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
