@@ -235,7 +235,7 @@ class Transcoder(nn.Module):
         """What the features write, without biases and skip path. -> [B, L, D]"""
         if isinstance(features, Sparse):
             writes = [(i, target, self.table(i, target)) for i in range(self.n_sources) for target in self.targets(i)]
-            return bags(features, writes, self.dims.n_layers)
+            return bags(features, writes, self.dims.n_layers).to(self.b_dec.dtype)
         rows: list[Tensor | None] = [None for _ in range(self.dims.n_layers)]
         for source in range(self.n_sources):
             for target in self.targets(source):

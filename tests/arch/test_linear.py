@@ -160,7 +160,7 @@ def test_arithmetic_is_counted_as_documented(
     cost = flops(model, needs_pre_acts=False)
     assert cost[:3] == (E, dense, sparse)
     assert cost.step == pytest.approx(E + E * K / F + 3 * sparse)
-    assert flops(model, needs_pre_acts=True).step == 2 * E + 3 * dense
+    assert flops(model, needs_pre_acts=True).step == 2 * E + 3 * sparse
     relu = flops(model_of(architecture, "relu", **options), needs_pre_acts=False)
     assert relu == (E, dense, None, 2 * E + 3 * dense)
 

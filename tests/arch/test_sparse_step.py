@@ -1,6 +1,7 @@
 """Training's sparse step of the gates: the gradients of the dense one, whatever form each layer takes."""
 
 import copy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,16 +12,25 @@ from torch import Tensor
 from pipeline.arch import sparse_step
 from pipeline.arch.base import Output, Transcoder
 from pipeline.arch.matryoshka import Matryoshka
-from pipeline.core import activations, density
+from pipeline.core import activations, deferred, density, products
 from pipeline.core.density import Limits
 from pipeline.core.gates import Gate
-from pipeline.core.options import ActivationOptions, LossOptions, PreActForm, Ramp, Schedules, SparsityForm, ThetaGrad
+from pipeline.core.options import (
+    ActivationOptions,
+    Kernels,
+    LossOptions,
+    PreActForm,
+    Ramp,
+    Schedules,
+    SparsityForm,
+    ThetaGrad,
+)
 from pipeline.core.sparse import Pattern, Sparse
-from pipeline.train import checkpoint
+from pipeline.train import checkpoint, precision
 from pipeline.train.checkpoint import State
 from pipeline.train.micro import active, fired
 from pipeline.train.objective import Objective
-from pipeline.train.options import SparseStep
+from pipeline.train.options import Precision, SparseStep
 from tests import oracle
 from tests.arch.test_contract import VARIANTS, n_sources
 
@@ -148,6 +158,47 @@ def test_the_sparse_step_keeps_float32s_accuracy(
 ) -> None:
     under(monkeypatch, "mixed")
     assert_equals_dense(gated("clt", options, torch.float32), LOSSES[loss], torch.float32, 1e-6)
+
+
+@pytest.mark.parametrize("form", ["all sparse", "mixed", "all dense"])
+@pytest.mark.parametrize("options", [ActivationOptions("relu"), jumprelu(), jumprelu(4.0)], ids=["relu", "", "wide"])
+def test_tables_of_bfloat16_take_every_form(
+    monkeypatch: pytest.MonkeyPatch, options: ActivationOptions, form: str
+) -> None:
+    under(monkeypatch, form)
+    model, (x, y) = gated("clt", options, torch.float32), data(torch.float32)
+    precision.store(model, Precision.bfloat16)
+    slow = copy.deepcopy(model)
+    x = x.bfloat16()
+    out, _, grads = stepped(model, LOSSES["l1"], x, y, SparseStep.auto)
+    expected = stepped(slow, LOSSES["l1"], x, y, SparseStep.never)[2]
+    assert out.y_hat.dtype == torch.float32
+    for name, parameter in model.named_parameters():
+        assert grads[name].dtype == parameter.dtype
+        assert oracle.normwise(grads[name], expected[name]) < 2e-2, name
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("options", [ActivationOptions("relu"), jumprelu(), jumprelu(4.0)], ids=["relu", "", "wide"])
+def test_compiled_kernels_and_gradients_kept_as_terms_keep_it_too(
+    monkeypatch: pytest.MonkeyPatch, options: ActivationOptions
+) -> None:
+    under(monkeypatch, "mixed")
+    model, (x, y) = gated("clt", options, torch.float32), data(torch.float32)
+    slow = copy.deepcopy(model).double()
+    tables = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+    for table in tables:
+        deferred.want(table)
+    with products.using(Kernels.compiled, torch.device("cpu")):
+        stepped(model, LOSSES["tanh"], x, y, SparseStep.auto)
+        # Layer 1 is dense; AuxK's features are of layer 0.
+        assert all(table.grad is None for table in model.tables(2))
+        for table in tables:
+            deferred.materialise(table)
+    expected = stepped(slow, LOSSES["tanh"], x.double(), y.double(), SparseStep.never)[2]
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert oracle.normwise(parameter.grad, expected[name]) < 1e-6, name
 
 
 @pytest.mark.parametrize("activation", ["topk", "groupmax", "batchtopk", "batchtopk_across"])
