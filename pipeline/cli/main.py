@@ -66,6 +66,7 @@ def train(
     \b
     clt train +experiment=batchtopk_across              into runs/batchtopk_across-0
     clt train +experiment=topk name=mine optim.lr=1e-3  into runs/mine; again: continues it
+    clt train name=mine                                 continues it with its own settings; resume=true: the newest
     clt train -m name=sweep activation.k=8,16 optim.lr=1e-3,2e-3
                                                         four runs, runs/sweep/0 to runs/sweep/3, one cache
     clt train arch=tied arch.d_features=16384 --dry-run   parameters, FLOPs, memory, batches; writes nothing

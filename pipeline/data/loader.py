@@ -130,6 +130,9 @@ class Loader:
         self._reader.stop()
         self._gatherer.stop()
         self._visited.close()
+        # Generators and the loader hold each other: its buffers would stay until Python looks for such circles.
+        self._buffers.clear()
+        self._shard_buffers.clear()
 
     def _visits(self) -> Iterator[tuple[Shard, Permutation, int]]:
         """(shard, order of its rows, first of them to take) from the start position on, without end."""
@@ -209,6 +212,7 @@ class _Ahead(Generic[T]):
 
     def stop(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self._coming.clear()
 
     def _next(self) -> T:
         for item in self._items:

@@ -30,7 +30,7 @@ def finish(cfg: TrainConfig, cache: Cache, trainer: Trainer, metrics: dict[str, 
     settle(trainer.optimizer)
     precision.restore(trainer.model)
     model, prepare, batch = trainer.model.eval(), trainer.inputs, trainer.plan.part_tokens
-    x, _ = _held_out(cache, Split.calibration, prepare)
+    x = _held_out(cache, Split.calibration, prepare)[0]
     rank_norms = model.rank_norms()
     threshold = calibrate.thresholds(model, x, batch, cfg.train.seed)
     measured_x, measured_y = _held_out(cache, Split.evaluation, prepare)

@@ -92,6 +92,7 @@ class Trainer:
         if path is not None:
             self.state = checkpoint.load(path, self.model, self.optimizer)
             self.divergence.restore(self.state.more)
+            self._prune()  # a process may have been killed between saving a checkpoint and this
         self.log.begin(path, self.state.step)
 
     def fit(self, batches: Iterator[Batch]) -> dict[str, object]:
@@ -200,9 +201,12 @@ class Trainer:
             logger.info("step %d: held-out FVU %.4f", step, about[checkpoint.SCORE])
         self.state.more |= self.divergence.tensors()
         checkpoint.save(self.directory, self.model, self.optimizer, self.state, about)
+        self._prune()
+
+    def _prune(self) -> None:
         # While the loss is suspiciously high, the last good checkpoint stays.
         if not self.divergence.above:
-            checkpoint.prune(self.directory, plan.keep_checkpoints, plan.keep_best)
+            checkpoint.prune(self.directory, self.plan.keep_checkpoints, self.plan.keep_best)
 
     def record(self, taken: Taken, rate: float) -> dict[str, object]:
         """A line of metrics.jsonl, of this step's batch. fvu: pooled, in the model's units, cache's variance."""

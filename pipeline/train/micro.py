@@ -35,12 +35,15 @@ def whole(
     if n == 1 or not objective.reads_whole(dead):
         return None
     total, squares, n_active = torch.zeros((), dtype=torch.float64), 0.0, 0
+    rule, was_training = model.activation, model.activation.training
+    rule.eval()  # what it remembers from step to step is of the pass that teaches
     for part in parts(batch, n):
         x, y = inputs(part.resid_mid, part.mlp_out)
         out = objective.forward(model, x, step)
         error = (y - out.y_hat).double()
         total, squares = total.to(error.device) + error.sum(dim=0), squares + float(error.square().sum())
         n_active += active(out)
+    rule.train(was_training)
     tokens = batch.rows.shape[0]
     return Whole(squares / tokens - float((total / tokens).square().sum()), n_active / tokens)
 

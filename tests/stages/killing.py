@@ -1,9 +1,10 @@
-"""Training in processes that are killed: `python -m tests.stages.killing random|everywhere SEED WORD...` in a directory
-with a cache. Prints one JSON line: what was killed how often, and the names of the runs that went on.
+"""Training in processes that are killed: `python -m tests.stages.killing random SEED WORD...`, or `everywhere STRIDE
+WORD...`, in a directory with a cache. Writes one JSON line: the names of the runs that were killed and went on.
 
 Children are forked from a process that has imported everything and computed nothing.
 """
 
+import itertools
 import json
 import os
 import random
@@ -11,6 +12,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+
+import torch._dynamo  # noqa: F401  # optimisers import it: once here, not in every child
 
 from pipeline.config import compose
 from pipeline.stages import train
@@ -72,21 +75,22 @@ def at_random(config: TrainConfig, drawn: random.Random, kills: int = 20) -> lis
     return names
 
 
-def everywhere(config: TrainConfig) -> list[str]:
-    """Kill before each touch of a file, each time another run, and let it go on."""
+def everywhere(config: TrainConfig, stride: int) -> list[str]:
+    """Kill before every stride-th touch of a file, each time another run, and let it go on."""
     assert finished(start(config, "whole"))
     names: list[str] = []
-    while True:
-        name = f"killed-{len(names)}"
-        if finished(start(config, name, kill_at_file_event(len(names) + 1))):
-            return names
+    for number in itertools.count(1, stride):
+        name = f"killed-{number}"
+        if finished(start(config, name, kill_at_file_event(number))):
+            break
         assert finished(start(config, name))
         names.append(name)
+    return names
 
 
 if __name__ == "__main__":
     how, seed, *words = sys.argv[1:]
     given = compose("train", [*words, "name=whole"])
     assert isinstance(given, TrainConfig)
-    found = at_random(given, random.Random(seed)) if how == "random" else everywhere(given)
+    found = at_random(given, random.Random(seed)) if how == "random" else everywhere(given, int(seed))
     sys.stdout.write(json.dumps(found) + "\n")

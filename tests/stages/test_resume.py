@@ -205,6 +205,25 @@ def throw(trainer: Trainer) -> None:
         trainer.model.b_dec += 100.0
 
 
+def test_a_kill_between_saving_and_removing_leaves_no_checkpoint_too_many(
+    cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(*args: object) -> None:
+        raise PowerCut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "prune", lambda directory, *keep: cut() if directory_has(directory, 20) else None)
+        with pytest.raises(PowerCut):
+            train.run(compose("train", [*TOPK, "name=mine"]))
+    assert len(list(Path("runs/mine/checkpoints").iterdir())) == 4
+    train.run(compose("train", ["name=mine"]))
+    assert [path.name for path in Path("runs/mine/checkpoints").iterdir()] == ["step_20"]
+
+
+def directory_has(directory: Path, step: int) -> bool:
+    return (directory / "checkpoints" / f"step_{step}").exists()
+
+
 def scores(name: str) -> dict[str, float]:
     found = Path(f"runs/{name}/checkpoints").glob("step_*")
     return {path.name: json.loads((path / "state.json").read_text())["held_out_fvu"] for path in found}

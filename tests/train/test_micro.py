@@ -101,6 +101,14 @@ def test_terms_that_are_no_means_over_tokens_are_there_to_be_tested(tmp_path: Pa
     assert whole.spread == pytest.approx(float((error - error.mean(dim=0)).square().sum()) / B)
 
 
+def test_what_the_rule_remembers_is_of_the_pass_that_teaches(tmp_path: Path) -> None:
+    made = trainer(tmp_path, "clt", "batchtopk", LossOptions("auxk", aux_k=1 / 4), 4)
+    assert made.objective.reads_whole(made.dead())
+    made.step(batch(), 0.01)
+    assert made.model.activation.ema_weight.tolist() == pytest.approx([1 - 0.999**4] * L)
+    assert made.model.activation.training
+
+
 @pytest.mark.parametrize("activation", ["batchtopk", "batchtopk_across"])
 def test_tokens_compete_within_a_part(tmp_path: Path, activation: str) -> None:
     made = trainer(tmp_path, "clt", activation, LossOptions("mse"), 4)
