@@ -35,6 +35,7 @@ def handles(*tensors: Tensor) -> bool:
 def by_feature(pattern: Pattern) -> tuple[Tensor, Tensor, Tensor]:
     """`pattern.by_feature`, from a counting sort; kept in the pattern as that is."""
     if "by_feature" not in pattern.__dict__:
+        assert pattern.indices.is_contiguous()
         order, tokens = torch.empty_like(pattern.indices), torch.empty_like(pattern.indices)
         edges = pattern.indices.new_empty(pattern.n_features + 1)
         _call(
@@ -55,6 +56,7 @@ def bag(pattern: Pattern, values: Tensor, table: Tensor, out: Tensor | None = No
     """values [nnz], table [F, D] -> [B, D], in `out` or added to it."""
     if out is None:
         out = table.new_empty(pattern.n_tokens, table.shape[1])
+    assert pattern.indices.is_contiguous()
     table, values = table.contiguous(), values.contiguous()
     _call(
         "clt_bag", pattern.indices, pattern.offsets, pattern.n_tokens, values, table, table.shape[1],
@@ -118,6 +120,7 @@ def adam(
 
     weight, moments and grad of one shape [F, ...], contiguous.
     """
+    assert all(handles(term.weights, term.rows) for term in terms)
     weights = [term.weights.contiguous() for term in terms]
     held = (_Term * len(terms))(
         *(

@@ -30,7 +30,11 @@ SECONDS = 300.0
 @functools.cache
 def library() -> ctypes.CDLL:
     """The library, built where it is not there yet. UserError when that cannot be."""
-    return ctypes.CDLL(str(built()))
+    file = built()
+    try:
+        return ctypes.CDLL(str(file))
+    except OSError as error:
+        raise UserError(f"{file} does not load ({error}); delete it, or use train.kernels=torch") from error
 
 
 def built() -> Path:

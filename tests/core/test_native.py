@@ -268,6 +268,12 @@ def test_a_compiler_that_fails_is_an_error_with_its_words(fresh: Path, monkeypat
     assert list(native_build.folder().iterdir()) == []
 
 
+def test_a_library_that_does_not_load_is_an_error_with_its_file(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", script(fresh / "cc", 'for last; do :; done; test "$1" = --version || echo x > "$last"'))
+    with pytest.raises(UserError, match=r"kernels-.*\.so does not load.*delete it"):
+        native_build.library()
+
+
 def test_a_library_is_built_once_and_again_for_another_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = 'test "$1" = --version && echo {0} && exit 0; echo x >> {1}/calls; for last; do :; done; echo > "$last"'
     monkeypatch.setenv("CXX", script(fresh / "cc", counted.format("one", fresh)))
