@@ -33,11 +33,11 @@ from pipeline.errors import UserError
 from pipeline.files import write_report
 from pipeline.stages import bench_train_dense, bench_train_loop, bench_train_scaling, bench_train_shapes
 from pipeline.stages import bench_train_kernels as kernels
+from pipeline.stages import bench_train_table as table
 from pipeline.stages import bench_train_timing as timing
 from pipeline.stages.bench_train_clock import clock
 from pipeline.stages.bench_train_floor import FORMULA, Floor, Rates, work
 from pipeline.stages.bench_train_shapes import SHAPES, Shape
-from pipeline.stages.bench_train_table import table
 from pipeline.stages.options import BenchTrainConfig
 
 logger = logging.getLogger(__name__)
@@ -69,23 +69,32 @@ def run(cfg: BenchTrainConfig) -> Path:
             "skipped": skipped,
             "shapes": {},
         }
+        _say(table.head(report))
         for name, shape in shapes.items():
-            report["shapes"][name] = timing.measure(_for(cfg, shape), shape, device, threads, names, name)
+            found = timing.measure(_for(cfg, shape), shape, device, threads, names, name)
+            report["shapes"][name] = found
+            _say(table.of_shape(name, found))
         report["estimate"] = _estimate(cfg, report, shapes)
+        _say(table.of_estimate(report["estimate"]))
         if cfg.bench.scaling:
-            report["scaling"] = {
-                name: bench_train_scaling.measure(_for(cfg, shape), shape, device, names[-1])
-                for name, shape in shapes.items()
-            }
+            report["scaling"] = {}
+            for name, shape in shapes.items():
+                found = bench_train_scaling.measure(_for(cfg, shape), shape, device, names[-1])
+                report["scaling"][name] = found
+                _say(table.of_scaling(name, found))
         if cfg.bench.loop:
             shape = next(iter(shapes.values()))
             report["loop"] = bench_train_loop.measure(_for(cfg, shape), shape, device, names[-1])
-    for line in table(report):
-        logger.info(line)
+            _say(table.of_loop(report["loop"]))
     to = Path(cfg.to or "bench/train.json")
     write_report(to, report)
     logger.info("%s\nnext: clt train with train.kernels= as it measured best", to)
     return to
+
+
+def _say(lines: Iterator[str]) -> None:
+    for line in lines:
+        logger.info(line)
 
 
 def _check(cfg: BenchTrainConfig) -> None:

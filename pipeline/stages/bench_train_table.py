@@ -13,25 +13,18 @@ HEAD = (
 )
 
 
-def table(report: dict[str, Any]) -> list[str]:
-    lines = [
+def head(report: dict[str, Any]) -> Iterator[str]:
+    """What all shapes have in common."""
+    yield (
         f"{report['activation']}, loss {report['loss']}, {report['device']}, torch {report['torch']}, "
         f"{report['threads']} of {report['cpus']} CPUs, load {report['load']:.1f}, "
         f"{report['rounds']} rounds by the {report['timed_by']} clock"
-    ]
-    for name, found in report["shapes"].items():
-        lines += _shape(name, found)
-    lines += [f"{name} left out: {line}" for name, line in report["skipped"].items()]
-    lines += [report["formula"]]
-    for name, found in report.get("scaling", {}).items():
-        lines += _scaling(name, found)
-    if "loop" in report:
-        lines.append(_loop(report["loop"]))
-    lines.append(_estimate(report["estimate"]))
-    return lines
+    )
+    yield report["formula"]
 
 
-def _shape(name: str, found: dict[str, Any]) -> Iterator[str]:
+def of_shape(name: str, found: dict[str, Any]) -> Iterator[str]:
+    """Both sides, the floor, the parts."""
     shape, rates, floor = found["shape"], found["rates"], found["floor_ms"]
     yield (
         f"\n{name}: L={shape['n_layers']} d={shape['d_model']} F={shape['d_features']:,} B={shape['batch_tokens']:,}, "
@@ -74,7 +67,7 @@ def _pair(spread: dict[str, float], digits: int) -> str:
     return f"{spread['q1']:,.{digits}f} {spread['q3']:,.{digits}f}"
 
 
-def _scaling(name: str, found: dict[str, Any]) -> Iterator[str]:
+def of_scaling(name: str, found: dict[str, Any]) -> Iterator[str]:
     for what, target in found["targets"].items():
         if what in found:
             spread = found[what]
@@ -86,9 +79,9 @@ def _scaling(name: str, found: dict[str, Any]) -> Iterator[str]:
         yield f"{name}: {found['skipped']}"
 
 
-def _loop(found: dict[str, Any]) -> str:
+def of_loop(found: dict[str, Any]) -> Iterator[str]:
     spread = {name: 100 * value for name, value in found["overhead"].items()}
-    return (
+    yield (
         f"trainer's loop, {found['kernels']}, on {found['cache']}: {found['trainer_ms']:,.1f} ms a step, bare "
         f"{found['bare_ms']:,.1f}: {spread['median']:+.1f} % ({_pair(spread, 1)}; all pairs "
         f"{100 * found['all_pairs']:+.1f} %; target {100 * found['target']:.0f} %), {found['pairs']} pairs of "
@@ -96,8 +89,8 @@ def _loop(found: dict[str, Any]) -> str:
     )
 
 
-def _estimate(found: dict[str, Any]) -> str:
-    return (
+def of_estimate(found: dict[str, Any]) -> Iterator[str]:
+    yield (
         f"estimate, {found['what']}, {found['tokens']:,} tokens on this machine: {found['hours']:,.1f} hours "
         f"({found['tokens_per_s']:,.0f} tokens/s: a floor of {found['floor_ms']:,.0f} ms a step at the rates of "
         f"{found['from_shape']}, times {found['times_floor']:.2f} as there; needs {gb(found['bytes'])}). "
