@@ -89,11 +89,13 @@ def _run(cfg: TrainConfig) -> Path:
         return directory
     with alone(directory):
         trainer = Trainer(directory, model, optimizer, objective, prepare, plan, cfg.optim)
-        trainer.about = {"cache": cache.key}
+        trainer.about = {"cache": cache.key, "kernels": str(products.active())}
         trainer.held_out_fvu = lambda: held_out_fvu(cfg, cache, trainer)
         checkpoint.tidy(directory)
         last = checkpoint.newest(directory)
         _say(cfg, cache, plan, model, device, last)
+        if last is not None:
+            _compare_kernels(last)
         if mlps is not None:
             _say_targets(mlps, plan.part_tokens)
         if last is None and earlier is not None:
@@ -230,6 +232,16 @@ def _say(
     )
     if last is not None:
         logger.info("continuing from %s", last)
+
+
+def _compare_kernels(last: Path) -> None:
+    """Say so when a run that began with other kernels is continued, on a machine without a compiler, say."""
+    before, now = json.loads((last / "state.json").read_text()).get("kernels"), str(products.active())
+    if before not in (None, now):
+        logger.warning(
+            "%s was made with train.kernels=%s and goes on with %s, which round differently: the result will differ in "
+            "last bits from that of a run which was never stopped", last, before, now,
+        )  # fmt: skip
 
 
 def _say_targets(mlps: Mlps, batch_tokens: int) -> None:

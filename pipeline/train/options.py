@@ -89,8 +89,8 @@ class TrainOptions:
     """auto, cpu, cuda or cuda:N."""
 
     kernels: Kernels = Kernels.auto
-    """How sparse products are computed: torch, compiled (C++ for a CPU, float32), triton (CUDA), or auto, which takes
-    compiled or triton where they can be had. All are exact; they round differently."""
+    """How sparse products are computed: torch, compiled (C++ for a CPU, float32), triton (CUDA; never yet run on
+    one), or auto, which takes compiled where it can be had, else torch. All are exact; they round differently."""
 
     init_from: str | None = None
     """A finished run, by name or path, whose weights the run begins with, in place of arch.init; with

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pipeline.config import Request, compose, launch
+from pipeline.core import products
 from pipeline.errors import UserError
 from pipeline.files import take_lock
 from pipeline.stages import train
@@ -122,12 +123,26 @@ def test_a_signal_writes_a_checkpoint_and_the_run_says_how_to_go_on(
     assert not Path("runs/asked/lock").exists()
 
 
-def stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = compose("train", [*TOPK, f"name={name}"])
+def stopped(name: str, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    config = compose("train", [*TOPK, *words, f"name={name}"])
     with monkeypatch.context() as patch:
         cut_before(patch, 7)
         with pytest.raises(PowerCut):
             train.run(config)
+
+
+def test_a_run_that_goes_on_with_other_kernels_says_so(
+    cached: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(products, "_native", lambda: pytest.fail("asked for"))
+    stopped("here", monkeypatch, "train.kernels=torch")
+    state = checkpoint.newest(Path("runs/here"))
+    assert state is not None
+    about = json.loads((state / "state.json").read_text())
+    assert about["kernels"] == "torch"
+    (state / "state.json").write_text(json.dumps(about | {"kernels": "compiled"}))
+    train.run(compose("train", ["name=here"]))
+    assert "made with train.kernels=compiled and goes on with torch" in caplog.text
 
 
 def test_resume_without_a_name_continues_the_newest_unfinished_run_with_its_own_settings(
