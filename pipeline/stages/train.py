@@ -85,6 +85,7 @@ def _run(cfg: TrainConfig) -> Path:
 
     directory = runs.start(cfg.name, cfg)
     if runs.finished(directory):
+        (directory / "lock").unlink(missing_ok=True)  # of a process that was killed at its very end
         logger.info("%s is finished already\nnext: clt eval run=%s", directory, directory)
         return directory
     with alone(directory):

@@ -66,7 +66,7 @@ def alone(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (directory / "lock").unlink()
+        (directory / "lock").unlink(missing_ok=True)
         os.close(lock)
 
 
