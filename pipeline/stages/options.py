@@ -171,7 +171,7 @@ class BenchTrainOptions:
 @dataclass
 class BenchTrainConfig:
     cache: CacheOptions
-    """Where the trainer's part finds its cache: cache.path, or the newest; where there is none, a scratch one."""
+    """Where the trainer's part finds its cache: cache.path, or the newest; a scratch one where there is none."""
 
     bench: BenchTrainOptions
     activation: ActivationOptions
