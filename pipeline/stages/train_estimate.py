@@ -15,18 +15,27 @@ from pipeline.train import run as runs
 from pipeline.train.calibrate import FEATURES_AT_ONCE
 from pipeline.train.loop import Plan
 from pipeline.train.optim import OPTIMISERS
-from pipeline.train.options import Precision
+from pipeline.train.options import Precision, SparseStep
 
 logger = logging.getLogger(__name__)
 
 FLOAT = 4
 """Bytes of a float32, which weights, gradients and moments are."""
 
-LIBRARIES = 160 * 10**6
-"""Bytes of a process that has imported torch and read nothing, pages of files apart."""
+# The numbers below were measured on nine runs: resident memory, the cache's mapped files apart (docs/runs.md).
 
-DENSE = 13
-"""Tensors of the size of all pre-activations that live at once on the dense path: measured with the tanh recipe."""
+LIBRARIES = 490 * 10**6
+"""Bytes of a process that has loaded all that training uses and read nothing."""
+
+DENSE, SPARSE = 13, 5
+"""Tensors of the size of all pre-activations that live at once: in a dense step, and in a step of rules that gate, or
+of any with a loss that reads all pre-activations."""
+
+MEASURED = 5
+"""The same while held-out text is measured, in batches of the training's size."""
+
+FIRST_COPIES, HELD_OUT_COPIES = 12, 12
+"""Rows as float32, so many times, of the sample that weights start from, and of held-out text."""
 
 RANKED = 28
 """Bytes that calibration takes for each pre-activation it sorts: four floats and an index."""
@@ -74,16 +83,17 @@ def peak_bytes(cfg: TrainConfig, model: Transcoder, plan: Plan, needs_pre_acts: 
     row = FLOAT * model.dims.n_layers * model.dims.d_model
     sampled = cfg.train.init_from is None and init.needs_sample(cfg.arch)
     n_first = max(8192, 4 * model.d_features) if sampled else 0
-    start = weights + 6 * n_first * row
+    start = weights + FIRST_COPIES * n_first * row
     in_use, state = _kept(cfg, model)
     kept = 2 * in_use + state  # weights, gradients and moments, from the first step on
     # As they are stored, as floats, through the norm, scaled, and the reconstruction with its gradient.
     batch = 8 * plan.batch_tokens * row
-    step = kept + batch + _features_bytes(model, plan, needs_pre_acts)
+    step = kept + batch + _features_bytes(cfg, model, plan, needs_pre_acts)
     # The optimiser's state is laid out as bytes once more; with signsgd the weights at work lie beside the averaged.
     checkpoint = kept + state + (weights if cfg.optim.name == "signsgd" else 0)
     ranked = RANKED * held_out * min(FEATURES_AT_ONCE, model.d_features) if model.activation.chooses else 0
-    end = kept + weights + 5 * held_out * row + ranked
+    measured = HELD_OUT_COPIES * held_out * row + MEASURED * _pre_acts_bytes(model, min(plan.part_tokens, held_out))
+    end = kept + weights + max(measured, 5 * held_out * row + ranked)
     return LIBRARIES + max(start, step, checkpoint, end)
 
 
@@ -98,13 +108,19 @@ def _kept(cfg: TrainConfig, model: Transcoder) -> tuple[int, int]:
     return each * model.n_parameters, int(OPTIMISERS[cfg.optim.name].state_bytes * model.n_parameters)
 
 
-def _features_bytes(model: Transcoder, plan: Plan, needs_pre_acts: bool) -> int:
+def _pre_acts_bytes(model: Transcoder, n_tokens: int) -> int:
+    return FLOAT * n_tokens * model.d_features * model.n_sources
+
+
+def _features_bytes(cfg: TrainConfig, model: Transcoder, plan: Plan, needs_pre_acts: bool) -> int:
     """Pre-activations, features and what autograd keeps of them."""
-    layer = FLOAT * plan.batch_tokens * model.d_features
+    pre_acts = _pre_acts_bytes(model, plan.part_tokens)
+    if not model.activation.chooses and cfg.train.sparse is SparseStep.never:
+        return DENSE * pre_acts
     if needs_pre_acts or not model.activation.chooses:
-        return DENSE * layer * model.n_sources
-    # The sparse path drops pre-activations layer by layer, unless layers compete.
-    return 2 * layer * (model.n_sources if isinstance(model.activation, BatchTopKAcross) else 1)
+        return SPARSE * pre_acts
+    # Pre-activations are dropped layer by layer, unless layers compete.
+    return 2 * pre_acts // (1 if isinstance(model.activation, BatchTopKAcross) else model.n_sources)
 
 
 def _count(number: float) -> str:
