@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from pipeline.core.options import Kernels
     from tests.data.s3 import Server
 
 SPECIAL = ["<unk>", "<bos>", "<eos>"]
@@ -106,6 +107,21 @@ def s3(s3_server: "Server", monkeypatch: pytest.MonkeyPatch) -> "Server":
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     return s3_server
+
+
+NO_COMPILER = not any(map(shutil.which, ("g++", "clang++", "c++")))
+
+
+@pytest.fixture(params=["torch", pytest.param("compiled", marks=pytest.mark.skipif(NO_COMPILER, reason="no compiler"))])
+def kernels(request: pytest.FixtureRequest) -> Iterator["Kernels"]:
+    """What runs on a CPU, each in turn."""
+    import torch
+
+    from pipeline.core import products
+    from pipeline.core.options import Kernels
+
+    with products.using(Kernels(request.param), torch.device("cpu")) as chosen:
+        yield chosen
 
 
 @pytest.fixture

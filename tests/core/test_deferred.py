@@ -1,27 +1,14 @@
 """Gradients kept as terms are the gradients that autograd would have written."""
 
-import shutil
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from pipeline.arch.base import Transcoder
-from pipeline.core import deferred, losses, products
+from pipeline.core import deferred, losses
 from pipeline.core.options import Kernels
 from pipeline.core.sparse import bag, fixed_k
 from tests import oracle
-
-COMPILED = pytest.param(
-    Kernels.compiled, marks=pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-)
-
-
-@pytest.fixture(params=[Kernels.torch, COMPILED])
-def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
-    with products.using(request.param, torch.device("cpu")) as chosen:
-        yield chosen
 
 
 def test_terms_add_up_over_backward_passes_and_with_a_dense_gradient() -> None:

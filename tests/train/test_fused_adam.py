@@ -1,7 +1,5 @@
 """Adam on terms takes the steps of torch's Adam, and either goes on where the other stopped."""
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pipeline.arch.base import Transcoder
-from pipeline.core import deferred, losses, products
+from pipeline.core import deferred, losses
 from pipeline.core.options import Kernels
 from pipeline.train import checkpoint, optim
 from pipeline.train.checkpoint import State
@@ -19,16 +17,6 @@ from pipeline.train.options import OptimOptions
 from tests import oracle
 
 B, L, F, D = 13, 3, 40, 37
-
-COMPILED = pytest.param(
-    Kernels.compiled, marks=pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-)
-
-
-@pytest.fixture(params=[Kernels.torch, COMPILED])
-def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
-    with products.using(request.param, torch.device("cpu")) as chosen:
-        yield chosen
 
 
 def new(architecture: str = "clt") -> Transcoder:
