@@ -528,6 +528,9 @@ def log_to_stderr() -> None:
     root.addHandler(_Stderr())
     root.setLevel(logging.WARNING)
     logging.getLogger("pipeline").setLevel(logging.INFO)
+    # transformers loads torchao where it is installed, which speaks of kernels for other machines, and torch of it.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
