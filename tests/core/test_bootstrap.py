@@ -97,8 +97,8 @@ def test_two_thousand_resamples_take_well_under_a_second() -> None:
 
 
 def clustered(generator: torch.Generator, n_contexts: int) -> tuple[Tensor, Tensor]:
-    """Values of tokens and which there are, [C, 12] each: those of a context are hard or easy together, and the hard ones
-    fewer. The ratio of means is `true_ratio`."""
+    """Values of tokens and which there are, [C, 12] each. Those of a context are high or low together, and where they
+    are high there are fewer; the ratio of means is `true_ratio`."""
     level = torch.rand(n_contexts, 1, generator=generator, dtype=torch.float64)
     length = 4 + (8 * (1 - level)).round()
     noise = 0.2 * torch.randn(n_contexts, 12, generator=generator, dtype=torch.float64)
