@@ -142,7 +142,7 @@ class ReplacementModel:
         Raises UserError for a layer that there is not and for what `tokens` refuses."""
         tokens = self.tokens(prompt)
         original = self.original(tokens)
-        at_original = self._at_original(original)
+        at_original = self.at_original(original).y_hat
         kept = [*zip(original.mlp_out, at_original, strict=True)] if keep_error else None
         live = Live(self, _chosen(layers, self.lm.n_layers), kept, everything=True)
         logits = self.lm.logits(tokens, live)
@@ -170,7 +170,7 @@ class ReplacementModel:
         kept, first = None, past is None or past.replaced.get_seq_length() == 0
         if keep_error:
             original = self.original(tokens, past)
-            kept = [*zip(original.mlp_out, self._at_original(original, first), strict=True)]
+            kept = [*zip(original.mlp_out, self.at_original(original, first).y_hat, strict=True)]
         live = Live(self, _chosen(layers, self.lm.n_layers), kept, first=first)
         return self.lm.logits(tokens, live, past.replaced if past else None)
 
@@ -188,12 +188,14 @@ class ReplacementModel:
         """The model itself on tokens int64 [n, T]. -> what it computes there"""
         return read_original(self.lm, self.site, self.norm, tokens, past.original if past else None)
 
-    def _at_original(self, original: Original, first: bool = True) -> list[Tensor]:
-        """y_hat of each layer, [n, T, D], computed as the live one is."""
-        live = Live(self, range(0), None, first, everything=True)
+    @torch.inference_mode()
+    def at_original(self, original: Original, first: bool = True) -> "Live":
+        """Features and reconstructions of every layer at the original's activations, computed as live ones are. first:
+        the tokens begin a context."""
+        live = Live(self, range(0), first=first, everything=True)
         for layer, (x, own) in enumerate(zip(original.x, original.mlp_out, strict=True)):
             live.reconstruct(layer, x, own)
-        return live.y_hat
+        return live
 
 
 class Live:
@@ -203,15 +205,17 @@ class Live:
         self,
         model: ReplacementModel,
         layers: Collection[int],
-        kept: list[tuple[Tensor, Tensor]] | None,
+        kept: list[tuple[Tensor, Tensor]] | None = None,
         first: bool = True,
         everything: bool = False,
+        known: Sequence[tuple[Pattern, Tensor]] = (),
     ) -> None:
         """kept: for each layer the original's mlp_out and y_hat [n, T, D], for error terms. first: the tokens begin a
-        context. everything: compute what no replaced layer needs too."""
+        context. everything: compute what no replaced layer needs too. known: the features of the first layers, where
+        they were computed before."""
         self.model, self.layers, self.kept, self.first, self.everything = model, layers, kept, first, everything
         self.last = max(layers, default=-1)
-        self.features: list[tuple[Pattern, Tensor]] = []
+        self.features: list[tuple[Pattern, Tensor]] = list(known)
         self.y_hat: list[Tensor] = []
         """float32 [n, T, D] of each layer, with `everything`."""
 
@@ -231,10 +235,11 @@ class Live:
         """Choose the layer's features, x [n, T, D], and decode those of all layers so far: y_hat [n, T, D] in float32,
         or None where nobody asks for it."""
         transcoder, x = self.model.transcoder, x.flatten(0, 1)
-        self.features.append(transcoder.layer_features(x, layer))
+        if layer >= len(self.features):
+            self.features.append(transcoder.layer_features(x, layer))
         if layer not in self.layers and not self.everything:
             return None
-        y_hat = transcoder.decode_layer(sparse(self.features), layer, x).float().view(own.shape)
+        y_hat = transcoder.decode_layer(sparse(self.features[: layer + 1]), layer, x).float().view(own.shape)
         y_hat = keep_position_0(own.float(), y_hat) if self.first else y_hat
         if self.everything:
             self.y_hat.append(y_hat)
@@ -253,7 +258,7 @@ class TeacherForced:
     def logits(self, tokens: Tensor, layers: Collection[int] | None = None) -> Tensor:
         """tokens int64 [n, T] -> [n, T, V]. Raises UserError for a layer that there is not."""
         original = read_original(self.lm, self.site, self.norm, tokens)
-        return self.put_back(tokens, self.y_hat(original), layers)
+        return put_back(self.lm, self.y_hat(original), tokens, layers)
 
     @torch.inference_mode()
     def y_hat(self, original: Original) -> Tensor:
@@ -261,15 +266,16 @@ class TeacherForced:
         x = torch.stack([layer.flatten(0, 1) for layer in original.x], dim=1)
         return self.transcoder(x).y_hat.unflatten(0, original.x[0].shape[:2])
 
-    @torch.inference_mode()
-    def put_back(self, tokens: Tensor, y_hat: Tensor, layers: Collection[int] | None = None) -> Tensor:
-        """Logits [n, T, V] with y_hat [n, T, L, D] in place of the MLP outputs of these layers (null: all)."""
-        replaced = _chosen(layers, self.lm.n_layers)
 
-        def mlp(layer: int, resid: Tensor, own: Tensor) -> Tensor:
-            return keep_position_0(own, y_hat[:, :, layer].to(own.dtype)) if layer in replaced else own
+@torch.inference_mode()
+def put_back(lm: LanguageModel, y_hat: Tensor, tokens: Tensor, layers: Collection[int] | None = None) -> Tensor:
+    """The model with y_hat [n, T, L, D] in place of the MLP outputs of these layers (null: all). -> [n, T, V]"""
+    replaced = _chosen(layers, lm.n_layers)
 
-        return self.lm.logits(tokens, mlp)
+    def mlp(layer: int, resid: Tensor, own: Tensor) -> Tensor:
+        return keep_position_0(own, y_hat[:, :, layer].to(own.dtype)) if layer in replaced else own
+
+    return lm.logits(tokens, mlp)
 
 
 @torch.inference_mode()
