@@ -139,7 +139,7 @@ def report(
     config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
     png: Annotated[bool, typer.Option("--png", help="Also write every plot as an image.")] = False,
 ) -> None:  # fmt: skip
-    """One page about runs, and a CSV: which is best, with intervals, and all behind it; the newest run, when none is named.
+    """One page about runs, and a CSV: which is best, with intervals, and why; the newest run, when none is named.
 
     \b
     clt report runs/demo                                  runs/demo/report.html, opens without a network

@@ -16,7 +16,7 @@ class Column:
 
     title: str
     path: str
-    """In eval/metrics.json, under the thresholds; `ci95.<path>` is the interval, `exact.<path>` the rule of training."""
+    """In eval/metrics.json, under the thresholds; `ci95.<path>` is the interval, `exact.<path>` the training rule's."""
 
     better: Literal[-1, 0, 1]
     """1: higher is better, -1: lower, 0: neither."""

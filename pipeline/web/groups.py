@@ -1,6 +1,5 @@
 """How runs belong together: which settings differ, which runs are one recipe with several seeds, what to call them."""
 
-import os
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -106,8 +105,7 @@ def _label(members: list[Run], keys: Sequence[str], several: bool) -> str:
         return stem
     if about := described(members[0], keys, without_seed=True):
         return about if len(members) > 1 else f"{members[0].name}: {about}"
-    shared = os.path.commonprefix([run.name for run in members]).rstrip("-_/. ")
-    return shared or members[0].name
+    return f"seeds {', '.join(str(run.seed) for run in members)}" if len(members) > 1 else members[0].name
 
 
 def _is_number(name: str) -> bool:

@@ -31,8 +31,8 @@ def write(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
             kaleido.write_fig_from_object_sync(specs, kopts={"mathjax": False})
     except ChromeNotFoundError as error:
         raise UserError(
-            "images need Chrome or Chromium; install one (apt-get install chromium) or name it in BROWSER_PATH, or leave "
-            "--png out: each plot of the page has a camera button"
+            "images need Chrome or Chromium; install one (apt-get install chromium) or name it in BROWSER_PATH, or "
+            "leave --png out: each plot of the page has a camera button"
         ) from error
     except (BrowserClosedError, BrowserFailedError, KaleidoError, TimeoutError) as error:
         raise UserError(f"the browser drew no images ({error}); run again, or leave --png out") from error

@@ -50,8 +50,9 @@ def grid(panels: Sequence[Panel], columns: int, row_height: int = ROW_HEIGHT, le
     height = rows * row_height + (rows - 1) * ROW_GAP
     wide = (1 - left - COLUMN_GAP * (columns - 1)) / columns
     layout: dict[str, Any] = {
-        "height": height + TOP + BOTTOM, "margin": {"l": 64, "r": 16, "t": TOP, "b": BOTTOM},
-        "annotations": [], "hovermode": "closest", "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": GREY, "activecolor": PALETTE[0]}, "legend": {"font": {"size": 11}, "tracegroupgap": 0},
+        "height": height + TOP + BOTTOM, "margin": {"l": 64, "r": 16, "t": TOP, "b": BOTTOM}, "annotations": [],
+        "hovermode": "closest", "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": GREY, "activecolor": PALETTE[0]},
+        "legend": {"font": {"size": 11}, "tracegroupgap": 0},
     }  # fmt: skip
     traces: list[Trace] = []
     in_legend: set[str] = set()

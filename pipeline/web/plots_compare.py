@@ -53,8 +53,10 @@ def pareto(groups: Sequence[Group]) -> Figure | None:
         x_log = wide_range([headline.L0.value(run) for run in measured], ratio=3)
         y_log = column.log and wide_range([column.value(run) for run in measured], ratio=3)
         traces = [_front(measured, column)] if column.log and len(measured) > 2 else []
-        for pair in dict.fromkeys((run.arch, run.activation) for run in runs):
-            traces.append(_points([run for run in measured if (run.arch, run.activation) == pair], runs, column, keys))
+        pairs = dict.fromkeys((run.arch, run.activation) for run in measured)
+        for pair in pairs:
+            mine = [run for run in measured if (run.arch, run.activation) == pair]
+            traces += [_points(mine, runs, column, keys)]
         shown_as = Panel(
             f"{column.title} against L0", headline.L0.label, column.label, traces, x_log=x_log, y_log=y_log
         )
@@ -92,15 +94,13 @@ def _dots(group: Group, row: str, column: Column) -> list[Trace]:
         traces.append({
             "type": "scatter", "mode": "markers", "x": own, "y": [row] * len(own), "legendgroup": name, "name": name,
             "hovertemplate": f"{safe(group.label)}, {name}: %{{x:.4g}}<extra></extra>", "cliponaxis": False,
-            "marker": {"color": GREY if alone else colour(1), "size": 11, "symbol": "diamond-open", "line": {"width": 1.5}},
+            "marker": {"color": GREY if alone else colour(1), "size": 11, "symbol": "diamond-open"},
         })  # fmt: skip
     return traces
 
 
 def _points(mine: Sequence[Run], runs: Sequence[Run], column: Column, keys: Sequence[str]) -> Trace:
     """The runs of one architecture and activation."""
-    if not mine:
-        return {"type": "scatter", "x": [None], "y": [None], "mode": "markers"}
     tone, symbol = style(mine[0], runs)
     name = safe(f"{mine[0].arch} / {mine[0].activation}")
     values = [column.value(run) or 0.0 for run in mine]

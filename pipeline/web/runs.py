@@ -144,7 +144,7 @@ def _read(directory: Path, name: str) -> Run:
 
 
 def _yaml(file: Path) -> Tree:
-    return yaml.load(file.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}  # noqa: S506
+    return yaml.load(file.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
 
 
 def _json(file: Path) -> Tree | None:
