@@ -7,19 +7,23 @@ training size and cannot replace anything live.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.arch.base import Transcoder
-from pipeline.core.metrics import Divergence, Firing, Reconstruction
-from pipeline.core.sparse import Sparse
+from pipeline.core.metrics import Firing, Reconstruction, Tree, as_plain
+from pipeline.core.metrics_predictions import Divergence, Predictions
+from pipeline.core.sparse import sparsify
 from pipeline.data.models import LanguageModel
 from pipeline.data.world import encode_task, tasks
 from pipeline.interp.replacement import NOTES, Basis, ReplacementModel, TeacherForced, ablated_logits
 from pipeline.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -36,24 +40,51 @@ class HeldOut(NamedTuple):
     y: Tensor
     """[n_rows, L, D], what it reconstructs"""
 
+    def context_of(self, rows: Tensor) -> Tensor:
+        """Which context each row is of. int64 [B] -> [B]"""
+        return rows // (self.contexts.shape[1] - 1)
+
+
+class Fit(NamedTuple):
+    """What the features of one rule are like, and how near they come."""
+
+    firing: Firing
+    reconstruction: Reconstruction
+
+    def sums(self) -> dict[str, Tensor]:
+        """Of each context, [C, ...]."""
+        return self.reconstruction.sums() | self.firing.sums()
+
+    def beside(self) -> Tree:
+        """The numbers that are no ratios of sums over contexts: they have no interval."""
+        return {
+            "dead_fraction": self.firing.dead_fraction(),
+            "bias": self.reconstruction.bias(),
+            "dense_features": self.firing.dense_features(),
+            "density_histogram": self.firing.density_histogram(),
+        }
+
+
+SPARSE_BELOW = 0.1
+"""Features that are active at a smaller share of the pairs are decoded sparsely."""
+
 
 @torch.no_grad()
-def features_and_reconstruction(model: Transcoder, held_out: HeldOut, batches: Iterator[Tensor]) -> dict[str, Any]:
-    """L0, firing density, dead features, FVU and explained variance. `batches` are row numbers."""
-    firing = Firing(model.n_sources, model.d_features)
-    reconstruction = Reconstruction(*model.dims)
+def fit(model: Transcoder, held_out: HeldOut, batches: Iterator[Tensor]) -> Fit:
+    """Features and reconstruction of every row, once. `batches` are row numbers."""
+    n_contexts = held_out.contexts.shape[0]
+    firing = Firing(model.n_sources, model.d_features, n_contexts)
+    reconstruction = Reconstruction(*model.dims, n_contexts)
     device = model.b_enc.device
     for rows in batches:
-        out = model(held_out.x[rows].to(device))
-        firing.update(out.features.dense() if isinstance(out.features, Sparse) else out.features)
-        reconstruction.update(out.y_hat, held_out.y[rows])
-    return {
-        "l0": firing.l0(),
-        "dead_fraction": firing.dead_fraction(),
-        "fvu": reconstruction.fvu(),
-        "explained_variance": reconstruction.explained_variance(),
-        "density_histogram": firing.density_histogram(),
-    }
+        x = held_out.x[rows].to(device)
+        features = model.activate(x, need_pre_acts=False).features
+        if isinstance(features, Tensor) and float((features > 0).float().mean()) < SPARSE_BELOW:
+            features = sparsify(features)
+        context = held_out.context_of(rows)
+        firing.update(features, context)
+        reconstruction.update(model.decode(features, x), held_out.y[rows], context)
+    return Fit(firing, reconstruction)
 
 
 def replacements(
@@ -81,26 +112,42 @@ def divergences(
             # The next token is known, and a row, except behind the last row of a context.
             has_next = scored & torch.cat([scored[:, 1:], torch.zeros_like(scored[:, :1])], dim=1)
             following = block.roll(-1, dims=1)
-            original = lm.logits(block)
+            original = Predictions(lm.logits(block), scored, following, has_next)
             for name, logits in replaced.items():
-                results[name].update(original, logits(block), scored, following, has_next)
+                results[name].add(original, logits(block))
             bar.update(int(scored.sum()))
     return results
 
 
-def replacement_metrics(results: dict[str, Divergence], name: str, basis: Basis) -> dict[str, float | str]:
-    """The `replacement` group of metrics.json for one of the transcoders, the baselines beside it."""
-    ours = results[name]
-    flat: dict[str, float | str] = {"basis": str(basis)}
-    if basis in NOTES:
-        flat["note"] = NOTES[basis]
-    flat |= {"kl": ours.kl, "top1": ours.top1, "ce_original": ours.ce_original, "delta_ce": ours.delta_ce}
-    for baseline in ("zero_ablation", "mean_ablation"):
-        flat[f"kl_{baseline}"] = results[baseline].kl
-        flat[f"top1_{baseline}"] = results[baseline].top1
-        flat[f"delta_ce_{baseline}"] = results[baseline].delta_ce
-        flat[f"kl_recovered_{baseline}"] = 1 - ours.kl / results[baseline].kl
-    return flat
+def rule_metrics(
+    fit: Fit, replaced: Divergence | None, basis: Basis | None, numbers: Tree, intervals: Tree | None
+) -> Tree:
+    """The numbers of one rule as they stand in metrics.json: `numbers` of `interp/contexts.py` and their intervals, and
+    beside them those that have none."""
+    tree: Tree = {**as_plain(numbers), **fit.beside()}
+    tree["l0"] |= fit.firing.percentiles()
+    if replaced is not None and basis is not None:
+        note = {"note": NOTES[basis]} if basis in NOTES else {}
+        tree["replacement"] = {"basis": str(basis), **note, **tree["replacement"], "kl_median": replaced.kl_median}
+    return tree | {"ci95": intervals}
+
+
+def worst_contexts(
+    replaced: Divergence, contexts: np.ndarray, tokenizer: "PreTrainedTokenizerBase", n: int = 10
+) -> list[dict[str, Any]]:
+    """The contexts with the highest mean KL, highest first: number, mean KL, the text of each token up to the last that
+    is scored, and the KL of each (None of position 0)."""
+    kl, scored = replaced.per_token()
+    mean = kl.sum(dim=1) / scored.sum(dim=1)
+    found = []
+    for context in mean.argsort(descending=True, stable=True)[:n].tolist():
+        length = 1 + int(scored[context].nonzero().max())
+        values = [
+            value if is_scored else None for value, is_scored in zip(kl[context].tolist(), scored[context], strict=True)
+        ]
+        texts = [tokenizer.decode([token]) for token in contexts[context, :length].tolist()]
+        found.append({"context": context, "kl": float(mean[context]), "tokens": texts, "kl_per_token": values[:length]})
+    return found
 
 
 def world_tasks(lm: LanguageModel, replaced: dict[str, Logits]) -> dict[str, Any]:

@@ -6,11 +6,16 @@ clt eval run=runs/demo dataset=text dataset.path=other.txt
 
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from pipeline.arch.base import Transcoder
+from pipeline.core import metrics_weights
+from pipeline.core.metrics import Tree
 from pipeline.data import cache as caches
 from pipeline.data import models, tokens
 from pipeline.data.address import cache_place
@@ -21,7 +26,8 @@ from pipeline.data.options import DatasetKind, ModelOptions
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 from pipeline.files import write_aside
-from pipeline.interp import evaluation, replacement
+from pipeline.interp import contexts, evaluation, replacement
+from pipeline.interp.contexts import Contexts
 from pipeline.interp.evaluation import HeldOut
 from pipeline.plain import from_plain
 from pipeline.stages.options import Documents, EvalConfig
@@ -32,9 +38,13 @@ from pipeline.train.calibrate import shuffled_batches
 
 logger = logging.getLogger(__name__)
 
+SCHEMA = 2
+"""Of metrics.json."""
+
 
 def run(cfg: EvalConfig) -> Path:
     """Measure a finished run; print a table and write metrics.json. -> its path"""
+    start = time.perf_counter()
     directory = runs.chosen(cfg.run)
     trained = artifact.read(directory)
     asked = trained.config["cache"]["request"]["model"]
@@ -46,40 +56,79 @@ def run(cfg: EvalConfig) -> Path:
     trained.transcoder.to(lm.device)
     held_out, split = cached or _other_text(cfg, trained, lm)
     held_out = _limit(held_out, cfg.eval.n_contexts)
-    metrics = {**_measure(cfg, trained, lm, held_out), "n_tokens": held_out.n_rows, "split": split}
-    file = _write(directory, metrics, cfg)
+    metrics, sums = _measure(cfg, trained, lm, held_out)
+    about = {"n_tokens": held_out.n_rows, "n_contexts": len(held_out.contexts), "split": split}
+    metrics = {"schema": SCHEMA, **about, "seconds": round(time.perf_counter() - start, 2), **metrics}
+    n_tokens = sums["threshold"]["n_tokens"].numpy()
+    by_context = Contexts(contexts.hashes(held_out.contexts, n_tokens), sums)
+    file = _write(directory, metrics, by_context, cfg)
     for line in table(metrics):
         logger.info(line)
     logger.info("%s\nnext: clt train with other settings, or in Python: pipeline.load(%r)", file, str(directory))
     return file
 
 
-def _measure(cfg: EvalConfig, trained: Trained, lm: LanguageModel, held_out: HeldOut) -> dict[str, Any]:
+def _measure(
+    cfg: EvalConfig, trained: Trained, lm: LanguageModel, held_out: HeldOut
+) -> tuple[Tree, dict[str, dict[str, Tensor]]]:
+    """(metrics.json, the sums of each context by rule and baseline)"""
     batch = trained.config["train"]["batch_tokens"]
-    exact = trained.exact()
-    basis = replacement.basis(trained.transcoder)
-    models_of = {} if basis is None else {"threshold": replacement.replacement(lm, trained.transcoder)}
-    in_order = iter(torch.arange(held_out.n_rows).split(batch))
-    metrics = evaluation.features_and_reconstruction(trained.transcoder, held_out, in_order)
-    by_rule = {}
+    exact, transcoder = trained.exact(), trained.transcoder
+    basis = replacement.basis(transcoder)
+    fits = {"threshold": evaluation.fit(transcoder, held_out, iter(torch.arange(held_out.n_rows).split(batch)))}
+    models_of = {} if basis is None else {"threshold": replacement.replacement(lm, transcoder)}
     if exact is not None:
-        shuffled = shuffled_batches(held_out.n_rows, batch, seed=0)
-        by_rule = evaluation.features_and_reconstruction(exact, held_out, shuffled)
+        fits["exact"] = evaluation.fit(exact, held_out, shuffled_batches(held_out.n_rows, batch, seed=0))
         if basis is not None and exact.activation.per_token:
             models_of["exact"] = replacement.replacement(lm, exact)
     replaced = evaluation.replacements(lm, models_of, trained.y_mean)
     results = evaluation.divergences(lm, replaced, held_out.contexts, held_out.n_rows, cfg.eval.batch_tokens)
+    sums = {rule: fit.sums() for rule, fit in fits.items()}
+    for name, result in results.items():
+        sums[name] = sums.get(name, {}) | result.sums()
+    drawn = contexts.resample(sums, cfg.eval.bootstrap) if cfg.eval.bootstrap and len(held_out.contexts) > 1 else None
+    by_rule = {}
+    for rule, fit in fits.items():
+        numbers = contexts.numbers(contexts.totals(sums), rule)
+        intervals = None if drawn is None else contexts.intervals(contexts.numbers(drawn, rule))
+        own = results.get(rule) if rule in models_of else None
+        by_rule[rule] = evaluation.rule_metrics(fit, own, basis, numbers, intervals)
+        worst = None if own is None else evaluation.worst_contexts(own, held_out.contexts, lm.tokenizer)
+        by_rule[rule]["worst_contexts"] = worst
     if basis is None:
-        metrics |= {"replacement": None, "no_replacement": replacement.no_basis(trained.transcoder.options)}
-    else:
-        metrics["replacement"] = evaluation.replacement_metrics(results, "threshold", basis)
-    if basis is not None and "exact" in models_of:
-        by_rule["replacement"] = evaluation.replacement_metrics(results, "exact", basis)
-    if by_rule:
-        metrics["exact"] = by_rule
-    if lm.path == BUILTIN:
-        metrics["tasks"] = evaluation.world_tasks(lm, replaced)
-    return metrics
+        by_rule["threshold"]["no_replacement"] = replacement.no_basis(transcoder.options)
+    more = _more(cfg, trained, lm, held_out, replaced)
+    return {**by_rule["threshold"], **_weights(transcoder), **more, "exact": by_rule.get("exact")}, sums
+
+
+def _more(
+    cfg: EvalConfig, trained: Trained, lm: LanguageModel, held_out: HeldOut, replaced: dict[str, evaluation.Logits]
+) -> Tree:
+    """The groups that other files measure, each None where it is not asked for or has no meaning."""
+    more: Tree = dict.fromkeys(("replacement_curves", "faithfulness", "tasks", "world"))
+
+    if cfg.eval.curves:
+        pass
+
+    if cfg.eval.faithfulness:
+        pass
+
+    if cfg.eval.world and lm.path == BUILTIN:
+        more["tasks"] = evaluation.world_tasks(lm, replaced)
+
+    return more
+
+
+def _weights(transcoder: Transcoder) -> Tree:
+    """Numbers of the weights alone."""
+    threshold = transcoder.activation.threshold
+    assert isinstance(threshold, Tensor)
+    with torch.no_grad():
+        norms = transcoder.decoder_norms()
+    return {
+        "decoder_norm_histogram": metrics_weights.decoder_norm_histogram(norms),
+        "threshold_histogram": metrics_weights.threshold_histogram(threshold),
+    }
 
 
 def _cached(cfg: EvalConfig, trained: Trained) -> tuple[HeldOut, str]:
@@ -124,18 +173,20 @@ def _same_model(trained: Trained, lm: LanguageModel) -> None:
         )
 
 
-def _write(directory: Path, metrics: dict[str, Any], cfg: EvalConfig) -> Path:
-    name = "metrics.json" if cfg.dataset is None else f"metrics-{cfg.dataset.name}.json"
-    file = directory / "eval" / name
-    file.parent.mkdir(exist_ok=True)
+def _write(directory: Path, metrics: Tree, by_context: Contexts, cfg: EvalConfig) -> Path:
+    suffix = "" if cfg.dataset is None else f"-{cfg.dataset.name}"
+    place = directory / "eval"
+    place.mkdir(exist_ok=True)
+    contexts.write(place / f"contexts{suffix}.npz", by_context)
+    file = place / f"metrics{suffix}.json"
     write_aside(file, (json.dumps(metrics, indent=2) + "\n").encode())
     return file
 
 
 def table(metrics: dict[str, Any]) -> list[str]:
     """The headline numbers as lines of text."""
-    replaced, exact = metrics["replacement"] or {}, metrics.get("exact", {})
-    exactly = exact.get("replacement", {})
+    replaced, exact = metrics["replacement"] or {}, metrics["exact"] or {}
+    exactly = exact.get("replacement") or {}
     rows: list[tuple[str, float | None, float | None]] = [
         ("L0, all layers", metrics["l0"]["total"], exact.get("l0", {}).get("total")),
         ("dead features", metrics["dead_fraction"]["total"], exact.get("dead_fraction", {}).get("total")),
@@ -149,7 +200,7 @@ def table(metrics: dict[str, Any]) -> list[str]:
             ("KL of zero ablation", replaced["kl_zero_ablation"], None),
             ("KL of mean ablation", replaced["kl_mean_ablation"], None),
         ]
-    if replaced and "tasks" in metrics:
+    if replaced and metrics["tasks"]:
         mean = metrics["tasks"]["mean"]
         rows += [
             ("task accuracy", mean["threshold"], mean.get("exact")),

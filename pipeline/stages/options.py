@@ -22,6 +22,18 @@ class EvalOptions:
     batch_tokens: int = 4096
     """Tokens in a forward pass. No effect on the result."""
 
+    bootstrap: int = 2000
+    """Resamples of the contexts, from which the 95 % intervals come; 0: no intervals."""
+
+    curves: bool = True
+    """Replace single layers too, those up to each layer and those from it."""
+
+    faithfulness: bool = True
+    """Compare what features write, and interventions on them, with the original model."""
+
+    world: bool = True
+    """Of the built-in world: accuracy on its tasks, country swaps, purity of features."""
+
     documents: Documents = Documents.held_out
     """Of another text (`dataset=`): its evaluation documents only, or all of it. The first is safe when the text, or a
     part of it, was trained on, since which documents are evaluation documents depends on their content alone."""

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.core.metrics import Divergence, Firing, Reconstruction, ratio
+from pipeline.core.metrics import Firing, Reconstruction, ratio
+from pipeline.core.metrics_predictions import Divergence
 from tests import oracle
 
 L, F, D, V = 3, 11, 6, 7
