@@ -4,11 +4,12 @@ The only file that knows Hydra. `launch` composes `conf/<command>.yaml` and the 
 dataclass of the command (so that a wrong key, type or choice is caught here, once), and calls the `run(config)` of the
 command's stage. Hydra itself creates no file and no directory: what a run leaves behind is its stage's business.
 
-Four things happen to the words before Hydra reads them (`prepare`):
+Five things happen to the words before Hydra reads them (`prepare`):
 1. Values of text keys (a prompt, a name, a path) are quoted: commas, quotes, `=`, `~`, spaces and `1e3` survive.
 2. `experiment=X` becomes `+experiment=X`, since no defaults list names an experiment.
 3. `model=X` without `dataset=` takes the model's default dataset.
 4. `clt train` that names neither a model nor a dataset trains on the newest complete cache.
+5. `clt report` takes words that are no settings for runs.
 """
 
 import difflib
@@ -49,6 +50,7 @@ from pipeline.stages.options import (
     ExtractConfig,
     GenerateConfig,
     PretrainConfig,
+    ReportConfig,
     TrainConfig,
 )
 
@@ -62,6 +64,7 @@ Config = (
     | GenerateConfig
     | ConvertConfig
     | CompareConfig
+    | ReportConfig
     | BenchExtractConfig
     | BenchCacheConfig
     | BenchCodecConfig
@@ -84,6 +87,7 @@ STAGES = {
     "generate": Stage(GenerateConfig, "pipeline.stages.generate"),
     "convert": Stage(ConvertConfig, "pipeline.stages.convert"),
     "compare": Stage(CompareConfig, "pipeline.stages.compare"),
+    "report": Stage(ReportConfig, "pipeline.stages.report"),
     "bench_extract": Stage(BenchExtractConfig, "pipeline.stages.bench_extract"),
     "bench_cache": Stage(BenchCacheConfig, "pipeline.stages.bench_cache"),
     "bench_codec": Stage(BenchCodecConfig, "pipeline.stages.bench_codec"),
@@ -93,7 +97,7 @@ STAGES = {
 TEXT_KEYS = {
     "name", "run", "to", "prompt",
     "model.path", "model.revision", "model.offload_dir", "lm.tokenizer", "cache.dir", "cache.path", "cache.local_dir",
-    "train.init_from",
+    "train.init_from", "report.baseline",
     "dataset.name", "dataset.path", "dataset.subset", "dataset.split", "dataset.revision", "dataset.column",
     "dataset.filter.keep", "dataset.filter.drop",
 }  # fmt: skip
@@ -222,9 +226,10 @@ def compose(stage: str, overrides: Sequence[str] = (), config_dir: Path | None =
 def prepare(
     stage: str, overrides: Iterable[str], config_dir: Path | None = None, config_name: str | None = None
 ) -> list[str]:
-    """The overrides as Hydra is to see them: the four things in this file's docstring."""
+    """The overrides as Hydra is to see them: the five things in this file's docstring."""
     _check_no_shadowing(config_dir)
     words = [re.sub(r"^experiment=", "+experiment=", word) for word in overrides]
+    words = _with_runs(words) if stage == "report" else words
     keys = {field.name for field in fields(STAGES[stage].schema)}
     if {"model", "dataset"} <= keys:
         words += _default_dataset(words, config_dir)
@@ -236,6 +241,18 @@ def prepare(
     return [_in_dictionary(_verbatim(word)) for word in words]
 
 
+def _with_runs(words: Sequence[str]) -> list[str]:
+    """Words that are no settings name runs: they become `runs=[...]`, verbatim."""
+    named = [word for word in words if Path(word).is_dir() or not re.match(r"[+~]*[\w.]+=|~", word)]
+    quoted = ",".join(QuotedString(_uninterpolated(word), Quote.single).with_quotes() for word in named)
+    return [*(word for word in words if word not in named), *([f"runs=[{quoted}]"] if named else [])]
+
+
+def _uninterpolated(text: str) -> str:
+    """OmegaConf takes ${ for an interpolation unless a backslash stands before it, and halves the backslashes there."""
+    return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
+
+
 def _verbatim(word: str) -> str:
     """Quote the value of a text key; and of a group, where Hydra chokes on `arch=null` or `arch=3`."""
     match = re.fullmatch(r"(\+{0,2}([\w.-]+)=)(.*)", word, re.DOTALL)
@@ -245,9 +262,7 @@ def _verbatim(word: str) -> str:
         if not re.match(r"[+~]*\w", word):
             raise UserError(f"{word}: not of the form key=value (such as optim.lr=1e-3)")
         return word
-    # OmegaConf takes ${ for an interpolation unless a backslash stands before it, and halves the backslashes there.
-    text = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", match[3])
-    return str(match[1] + QuotedString(text, Quote.single).with_quotes())
+    return str(match[1] + QuotedString(_uninterpolated(match[3]), Quote.single).with_quotes())
 
 
 def _in_dictionary(word: str) -> str:
@@ -417,7 +432,9 @@ def _typed(
             config.name = bases.setdefault(label, _free_name(label))
         if job is not None:
             config.name = f"{config.name}/{job}"
-    elif not isinstance(config, PretrainConfig | BenchCodecConfig | GenerateConfig) and config.cache.path is not None:
+    elif isinstance(config, PretrainConfig | BenchCodecConfig | GenerateConfig | ReportConfig):
+        pass  # they open no cache
+    elif config.cache.path is not None:
         raise UserError(f"cache.path names what clt train reads, not clt {stage.replace('_', ' ')}; leave it out")
     return config
 

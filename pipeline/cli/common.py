@@ -40,6 +40,14 @@ def _complete(ctx: typer.Context, incomplete: str) -> list[str]:
     return [found[cut:] for found in complete(stage, words, typed)]
 
 
+def _complete_runs(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Directories that begin so, under runs/ where no other is named; and settings."""
+    folder, _, start = incomplete.rpartition("/")
+    at = Path(folder or ("runs" if not incomplete.startswith("/") else "/"))
+    found = [path for path in sorted(at.glob(f"{start}*")) if path.is_dir()] if "=" not in incomplete else []
+    return [*map(str, found), *_complete(ctx, incomplete)]
+
+
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -47,6 +55,15 @@ Overrides = Annotated[
         help="Settings: group=choice, key=value, +experiment=name. --cfg job shows them all.",
         show_default=False,
         autocompletion=_complete,
+    ),
+]
+Runs = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="RUN",
+        help="Run directories, names of runs, directories of runs; settings (key=value) among them.",
+        show_default=False,
+        autocompletion=_complete_runs,
     ),
 ]
 Multirun = Annotated[bool, typer.Option("--multirun", "-m", help="Run every combination of a=1,2 b=x,y.")]

@@ -6,7 +6,18 @@ from typing import Annotated
 import typer
 
 from pipeline.cli import bench, cache
-from pipeline.cli.common import ConfigDir, ConfigName, DryRun, Multirun, Overrides, Resolve, ShowCfg, ShowInfo, launch
+from pipeline.cli.common import (
+    ConfigDir,
+    ConfigName,
+    DryRun,
+    Multirun,
+    Overrides,
+    Resolve,
+    Runs,
+    ShowCfg,
+    ShowInfo,
+    launch,
+)
 
 app = typer.Typer(
     name="clt",
@@ -139,6 +150,25 @@ def compare(
     clt compare name=all compare.experiments=[topk,sparse] compare.seeds=[0,1,2] compare.parameters=2M
     """
     launch("compare", **locals())
+
+
+@app.command()
+def report(
+    overrides: Runs = None, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+    png: Annotated[bool, typer.Option("--png", help="Also write every plot as an image.")] = False,
+) -> None:  # fmt: skip
+    """One page about runs, and a CSV: which is best, with intervals, and why; the newest run, when none is named.
+
+    \b
+    clt report runs/demo                                  runs/demo/report.html, opens without a network
+    clt report runs/world                                 every run of a sweep or comparison
+    clt report demo runs/sweep/3 to=two.html report.baseline=demo
+    clt report runs/demo --png                            and every plot as an image
+    """
+    overrides = [*(overrides or []), *(["report.png=true"] if png else [])]
+    del png
+    launch("report", **locals())
 
 
 def main() -> None:

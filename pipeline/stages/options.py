@@ -298,6 +298,30 @@ class GenerateConfig:
 
 
 @dataclass
+class ReportOptions:
+    baseline: str | None = None
+    """The run that all others are compared with, context by context; null is the one with the lowest KL."""
+
+    resamples: int = 2000
+    """Of the intervals of these differences; 0 leaves them out."""
+
+    png: bool = False
+    """Also write every plot as an image, NAME-plots/PLOT.png beside the page. `--png` sets it."""
+
+
+@dataclass
+class ReportConfig:
+    report: ReportOptions
+    runs: list[str] = field(default_factory=list)
+    """Run directories, names of runs, or directories of runs such as a sweep's; none is the newest run. The command
+    line takes them without `runs=`."""
+
+    to: str | None = None
+    """The page, which ends in .html; null is report.html in the run's or the sweep's directory, for several in the
+    working directory. The CSV lies beside it."""
+
+
+@dataclass
 class CompareOptions:
     experiments: list[str] = field(default_factory=list)
     """Names of conf/experiment/ (or of --config-dir), in the order of the table."""

@@ -1,0 +1,48 @@
+"""The CSV beside the page: a line for each run."""
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.web.columns import COLUMNS, Interval
+from pipeline.web.groups import MISSING, setting
+from pipeline.web.runs import Run, lookup
+
+
+def csv_text(runs: Sequence[Run], keys: Sequence[str]) -> str:
+    """Every headline number with its bounds, under the thresholds and under the rule of training; what differs; cost.
+
+    Empty: not measured. Numbers are written so that they read back as they were.
+    """
+    text = io.StringIO()
+    rows = [_row(run, keys) for run in runs]
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _row(run: Run, keys: Sequence[str]) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "run": run.name, "directory": str(run.directory), "state": run.state, "arch": run.arch,
+        "activation": run.activation, "seed": run.seed, "replacement_basis": lookup(run.metrics, "replacement.basis"),
+        "split": lookup(run.metrics, "split"), "n_tokens": lookup(run.metrics, "n_tokens"),
+    }  # fmt: skip
+    for column in COLUMNS:
+        row |= _bounded(column.key, column.value(run), column.interval(run))
+        row |= _bounded(f"{column.key}_exact", column.value_exact(run), column.interval_exact(run))
+    row |= {
+        "parameters": run.parameters, "tokens": run.tokens(), "seconds": run.seconds(),
+        "tokens_per_second": run.tokens_per_second(),
+    }  # fmt: skip
+    return row | {f"setting:{key}": None if setting(run, key) is MISSING else _plain(setting(run, key)) for key in keys}
+
+
+def _bounded(key: str, value: float | None, bounds: Interval | None) -> dict[str, float | None]:
+    low, high = bounds or (None, None)
+    return {key: value, f"{key}_low": low, f"{key}_high": high}
+
+
+def _plain(value: Any) -> str:
+    return "null" if value is None else str(value)

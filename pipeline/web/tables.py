@@ -1,0 +1,201 @@
+"""The tables of the page, as plain rows for its template."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.web.columns import COLUMNS, Column, Interval, shown, shown_interval
+from pipeline.web.groups import MISSING, Group, described, setting, short_names
+from pipeline.web.names import listed
+from pipeline.web.paired import Difference, difference
+from pipeline.web.runs import Run, lookup
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number under the thresholds, with the one under the rule of training below it. value None: not measured."""
+
+    value: float | None
+    shown: str
+    interval: str = ""
+    exact: str = ""
+    exact_interval: str = ""
+    best: bool = False
+    alone: bool = False
+    """Not comparable with the others."""
+
+    more: bool = False
+    """Behind "all columns"."""
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    cells: list[Cell]
+    note: str = ""
+    state: str = ""
+    n: int = 0
+
+
+def of_runs(runs: Sequence[Run], keys: Sequence[str]) -> list[Row]:
+    """A row for each run, those without an evaluation with what they wait for."""
+    best = {column.key: _best([(run, column.value(run)) for run in runs], column) for column in COLUMNS}
+    rows = []
+    for run in runs:
+        cells = [_cell(run, column, best[column.key]) for column in COLUMNS]
+        note = described(run, keys) if run.name.rsplit("/", 1)[-1].isdigit() else ""
+        rows.append(Row(run.name, cells, note if run.metrics is not None else run.state))
+    return rows
+
+
+def of_seeds(groups: Sequence[Group]) -> list[Row]:
+    """Mean and standard deviation over seeds; [] where every recipe has one."""
+    if all(len(group.runs) == 1 for group in groups):
+        return []
+    best = {column.key: _best([(at.first, at.mean(column)) for at in groups], column) for column in COLUMNS}
+    rows = []
+    for group in groups:
+        cells = []
+        for column in COLUMNS:
+            mean, spread = group.mean(column), group.spread(column)
+            said = "" if spread is None else f"± {shown(spread, mean)}"
+            own = [value for run in group.runs if (value := column.value_exact(run)) is not None]
+            exact = shown(sum(own) / len(own)) if own else ""
+            cells.append(
+                Cell(
+                    mean, shown(mean), said, exact, "", _is(mean, best[column.key], group.first, column),
+                    mean is not None and not column.compares(group.first), not column.shown,
+                )
+            )  # fmt: skip
+        rows.append(Row(group.label, cells, n=len(group.runs)))
+    return rows
+
+
+def pairs(runs: Sequence[Run], baseline: Run, resamples: int) -> tuple[list[Column], list[Row], list[str]]:
+    """Each run minus the baseline, in the columns that some run has a difference in; and why others have none."""
+    found = {
+        (run.name, column.key): difference(run, baseline, column, resamples)
+        for run in runs
+        for column in COLUMNS
+        if run is not baseline and column.shown
+    }
+    columns = [at for at in COLUMNS if any(isinstance(found.get((run.name, at.key)), Difference) for run in runs)]
+    rows = []
+    without: dict[str, list[str]] = {}
+    for run in runs:
+        if run is baseline:
+            continue
+        cells = [_difference(found[run.name, column.key], column) for column in columns]
+        if any(cell["value"] is not None for cell in cells):
+            rows.append(Row(run.name, cells))  # type: ignore[arg-type]
+        else:
+            why = next(str(why) for (name, _), why in found.items() if name == run.name)
+            without.setdefault(why, []).append(run.name)
+    return columns, rows, [f"{listed(names)}: {why}" for why, names in without.items()]
+
+
+def settings(groups: Sequence[Group], keys: Sequence[str]) -> dict[str, Any]:
+    """The keys that differ, a row for each group; what all share."""
+    runs = [run for group in groups for run in group.runs]
+    rows = []
+    for group in groups:
+        cells = []
+        for key in keys:
+            values = dict.fromkeys(_text(setting(run, key)) for run in group.runs)
+            cells.append(", ".join(values))
+        rows.append(Row(group.label, cells))  # type: ignore[arg-type]
+    shared = [(key, _text(value)) for key, value in runs[0].settings.items() if key not in keys and key != "name"]
+    return {"differing": list(keys), "brief": short_names(keys), "rows": rows, "shared": shared}
+
+
+def cost(runs: Sequence[Run]) -> dict[str, Any]:
+    """Parameters, tokens, time, memory."""
+    heads = [
+        "parameters",
+        "features a layer",
+        "tokens",
+        "seconds",
+        "tokens a second",
+        "peak memory, MB",
+        "eval, seconds",
+    ]
+    rows = []
+    for run in runs:
+        memory = [at for line in run.timings if (at := line.get("memory_mb")) is not None]
+        values = [
+            run.parameters,
+            lookup(run.final, "arch.d_features") or run.settings.get("arch.d_features"),
+            run.tokens(),
+            run.seconds(),
+            run.tokens_per_second(),
+            max(memory, default=None),
+            run.number("seconds"),
+        ]
+        cells = [Cell(value, "" if value is None else f"{value:,.0f}") for value in values]
+        rows.append(Row(run.name, cells, state=run.state))
+    kept = [at for at in range(len(heads)) if any(row.cells[at].value is not None for row in rows)]
+    for row in rows:
+        row.cells[:] = [row.cells[at] for at in kept]
+    return {"heads": [heads[at] for at in kept], "rows": rows}
+
+
+def numbers(title: str, heads: Sequence[str], runs: Sequence[Run], paths: Sequence[str]) -> dict[str, Any] | None:
+    """A table of other numbers of eval/metrics.json, with their intervals; None where no run has any."""
+    rows = []
+    for run in runs:
+        cells = []
+        for path in paths:
+            value, bounds = run.number(path), run.numbers(f"ci95.{path}")
+            interval: Interval | None = None
+            if bounds and len(bounds) == 2 and bounds[0] is not None and bounds[1] is not None:
+                interval = bounds[0], bounds[1]
+            cells.append(Cell(value, shown(value), shown_interval(interval, value)))
+        if any(cell.value is not None for cell in cells):
+            rows.append(Row(run.name, cells))
+    return {"title": title, "heads": list(heads), "rows": rows} if rows else None
+
+
+def _cell(run: Run, column: Column, best: float | None) -> Cell:
+    value, exact = column.value(run), column.value_exact(run)
+    return Cell(
+        value,
+        shown(value),
+        shown_interval(column.interval(run), value),
+        shown(exact),
+        shown_interval(column.interval_exact(run), exact),
+        _is(value, best, run, column),
+        value is not None and not column.compares(run),
+        not column.shown,
+    )
+
+
+def _difference(found: Difference | str, column: Column) -> dict[str, Any]:
+    """kind: lower is better than the baseline, higher worse, "" where the interval holds zero."""
+    if isinstance(found, str):
+        return {"value": None, "kind": ""}
+    better = found.value * column.better > 0
+    kind = "" if not found.counts or not column.better else ("lower" if better else "higher")
+    sign = "+" if found.value > 0 else "−"
+    return {
+        "value": found.value, "kind": kind, "shown": f"{sign}{shown(abs(found.value))}",
+        "interval": shown_interval(found.interval, found.value),
+    }  # fmt: skip
+
+
+def _best(values: Sequence[tuple[Run, float | None]], column: Column) -> float | None:
+    """Of at least two that can be compared; None where neither way is better."""
+    able = [value for run, value in values if value is not None and column.compares(run)]
+    if len(able) < 2 or column.better == 0:
+        return None
+    return max(able) if column.better > 0 else min(able)
+
+
+def _is(value: float | None, best: float | None, run: Run, column: Column) -> bool:
+    return value is not None and value == best and column.compares(run)
+
+
+def _text(value: Any) -> str:
+    """As in YAML."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return "" if value is MISSING else str(value)
