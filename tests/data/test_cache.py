@@ -93,9 +93,9 @@ def test_held_out_splits_stand_in_the_order_of_their_tokens(path: Path) -> None:
 
 
 def test_the_first_rows_of_a_held_out_split_are_read_without_the_rest(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = Cache.open(path)
+    cache = Cache.open(fake.extract(tmp_path, shard_mb="0.0003"))  # chunks of 8 and of 9 rows
     read: list[tuple[str, int]] = []
     chunk_of = Cache.read_chunk
     monkeypatch.setattr(
