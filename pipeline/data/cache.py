@@ -228,12 +228,16 @@ class Cache:
     def held_out(self, split: Split) -> tuple[NDArray[np.int32], Tensor, Tensor]:
         """(contexts int32 [n, T], resid_mid, mlp_out, bfloat16 [n * (T-1), L, D]) of a held-out split, row t being
         (context t // (T-1), position 1 + t % (T-1))."""
+        return self._array(prefix(split) + "tokens"), *self.held_out_rows(split)
+
+    def held_out_rows(self, split: Split, n: int | None = None) -> tuple[Tensor, Tensor]:
+        """resid_mid, mlp_out of the first n rows of a held-out split, or of all that it has; no more chunks are read
+        than hold them. bfloat16 [n, L, D]"""
         assert split is not Split.train
-        contexts = self._array(prefix(split) + "tokens")
         resid_mid, mlp_out = (
-            torch.from_numpy(self._array(prefix(split) + name)).view(torch.bfloat16) for name in STORED
+            torch.from_numpy(self._array(prefix(split) + name, n)).view(torch.bfloat16) for name in STORED
         )
-        return contexts, resid_mid, mlp_out
+        return resid_mid, mlp_out
 
     def locate(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
         """(context, position, token id) of training rows, each [k]."""
@@ -349,13 +353,15 @@ class Cache:
             what = "is truncated" if isinstance(error, EOFError) else "is missing"
             raise refusal(self.path, self.request, name, chunk, what) from error
 
-    def _array(self, name: str) -> NDArray[Any]:
-        """A whole array, in memory."""
+    def _array(self, name: str, n: int | None = None) -> NDArray[Any]:
+        """A whole array, in memory; or its first n rows."""
         spec = self.specs[name]
-        whole = np.empty((spec.n_chunks, *spec.chunk_shape), little(spec.dtype))
-        for chunk in range(spec.n_chunks):
+        n_rows = spec.shape[0] if n is None else min(n, spec.shape[0])
+        n_chunks = -(-n_rows // spec.chunk_rows)
+        whole = np.empty((n_chunks, *spec.chunk_shape), little(spec.dtype))
+        for chunk in range(n_chunks):
             self.read_chunk(name, chunk, whole[chunk])
-        return whole.reshape(-1, *spec.shape[1:])[: spec.shape[0]]
+        return whole.reshape(-1, *spec.shape[1:])[:n_rows]
 
     def _compare(self, name: str, chunk: int, checksum: int) -> None:
         if checksum != self.attributes["manifest"]["arrays"][name]["crc32c"][chunk]:

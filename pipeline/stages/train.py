@@ -28,11 +28,12 @@ from pipeline.errors import UserError
 from pipeline.stages import train_estimate
 from pipeline.stages.options import TrainConfig
 from pipeline.stages.train_cache import find_cache, statistics
-from pipeline.stages.train_finish import finish, held_out_fvu, use_best
+from pipeline.stages.train_finish import finish, held_out, use_best
 from pipeline.stages.train_resume import alone, check_resume
 from pipeline.train import artifact, checkpoint, inputs, optim, precision, warm
 from pipeline.train import run as runs
 from pipeline.train.artifact import Trained
+from pipeline.train.held_out import every as every_steps
 from pipeline.train.inputs import Inputs, Recompute
 from pipeline.train.loop import Plan, Trainer
 from pipeline.train.objective import Objective
@@ -91,7 +92,7 @@ def _run(cfg: TrainConfig) -> Path:
     with alone(directory):
         trainer = Trainer(directory, model, optimizer, objective, prepare, plan, cfg.optim)
         trainer.about = {"cache": cache.key, "kernels": str(products.active())}
-        trainer.held_out_fvu = lambda: held_out_fvu(cfg, cache, trainer)
+        trainer.held_out = held_out(cfg, cache, plan, prepare)
         checkpoint.tidy(directory)
         last = checkpoint.newest(directory)
         _say(cfg, cache, plan, model, device, last)
@@ -162,6 +163,8 @@ def _plan(cfg: TrainConfig, cache: Cache) -> Plan:
         raise UserError(f"train.diverged={options.diverged} must be above 1; null for no such limit")
     if cfg.log.every < 1:
         raise UserError(f"log.every={cfg.log.every} must be at least 1")
+    if cfg.log.held_out_rows < 1:
+        raise UserError(f"log.held_out_rows={cfg.log.held_out_rows} must be at least 1")
     resample_steps = _resampling(cfg, n_steps, window)
     return Plan(
         n_steps=n_steps,
@@ -177,6 +180,9 @@ def _plan(cfg: TrainConfig, cache: Cache) -> Plan:
         accumulate=options.accumulate,
         keep_best=options.keep_best,
         diverged=options.diverged,
+        held_out_steps=every_steps(
+            cfg.log.held_out_every, n_steps, options.batch_tokens, cfg.log.held_out_rows, cfg.log.every
+        ),
     )
 
 

@@ -11,15 +11,13 @@ from pipeline.plain import to_plain
 from pipeline.stages.options import TrainConfig
 from pipeline.stages.train_cache import statistics
 from pipeline.train import artifact, calibrate, checkpoint, precision
+from pipeline.train.held_out import HeldOut
 from pipeline.train.inputs import Inputs
-from pipeline.train.loop import Trainer
-from pipeline.train.optimisers import averaged, settle
+from pipeline.train.loop import Plan, Trainer
+from pipeline.train.optimisers import settle
 from pipeline.train.run_log import METRICS, last_line
 
 logger = logging.getLogger(__name__)
-
-SCORED_ROWS = 2048
-"""Rows that a checkpoint is scored on."""
 
 TOLERANCE = 0.05
 """How far held-out L0 may lie from loss.target_l0 before the run says so."""
@@ -75,18 +73,12 @@ def _held_out(cache: Cache, split: Split, prepare: Inputs) -> tuple[Tensor, Tens
     return prepare(resid_mid, mlp_out)
 
 
-def held_out_fvu(cfg: TrainConfig, cache: Cache, trainer: Trainer) -> float:
-    """FVU of the model as it stands, under the rule of training, on the first rows of the calibration split: at least
-    one batch, so that tokens compete as in training. The evaluation split is not chosen by."""
-    model, batch = trainer.model, trainer.plan.part_tokens
-    _, resid_mid, mlp_out = cache.held_out(Split.calibration)
-    n = max(SCORED_ROWS, batch)
-    x, y = trainer.inputs(resid_mid[:n], mlp_out[:n])
-    with averaged(trainer.optimizer):
-        measured = calibrate.measure(model.eval(), x, y, trainer.inputs.scaling.y_scale, batch, cfg.train.seed)
-    model.train()
-    assert measured["fvu"] is not None
-    return measured["fvu"]
+def held_out(cfg: TrainConfig, cache: Cache, plan: Plan, prepare: Inputs) -> HeldOut:
+    """What a run is measured on as it goes on, and its best checkpoints chosen by: the calibration split, since the
+    evaluation split is neither looked at nor chosen by."""
+    return HeldOut(
+        lambda n: cache.held_out_rows(Split.calibration, n), prepare, cfg.log.held_out_rows, plan.part_tokens, plan.seed
+    )
 
 
 def use_best(trainer: Trainer) -> dict[str, object]:

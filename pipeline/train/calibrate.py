@@ -6,7 +6,7 @@ theta] fires exactly as often on that split. A feature that the rule never chose
 threshold just above the largest pre-activation seen.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -88,16 +88,23 @@ def at_count(pre_acts: Tensor, counts: Tensor) -> Tensor:
     return torch.where(counts > 0, theta, below * (1 + SILENT_MARGIN))
 
 
-@torch.no_grad()
 def measure(model: Transcoder, x: Tensor, y: Tensor, y_scale: Tensor, batch: int, seed: int) -> dict[str, float | None]:
     """Total L0 and pooled FVU (model's units) of the model as it stands, on shuffled batches of training size."""
+    batches = ((x[rows], y[rows]) for rows in shuffled_batches(x.shape[0], batch, seed))
+    firing, reconstruction = sums(model, batches, y_scale)
+    return {"l0": firing.l0()["total"], "fvu": reconstruction.fvu()["pooled"]}
+
+
+@torch.no_grad()
+def sums(model: Transcoder, batches: Iterable[tuple[Tensor, Tensor]], y_scale: Tensor) -> tuple[Firing, Reconstruction]:
+    """What the model does as it stands. batches: x, y [B, L, D] in the transcoder's units."""
     firing = Firing(model.n_sources, model.d_features)
     reconstruction = Reconstruction(*model.dims)
-    for rows in shuffled_batches(x.shape[0], batch, seed):
-        out = model(x[rows])
+    for x, y in batches:
+        out = model(x)
         firing.update(out.features.dense() if isinstance(out.features, Sparse) else out.features)
-        reconstruction.update(out.y_hat * y_scale, y[rows] * y_scale)
-    return {"l0": firing.l0()["total"], "fvu": reconstruction.fvu()["pooled"]}
+        reconstruction.update(out.y_hat * y_scale, y * y_scale)
+    return firing, reconstruction
 
 
 def dense_features(model: Transcoder, x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from pipeline.train import run as runs
 from pipeline.train.checkpoint import State
 from pipeline.train.clock import Clock
 from pipeline.train.health import Divergence
+from pipeline.train.held_out import PREFIX, HeldOut
 from pipeline.train.inputs import Inputs
 from pipeline.train.interrupt import stop_requests
 from pipeline.train.micro import Taken
@@ -58,6 +59,8 @@ class Plan:
     keep_best: int = 0
     diverged: float | None = None
     """See `train/health.py`."""
+    held_out_steps: int = 0
+    """Steps between measures on held-out text; 0 for none."""
 
     @property
     def part_tokens(self) -> int:
@@ -87,8 +90,8 @@ class Trainer:
         self.clock = Clock()
         self.last_record: dict[str, object] = {}
         self.about: dict[str, object] = {}
-        self.held_out_fvu: Callable[[], float] | None = None
-        """What the best checkpoints are chosen by."""
+        self.held_out: HeldOut | None = None
+        """What the best checkpoints are chosen by, and what metrics.jsonl says of held-out text."""
 
     def begin(self, path: Path | None) -> None:
         """Continue from a checkpoint, as if the run had never stopped; None: what was logged before one counts not."""
@@ -137,10 +140,12 @@ class Trainer:
         state.step += 1
         fields: dict[str, str | float] = {}
         if self._logs(state.step):
-            self.last_record = self.record(taken, rate)
+            self.last_record = self.record(taken, rate) | self._measured()
             times = self.clock.record(state.step, plan.batch_tokens)
             if self.inputs.recompute is not None:
                 times["targets_ms"] = self.inputs.recompute.take_ms()
+            if self.held_out is not None and (ms := self.held_out.take_ms()):
+                times["held_out_ms"] = ms
             self.log.add(self.last_record, times)
             fields = _bar_fields(self.last_record)
         self._steer(taken)
@@ -201,7 +206,18 @@ class Trainer:
 
     def _logs(self, done: int) -> bool:
         """Whether the step that makes it so many is logged."""
-        return done % self.plan.log_steps == 0 or done == self.plan.n_steps
+        return done % self.plan.log_steps == 0 or done == self.plan.n_steps or self._measures(done)
+
+    def _measures(self, done: int) -> bool:
+        every = self.plan.held_out_steps
+        return every > 0 and (done % every == 0 or done == self.plan.n_steps)
+
+    def _measured(self) -> dict[str, object]:
+        """What this step's line says of held-out text, of the weights that the step made."""
+        if self.held_out is None or not self._measures(self.state.step):
+            return {}
+        found = self.held_out.measure(self.model, self.optimizer, self.state.step)
+        return {PREFIX + name: value for name, value in found.items()}
 
     def _saves(self, done: int) -> bool:
         """Whether the checkpoint after so many steps is one of the run's own."""
@@ -233,9 +249,10 @@ class Trainer:
             raise UserError(self._not_finite("weights or moments", bad))
         about = dict(self.about)
         # A stop by Ctrl-C adds no candidate: which one is best depends on the run alone.
-        if plan.keep_best and self.held_out_fvu and self._saves(step):
-            about[checkpoint.SCORE] = self.held_out_fvu()
-            logger.info("step %d: held-out FVU %.4f", step, about[checkpoint.SCORE])
+        if plan.keep_best and self.held_out and self._saves(step):
+            about[checkpoint.SCORE] = fvu = self.held_out.measure(self.model, self.optimizer, step)["fvu"]
+            assert fvu is not None, "targets that do not vary"
+            logger.info("step %d: held-out FVU %.4f", step, fvu)
         self.state.more |= self.divergence.tensors()
         checkpoint.save(self.directory, self.model, self.optimizer, self.state, about)
         self._prune()
@@ -300,10 +317,11 @@ class Trainer:
 
 
 def _bar_fields(record: dict[str, object]) -> dict[str, str | float]:
-    dead = record["dead_fraction"]
+    dead, held_out = record["dead_fraction"], record.get(PREFIX + "fvu")
     return {
         "loss": f"{record['loss']:.3g}",
         "fvu": f"{record['fvu']:.4f}",
+        **({} if held_out is None else {"held-out": f"{held_out:.4f}"}),
         "l0": f"{record['l0']:.1f}",
         "dead": "-" if dead is None else f"{dead:.3f}",
     }

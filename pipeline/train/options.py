@@ -134,6 +134,14 @@ class LogOptions:
     every: int = 50
     """Steps between lines of metrics.jsonl."""
 
+    held_out_every: str | None = "auto"
+    """Steps between lines with measures on held-out text, the last step besides. auto is a tenth of the run, or more
+    where the run is short, in whole steps of `every`; null for none. No effect on the weights."""
+
+    held_out_rows: int = 2048
+    """Rows of the calibration split that are measured, the first ones, at least a batch. Best checkpoints are chosen by
+    them."""
+
 
 class Weights(StrEnum):
     float32 = "float32"

@@ -23,7 +23,7 @@ NO_EFFECT = {
 ADDED = {
     "dataset.skip_tokens": "0", "train.accumulate": 1, "train.finish": "last", "train.weights": "float32",
     "optim.momentum": 0.95, "optim.weight_decay": 0.0, "optim.clip": None, "train.kernels": "auto",
-    "train.sparse": "auto",
+    "train.sparse": "auto", "log.held_out_every": "auto", "log.held_out_rows": 2048,
 }  # fmt: skip
 """Settings that the config.yaml of an older run lacks, and what they were then."""
 

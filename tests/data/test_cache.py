@@ -92,6 +92,30 @@ def test_held_out_splits_stand_in_the_order_of_their_tokens(path: Path) -> None:
         assert torch.equal(mlp_out, expected[1])
 
 
+def test_the_first_rows_of_a_held_out_split_are_read_without_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache.open(fake.extract(tmp_path, shard_mb="0.0003"))  # chunks of 8 and of 9 rows
+    read: list[tuple[str, int]] = []
+    chunk_of = Cache.read_chunk
+    monkeypatch.setattr(
+        Cache,
+        "read_chunk",
+        lambda self, name, chunk, out: read.append((name, chunk)) or chunk_of(self, name, chunk, out),
+    )
+    for split in (Split.calibration, Split.evaluation):
+        spec = cache.specs[f"{split}/mlp_out"]
+        whole = cache.held_out(split)[1:]
+        for n in (1, spec.chunk_rows, min(spec.chunk_rows + 1, spec.shape[0]), spec.shape[0] + 5):
+            read.clear()
+            first = cache.held_out_rows(split, n)
+            assert all(torch.equal(rows, all_rows[:n]) for rows, all_rows in zip(first, whole, strict=True))
+            chunks = -(-min(n, spec.shape[0]) // spec.chunk_rows)
+            assert sorted(read) == sorted(
+                (f"{split}/{name}", i) for name in ("resid_mid", "mlp_out") for i in range(chunks)
+            )
+
+
 def test_statistics_are_those_of_the_stored_numbers(path: Path) -> None:
     cache = Cache.open(path)
     _, resid_mid, mlp_out = activations(Split.train)
