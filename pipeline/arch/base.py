@@ -48,7 +48,7 @@ class Encoded(NamedTuple):
     """[B, S, F], or sparse."""
     gated: Features | None = None
     """The pre-activations that a gate made `features` of in the sparse step, in the same form, without gradient."""
-    beyond: tuple[Tensor | None, ...] = ()
+    beyond: tuple[Pattern | Tensor | None, ...] = ()
     """For each source what `core/gates.Pairs` says, in the sparse step of a gate."""
 
 
@@ -60,7 +60,7 @@ class Output(NamedTuple):
     shorter: tuple[Tensor, ...] = ()
     """Reconstructions [B, L, D] from shorter prefixes of the features, where an architecture nests them."""
     gated: Features | None = None
-    beyond: tuple[Tensor | None, ...] = ()
+    beyond: tuple[Pattern | Tensor | None, ...] = ()
 
 
 class Transcoder(nn.Module):

@@ -56,7 +56,7 @@ def _chosen(model: Transcoder, x: Tensor, keep_pre_acts: bool) -> Encoded:
 
 def _gated(model: Transcoder, rule: Gate, x: Tensor, limits: Limits, keep_pre_acts: bool, wide: bool) -> Encoded:
     patterns: list[Pattern | None] = []
-    beyond: list[Tensor | None] = []
+    beyond: list[Pattern | Tensor | None] = []
     features, gated, kept = [], [], []
     for layer, read in enumerate(model.inputs(x)):
         # One that was dense is likely to be so again, and only then autograd needs the product.
@@ -64,13 +64,13 @@ def _gated(model: Transcoder, rule: Gate, x: Tensor, limits: Limits, keep_pre_ac
         h = model.encode_layer(read, layer) if recorded else None
         with torch.no_grad():
             here = model.encode_aside(read, layer) if h is None else h.detach()
-        pattern, window = rule.pairs(here, layer, limits, wide)
-        if pattern is None:
+        pattern, values, window = rule.pairs(here, layer, limits, wide)
+        if pattern is None or values is None:
             h = model.encode_layer(read, layer) if h is None else h
             here = h.detach()
             features.append(rule.layer(h, layer))
         else:
-            here = here.flatten().index_select(0, pattern.tokens * pattern.n_features + pattern.indices)
+            here = values
             features.append(rule.at_pairs(_taught(model, layer, pattern, here, read), pattern, layer))
         patterns.append(pattern)
         beyond.append(window)

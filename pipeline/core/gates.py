@@ -11,22 +11,28 @@ g = dL/da. Two published rules differ by a factor theta:
 
 The number of active features has the same kind of gradient: d 1[h > theta] / dtheta = -K / bandwidth (`active`).
 
-In the sparse step a layer's pattern holds every pair whose g is needed: the active ones and, for jumprelu, those in the
-window, active or not, which together are h > theta - bandwidth / 2. Those that are not active have the value 0. Where
-the window is wide the pattern holds the active pairs alone, and g at the others in the window, `beyond`, comes from
-dense products (`core/density.py`).
+In the sparse step a layer's pattern holds the active pairs. Those in the window that are not active, `beyond`, write
+nothing and teach the encoder nothing: all that is needed of them is the sum of g over a feature's tokens,
+
+    sum over b of g[b, i] = sum over targets m of W[i, m] . (sum over b of dL/dy[b, m])
+
+which takes no product a pair. Where they are many (`core/density.py`) g comes from dense products. An architecture whose
+features write no row of a table has them in the pattern, with the value 0.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.core import products
 from pipeline.core.density import Form, Limits
 from pipeline.core.options import ActivationOptions, ThetaGrad
+from pipeline.core.pattern import from_positions, positions
 from pipeline.core.rule import Activation
-from pipeline.core.sparse import Chosen, Features, Pattern, Sparse, from_mask, of_layer
+from pipeline.core.sparse import Chosen, Features, Pattern, Sparse, of_layer
 from pipeline.errors import UserError
 
 
@@ -35,8 +41,11 @@ class Pairs(NamedTuple):
 
     pattern: Pattern | None
     """None: everywhere."""
-    beyond: Tensor | None = None
-    """bool [B, F]: pairs in the window, not active, that are not in the pattern. None: there are none."""
+    values: Tensor | None = None
+    """The pre-activations at the pattern's pairs. [nnz]"""
+    beyond: Pattern | Tensor | None = None
+    """Pairs in the window, not active, that are not in the pattern; where they are many as bool [B, F]. None: there
+    are none."""
 
 
 class Gate(Activation):
@@ -54,29 +63,42 @@ class Gate(Activation):
 
         pre_acts [B, F] without gradient; `wide` says whether the form `dense_window` can be had.
         """
-        before, wide = Form(int(self.form[layer])), wide and self.windowed
-        needed = pre_acts > self.lowest(layer)
-        all_pairs = limits.third() if wide else limits
-        form, pairs = Form.dense, Pairs(None)
-        if all_pairs.hold(_share(needed), before is Form.sparse):
-            form, pairs = Form.sparse, Pairs(from_mask(needed))
-        elif wide:
-            active, beyond = self.split(pre_acts, layer)
-            if limits.hold(_share(active), before is not Form.dense):
-                form, pairs = Form.dense_window, Pairs(from_mask(active), beyond)
+        before = Form(int(self.form[layer]))
+        if self.windowed and not wide:
+            form, pairs = self._in_one(pre_acts, layer, limits, before)
+        else:
+            form, pairs = self._apart(pre_acts, layer, limits, before)
         if self.training and torch.is_grad_enabled():
             self.form[layer] = form
         return pairs
 
+    def _in_one(self, pre_acts: Tensor, layer: int, limits: Limits, before: Form) -> tuple[Form, Pairs]:
+        """Every pair in the pattern."""
+        theta, half = self.edge(layer, pre_acts)
+        needed = pre_acts > products.below(theta, half)
+        share = int(needed.count_nonzero()) / max(1, needed.numel())
+        if not limits.hold(share, before is Form.sparse):
+            return Form.dense, Pairs(None)
+        where = positions(needed)
+        return Form.sparse, Pairs(from_positions(where, needed.shape), pre_acts.flatten()[where])
+
+    def _apart(self, pre_acts: Tensor, layer: int, limits: Limits, before: Form) -> tuple[Form, Pairs]:
+        """The active pairs in the pattern, those in the window beside it."""
+        theta, half = self.edge(layer, pre_acts)
+        n = max(1, pre_acts.numel())
+        found = products.gate(pre_acts, theta, half, math.ceil(min(1.0, max(0.0, limits.above)) * n))
+        if limits.hold((found.n_active + found.n_beyond) / n, before is Form.sparse) and found.active is not None:
+            return Form.sparse, Pairs(found.active, found.values, found.beyond)
+        if self.windowed and limits.hold(found.n_active / n, before is not Form.dense) and found.active is not None:
+            above = pre_acts - theta
+            return Form.dense_window, Pairs(found.active, found.values, (above > -half) ^ (above > 0))
+        return Form.dense, Pairs(None)
+
     windowed = False
     """Whether gradients are needed at pairs that are not active."""
 
-    def lowest(self, layer: int) -> Tensor | float:
-        """What a pre-activation must exceed for its pair to be needed. [F] or a number"""
-        raise NotImplementedError
-
-    def split(self, pre_acts: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Which pairs are active, and which others are in the window. [B, F] -> bool [B, F], bool [B, F]"""
+    def edge(self, layer: int, like: Tensor) -> tuple[Tensor, float]:
+        """The thresholds [F] above which a pair is active, and how far below them one is needed; `like` pre_acts."""
         raise NotImplementedError
 
     def at_pairs(self, pre_acts: Tensor, pattern: Pattern, layer: int) -> Tensor:
@@ -88,8 +110,8 @@ class ReLU(Gate):
     def layer(self, pre_acts: Tensor, layer: int, norms: Tensor | None = None) -> Tensor:
         return pre_acts.relu()
 
-    def lowest(self, layer: int) -> float:
-        return 0.0
+    def edge(self, layer: int, like: Tensor) -> tuple[Tensor, float]:
+        return like.new_zeros(self.d_features), 0.0
 
     def at_pairs(self, pre_acts: Tensor, pattern: Pattern, layer: int) -> Tensor:
         return pre_acts
@@ -121,17 +143,8 @@ class JumpReLU(Gate):
     windowed = True
 
     @torch.no_grad()
-    def split(self, pre_acts: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        above = pre_acts - self.log_threshold[layer].exp()
-        active = above > 0
-        return active, (above > -self.bandwidth / 2) ^ active
-
-    @torch.no_grad()
-    def lowest(self, layer: int) -> Tensor:
-        # Rounding may move the edge by an ulp of its terms: the pattern has a pair too many there, never one too few.
-        theta = self.log_threshold[layer].exp()
-        margin = 4 * torch.finfo(theta.dtype).eps * (theta + self.bandwidth)
-        return theta - self.bandwidth / 2 - margin
+    def edge(self, layer: int, like: Tensor) -> tuple[Tensor, float]:
+        return self.log_threshold[layer].exp(), self.bandwidth / 2
 
     def at_pairs(self, pre_acts: Tensor, pattern: Pattern, layer: int) -> Tensor:
         return _JumpReLU.apply(pre_acts, self._at(pattern, layer), self.bandwidth, self.theta_grad)
@@ -152,18 +165,18 @@ class JumpReLU(Gate):
             values.append(_Step.apply(h, t, self.bandwidth))
         return Sparse(pre_acts.patterns, values)
 
-    def sum_beyond(self, beyond: Tensor, layer: int) -> Tensor:
+    def sum_beyond(self, beyond: Pattern | Tensor, layer: int) -> Tensor:
         """Each feature's sum over the pairs in `beyond`: 0, with the gradient for t that its values have. -> [F]"""
-        return _Beyond.apply(self.log_threshold[layer], _over_tokens(beyond.float()), self.bandwidth, self.theta_grad)
+        t = self.log_threshold[layer]
+        return _Beyond.apply(t, _tokens_of_each(beyond, t), self.bandwidth, self.theta_grad)
 
-    def count_beyond(self, beyond: Tensor, layer: int) -> Tensor:
+    def count_beyond(self, beyond: Pattern | Tensor, layer: int) -> Tensor:
         """The same for the sum of 1[h > theta]. -> [F]"""
-        return _Beyond.apply(
-            self.log_threshold[layer], _over_tokens(beyond.float()), self.bandwidth, ThetaGrad.anthropic
-        )
+        t = self.log_threshold[layer]
+        return _Beyond.apply(t, _tokens_of_each(beyond, t), self.bandwidth, ThetaGrad.anthropic)
 
     def write_beyond(
-        self, y_hat: Tensor, beyond: Tensor, layer: int, tables: Mapping[int, Callable[[], Tensor]]
+        self, y_hat: Tensor, beyond: Pattern | Tensor, layer: int, tables: Mapping[int, Callable[[], Tensor]]
     ) -> Tensor:
         """`y_hat` [B, L, D] as it is, with the gradient for t of what the pairs in `beyond` would write.
 
@@ -241,24 +254,41 @@ class _WriteBeyond(torch.autograd.Function):
         ctx: Any,
         y_hat: Tensor,
         log_threshold: Tensor,
-        beyond: Tensor,
+        beyond: Pattern | Tensor,
         tables: Mapping[int, Callable[[], Tensor]],
         bandwidth: float,
         rule: ThetaGrad,
     ) -> Tensor:
-        ctx.save_for_backward(log_threshold, beyond)
-        ctx.tables, ctx.bandwidth, ctx.rule = tables, bandwidth, rule
+        ctx.save_for_backward(log_threshold)
+        ctx.beyond, ctx.tables, ctx.bandwidth, ctx.rule = beyond, tables, bandwidth, rule
         return y_hat.view_as(y_hat)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        log_threshold, beyond = ctx.saved_tensors
-        g = grad.new_zeros(beyond.shape)
-        for target, table in ctx.tables.items():
-            g.addmm_(grad[:, target], table().T.to(grad.dtype))
-        per_threshold = _over_tokens(g.mul_(beyond.to(g.dtype)))
+        (log_threshold,) = ctx.saved_tensors
+        per_threshold = _read(ctx.beyond, grad, ctx.tables)
         slope = _slope(log_threshold.exp(), ctx.bandwidth, ctx.rule)
         return grad, -per_threshold * slope, None, None, None, None
+
+
+def _read(beyond: Pattern | Tensor, grad: Tensor, tables: Mapping[int, Callable[[], Tensor]]) -> Tensor:
+    """Each feature's sum of g over the pairs beyond. grad [B, L, D] -> [F]"""
+    if isinstance(beyond, Pattern):
+        sums = grad.new_zeros(beyond.n_features)
+        for target, table in tables.items():
+            products.sum_products(beyond, grad[:, target], table().to(grad.dtype), sums)
+        return sums
+    g = grad.new_zeros(beyond.shape)
+    for target, table in tables.items():
+        g.addmm_(grad[:, target], table().T.to(grad.dtype))
+    return _over_tokens(g.mul_(beyond.to(g.dtype)))
+
+
+def _tokens_of_each(beyond: Pattern | Tensor, like: Tensor) -> Tensor:
+    """How many tokens each feature is beyond for. -> [F]"""
+    if isinstance(beyond, Pattern):
+        return beyond.indices.bincount(minlength=beyond.n_features).to(like.dtype)
+    return _over_tokens(beyond.to(like.dtype))
 
 
 def _slope(theta: Tensor, bandwidth: float, rule: ThetaGrad) -> Tensor:
@@ -269,7 +299,3 @@ def _slope(theta: Tensor, bandwidth: float, rule: ThetaGrad) -> Tensor:
 def _over_tokens(x: Tensor) -> Tensor:
     """Sums over tokens, as a product, which is several times as fast on a CPU. [B, F] -> [F]"""
     return x.new_ones(x.shape[0]) @ x
-
-
-def _share(mask: Tensor) -> float:
-    return int(mask.count_nonzero()) / max(1, mask.numel())

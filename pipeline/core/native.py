@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.core import native_build
 from pipeline.core.deferred import RowTerm
-from pipeline.core.pattern import Pattern
+from pipeline.core.pattern import Gated, Pattern
 
 
 class _Term(ctypes.Structure):
@@ -85,6 +85,34 @@ def bag_of_tokens(pattern: Pattern, weights: Tensor, rows: Tensor) -> Tensor:
         rows.shape[1], out, torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def sum_products(pattern: Pattern, x: Tensor, table: Tensor, out: Tensor) -> None:
+    """x [B, D], table [F, D], added to out [F]"""
+    _call(
+        "clt_sum_products", *by_feature(pattern), pattern.n_features, x, x.stride(0), table.contiguous(),
+        table.shape[1], out, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def gate(pre_acts: Tensor, theta: Tensor, low: Tensor, half: float, most: int) -> Gated:
+    """`core/products.gate`, with `low` below every theta - half."""
+    n_rows, width = pre_acts.shape
+    indices, beyond = (pre_acts.new_empty(most, dtype=torch.int64) for _ in range(2))
+    offsets, beyond_offsets = (pre_acts.new_empty(n_rows + 1, dtype=torch.int64) for _ in range(2))
+    values, found = pre_acts.new_empty(most), pre_acts.new_empty(2, dtype=torch.int64)
+    _call(
+        "clt_gate", pre_acts, n_rows, width, pre_acts.stride(0), theta.contiguous(), low.contiguous(),
+        ctypes.c_float(half), most, indices, values, offsets, beyond, beyond_offsets, found, torch.get_num_threads(),
+    )  # fmt: skip
+    n_active, n_beyond = found.tolist()
+    return Gated(
+        n_active,
+        n_beyond,
+        Pattern(indices[:n_active], offsets, width) if n_active <= most else None,
+        values[:n_active],
+        Pattern(beyond[:n_beyond], beyond_offsets, width) if half and n_active + n_beyond <= most else None,
+    )
 
 
 def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:

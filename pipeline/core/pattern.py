@@ -1,6 +1,7 @@
 """Which features are active for which token."""
 
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,18 @@ class Pattern:
         return order, self.tokens[order], torch.searchsorted(features, edges)
 
 
+class Gated(NamedTuple):
+    """The pairs that `core/products.gate` finds."""
+
+    n_active: int
+    n_beyond: int
+    active: Pattern | None
+    values: Tensor
+    """The pre-activations at `active`. [nnz]"""
+
+    beyond: Pattern | None
+
+
 def fixed_k(indices: Tensor, n_features: int) -> Pattern:
     """A pattern with K entries a token. [B, K] -> Pattern"""
     n, k = indices.shape
@@ -48,12 +61,17 @@ def from_pairs(tokens: Tensor, indices: Tensor, n_tokens: int, n_features: int) 
 
 def from_mask(mask: Tensor) -> Pattern:
     """The pattern of a boolean [B, F]."""
-    n_features, flat = mask.shape[1], _positions(mask)
+    return from_positions(positions(mask), mask.shape)
+
+
+def from_positions(flat: Tensor, shape: torch.Size) -> Pattern:
+    """The pattern of the pairs at these positions of a tensor [B, F] laid flat, ascending. [nnz] -> Pattern"""
+    n_tokens, n_features = shape
     tokens = flat // n_features
-    return from_pairs(tokens, flat - tokens * n_features, *mask.shape)
+    return from_pairs(tokens, flat - tokens * n_features, n_tokens, n_features)
 
 
-def _positions(mask: Tensor) -> Tensor:
+def positions(mask: Tensor) -> Tensor:
     """Where a mask [B, F] is set, laid flat, ascending. [nnz]"""
     flat = mask.flatten()
     if flat.device.type == "cpu":

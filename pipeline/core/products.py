@@ -1,9 +1,11 @@
-"""The four operations of the sparse step, without gradients, for each kind of device.
+"""The operations of the sparse step, without gradients, for each kind of device.
 
     bag             y[b] = sum over active i of values[b, i] * W[i]
     row_products    p[b, i] = x[b] . W[i] at the active pairs (b, i) alone
+    sum_products    s[i] = W[i] . sum over tokens b with i active of x[b]
     bag_of_tokens   dW[i] = sum over tokens b with i active of weights[b, i] * rows[b]
     topk            the k largest of relu(h) of each row, ties to the lowest index
+    gate            the pairs above thresholds, and those a little below them
 
 All are exact. Each exists in torch, which runs everywhere and is what runs outside `using`. `compiled` is C++ for
 float32 on a CPU (`core/native.py`), `triton` is for CUDA (`core/triton_kernels.py`); tensors of another device or type
@@ -21,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.core.options import Kernels
-from pipeline.core.pattern import Pattern
+from pipeline.core.pattern import Gated, Pattern, from_positions, positions
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -119,6 +121,46 @@ def sums_by_feature(pattern: Pattern, weights: Tensor) -> Tensor:
     return weights.new_zeros(pattern.n_features).index_add(0, pattern.indices, weights)
 
 
+def sum_products(pattern: Pattern, x: Tensor, table: Tensor, out: Tensor) -> None:
+    """Each feature's row times the sum of its tokens' rows: `row_products` summed over tokens, without the products.
+
+    x [B, D], table [F, D]; added to out [F]
+    """
+    fast = _fast(x, table, out)
+    if fast is not None and _active[0] == Kernels.compiled:
+        fast.sum_products(pattern, x, table, out)
+    else:
+        ones = x.new_ones(()).expand(pattern.indices.shape)
+        out += (bag_of_tokens(pattern, ones, x) * table).sum(dim=1)
+
+
+def gate(pre_acts: Tensor, theta: Tensor, half: float, most: int) -> Gated:
+    """The active pairs, h > theta, and those beyond them: not active, and h > theta - half.
+
+    pre_acts [B, F], theta [F]. Without the latter where there are more than `most` of both together, and without a
+    pattern at all where so many are active.
+    """
+    fast, low = _fast(pre_acts, theta), below(theta, half)
+    if fast is not None and _active[0] == Kernels.compiled:
+        return fast.gate(pre_acts, theta, low, half, most)
+    needed = pre_acts > low
+    n_needed = int(needed.count_nonzero())
+    if n_needed > most:
+        active = pre_acts > theta
+        n_active = int(active.count_nonzero())
+        if n_active > most:
+            return Gated(n_active, n_needed - n_active, None, pre_acts.new_empty(0), None)
+        return Gated(n_active, n_needed - n_active, *_at(pre_acts, positions(active)), None)
+    where = positions(needed)
+    if not half:
+        return Gated(n_needed, 0, *_at(pre_acts, where), None)
+    above = pre_acts.flatten()[where] - theta[where % theta.numel()]
+    active, beyond = (above > 0).nonzero().squeeze(1), ((above > -half) & (above <= 0)).nonzero().squeeze(1)
+    return Gated(
+        active.numel(), beyond.numel(), *_at(pre_acts, where[active]), from_positions(where[beyond], pre_acts.shape)
+    )
+
+
 def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of relu(pre_acts) of each row, in some order, ties to the lowest index.
 
@@ -158,6 +200,15 @@ def largest(flat: Tensor, n: int, guess: float) -> tuple[Tensor, Tensor]:
     above, ties = values > cut, (values == cut).nonzero().squeeze(1)
     above[ties[: n - int(above.sum())]] = True
     return candidates[above.nonzero().squeeze(1)], cut
+
+
+def below(theta: Tensor, half: float) -> Tensor:
+    """theta - half, less what rounding may move that edge by: too much passes, never too little."""
+    return theta - half - 4 * torch.finfo(theta.dtype).eps * (theta.abs() + half) if half else theta
+
+
+def _at(pre_acts: Tensor, where: Tensor) -> tuple[Pattern, Tensor]:
+    return from_positions(where, pre_acts.shape), pre_acts.flatten()[where]
 
 
 def _into(result: Tensor, out: Tensor | None, add: bool) -> Tensor:

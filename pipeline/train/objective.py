@@ -161,7 +161,7 @@ class Objective:
             if beyond is not None:
                 # Features that are 0, where the penalty is as steep as this.
                 assert isinstance(rule, JumpReLU)
-                value = value + slope * (norms[layer] * rule.sum_beyond(beyond, layer)).sum() / len(beyond)
+                value = value + slope * (norms[layer] * rule.sum_beyond(beyond, layer)).sum() / out.y_hat.shape[0]
         return value
 
     def _pre_act(self, model: Transcoder, pre_acts: Tensor | Sequence[Tensor], norms: Tensor | None) -> Tensor:

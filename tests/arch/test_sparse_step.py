@@ -234,7 +234,7 @@ def test_the_pairs_are_those_that_are_active_or_in_the_window() -> None:
     for options in (ActivationOptions("relu"), jumprelu(0.5)):
         rule, h = gated("clt", options).activation, oracle.normal(B, F, seed=8)
         assert isinstance(rule, Gate)
-        pattern, _ = rule.pairs(h, 0, density.ALWAYS, wide=False)
+        pattern, *_ = rule.pairs(h, 0, density.ALWAYS, wide=False)
         assert pattern is not None
         theta = rule.threshold[0].detach() if isinstance(rule, activations.JumpReLU) else torch.zeros(F)
         window = 0.25 if isinstance(rule, activations.JumpReLU) else 0.0
@@ -254,7 +254,7 @@ def test_a_pair_at_the_edge_of_the_window_is_never_lost_to_rounding() -> None:
         theta = rule.threshold[0].detach()
         edge = theta - bandwidth / 2
         h = torch.stack([edge + step * torch.finfo(torch.float32).eps * theta for step in range(-8, 9)])
-        pattern, _ = rule.pairs(h, 0, density.ALWAYS, wide=False)
+        pattern, *_ = rule.pairs(h, 0, density.ALWAYS, wide=False)
         assert pattern is not None
         inside = ((h - theta).abs() < bandwidth / 2).nonzero().tolist()
         assert {tuple(pair) for pair in inside} <= pairs(pattern)
@@ -267,7 +267,7 @@ def test_a_layer_changes_its_form_with_hysteresis() -> None:
     def sparse_at(share: float) -> bool:
         h = torch.full((100,), -1.0)
         h[: round(100 * share)] = 1.0
-        pattern, _ = rule.pairs(h.view(2, 50), 1, limits, wide=True)
+        pattern, *_ = rule.pairs(h.view(2, 50), 1, limits, wide=True)
         assert pattern is None or pattern.indices.numel() == round(100 * share)
         return pattern is not None
 

@@ -106,6 +106,17 @@ inline uint64_t reach(const float *x, float bound) {
 #endif
 }
 
+// The same of 8 values that exceed a bound each.
+inline uint64_t exceeds(const float *x, const float *bound) {
+#ifdef __AVX2__
+    return _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x), _mm256_loadu_ps(bound), _CMP_NLE_UQ));
+#else
+    uint64_t bits = 0;
+    for (int j = 0; j < 8; ++j) bits |= uint64_t(!(x[j] <= bound[j])) << j;
+    return bits;
+#endif
+}
+
 template <bool STRICT>
 i64 above(const float *h, i64 n, float bound, Candidate *found) {
     i64 count = 0, d = 0;
@@ -149,6 +160,39 @@ float bound_of(const float *h, i64 n, i64 k, i64 groups, float *best) {
     }
     return low;
 }
+
+// A thread's part of the pairs of a gate.
+struct GatePart {
+    std::vector<i64> active, beyond;
+    std::vector<float> values;
+    i64 n_active = 0, n_beyond = 0;
+
+    // Both lists are written and one of them goes on, since a branch would be mispredicted too often.
+    inline void add(float x, float theta, float half, i64 index) {
+        const float above = x - theta;
+        const bool is_active = !(above <= 0), is_beyond = !is_active && above > -half;
+        active[n_active] = beyond[n_beyond] = index;
+        values[n_active] = x;
+        n_active += is_active;
+        n_beyond += is_beyond;
+    }
+
+    void row(const float *x, i64 n, const float *theta, const float *low, float half) {
+        if (n_active + n > (i64)active.size()) active.resize(2 * n_active + n), values.resize(active.size());
+        if (n_beyond + n > (i64)beyond.size()) beyond.resize(2 * n_beyond + n);
+        i64 d = 0;
+        for (; d + 64 <= n; d += 64) {
+            uint64_t bits = 0;
+            for (int j = 0; j < 64; j += 8) bits |= exceeds(x + d + j, low + d + j) << j;
+            for (; bits; bits &= bits - 1) {
+                const i64 index = d + __builtin_ctzll(bits);
+                add(x[index], theta[index], half, index);
+            }
+        }
+        for (; d < n; ++d)
+            if (!(x[d] <= low[d])) add(x[d], theta[d], half, d);
+    }
+};
 
 }  // namespace
 
@@ -201,6 +245,27 @@ void clt_bag_of_tokens(const i64 *order, const i64 *tokens, const i64 *edges, i6
 #pragma omp parallel for schedule(dynamic, 64) num_threads(n_threads) if (n_threads > 1)
     for (i64 i = 0; i < n_features; ++i)
         sum_tokens(out + i * n, true, order, tokens, edges[i], edges[i + 1], weights, rows, stride, n);
+}
+
+// For each feature the product of its row with the sum of its tokens' rows, added to `out`.
+void clt_sum_products(const i64 *order, const i64 *tokens, const i64 *edges, i64 n_features, const float *x,
+                      i64 x_stride, const float *table, i64 n, float *out, i64 n_threads) {
+#pragma omp parallel num_threads(n_threads) if (n_threads > 1)
+    {
+        std::vector<float> sum(n);
+        float *y = sum.data();
+#pragma omp for schedule(dynamic, 64)
+        for (i64 i = 0; i < n_features; ++i) {
+            i64 e = edges[i];
+            if (e == edges[i + 1]) continue;
+            std::memcpy(y, x + tokens[e++] * x_stride, n * sizeof(float));
+            for (; e + 4 <= edges[i + 1]; e += 4)
+                add_rows(y, x + tokens[e] * x_stride, x + tokens[e + 1] * x_stride, x + tokens[e + 2] * x_stride,
+                         x + tokens[e + 3] * x_stride, 1, 1, 1, 1, n);
+            for (; e < edges[i + 1]; ++e) add_row(y, x + tokens[e] * x_stride, 1, n);
+            out[i] += dot(y, table + i * n, n);
+        }
+    }
 }
 
 // The k largest of each row above 0, by index, ties to the lowest; the rest of the k are value 0 at index 0.
@@ -256,6 +321,37 @@ i64 clt_largest(const float *flat, i64 size, i64 n, float guess, i64 *chosen, fl
             chosen[place++] = c.index;
         }
     return place;
+}
+
+// The pairs of a gate, CSR by token: active where h > theta, else beyond where h > theta - half. The rest of what is
+// not above `low` (theta - half or a little less) is not looked at. n_found: how many of each. Of more than `most` active
+// ones none are written, and those beyond not where both together are more.
+void clt_gate(const float *h, i64 n_rows, i64 n, i64 stride, const float *theta, const float *low, float half, i64 most,
+              i64 *active, float *values, i64 *active_offsets, i64 *beyond, i64 *beyond_offsets, i64 *n_found,
+              i64 n_threads) {
+    std::vector<GatePart> parts(n_threads);
+    active_offsets[0] = beyond_offsets[0] = 0;
+#pragma omp parallel for schedule(static) num_threads(n_threads) if (n_threads > 1)
+    for (i64 t = 0; t < n_threads; ++t)
+        for (i64 b = n_rows * t / n_threads; b < n_rows * (t + 1) / n_threads; ++b) {
+            const i64 n_active = parts[t].n_active, n_beyond = parts[t].n_beyond;
+            parts[t].row(h + b * stride, n, theta, low, half);
+            active_offsets[b + 1] = parts[t].n_active - n_active;
+            beyond_offsets[b + 1] = parts[t].n_beyond - n_beyond;
+        }
+    for (i64 b = 0; b < n_rows; ++b) {
+        active_offsets[b + 1] += active_offsets[b];
+        beyond_offsets[b + 1] += beyond_offsets[b];
+    }
+    n_found[0] = active_offsets[n_rows];
+    n_found[1] = beyond_offsets[n_rows];
+    for (const GatePart &part : parts) {
+        if (n_found[0] <= most) {
+            active = std::copy_n(part.active.data(), part.n_active, active);
+            values = std::copy_n(part.values.data(), part.n_active, values);
+        }
+        if (n_found[0] + n_found[1] <= most) beyond = std::copy_n(part.beyond.data(), part.n_beyond, beyond);
+    }
 }
 
 struct Term {
