@@ -34,6 +34,13 @@ class MlpNorm(NamedTuple):
         """What the MLPs read: [B, L, D] -> [B, L, D] in float32 (float64 stays float64)."""
         return _normalise(resid_mid, self.kind, self.eps) * self.gain + self.bias
 
+    def in_place(self, resid_mid: Tensor) -> Tensor:
+        """The same to the bit, written over [B, L, D] float32: without temporaries of that size but one."""
+        if self.kind == "layer":
+            resid_mid -= resid_mid.mean(dim=-1, keepdim=True)
+        resid_mid *= resid_mid.square().mean(dim=-1, keepdim=True).add_(self.eps).rsqrt_()
+        return resid_mid.mul_(self.gain).add_(self.bias)
+
     def layer(self, resid_mid: Tensor, layer: int) -> Tensor:
         """What the MLP of one layer reads: [..., D] -> [..., D]."""
         return _normalise(resid_mid, self.kind, self.eps) * self.gain[layer] + self.bias[layer]
@@ -68,6 +75,13 @@ class Scaling(NamedTuple):
     def y(self, y: Tensor) -> Tensor:
         """Targets in the transcoder's units. [B, L, D] -> [B, L, D]"""
         return (y - self.y_mean) / self.y_scale
+
+    def x_in_place(self, x: Tensor) -> Tensor:
+        """`x` to the bit, written over its argument."""
+        return x.sub_(self.x_mean).div_(self.x_scale)
+
+    def y_in_place(self, y: Tensor) -> Tensor:
+        return y.sub_(self.y_mean).div_(self.y_scale)
 
     def inverse(self) -> "Scaling":
         """The maps back, float64: folding a transcoder with it undoes folding it with this one.

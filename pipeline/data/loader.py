@@ -157,15 +157,17 @@ class Loader:
         turn, filled = 0, 0
         while True:
             shard, order, done, stored = self._reader.get()
-            while done < shard.n_rows:
+            # All at once: batch by batch the many small operations cost eight times as much.
+            index = order.forward(np.arange(done, shard.n_rows))
+            numbers = shard.rows(index)
+            while index.size:
                 batch = self._buffers[turn % len(self._buffers)]
-                n = min(shard.n_rows - done, self._batch_tokens - filled)
-                index = order.forward(np.arange(done, done + n))
+                n = min(index.size, self._batch_tokens - filled)
                 for sources, target in zip(stored, batch, strict=False):
                     assert target is not None
-                    take(sources, index, target[filled : filled + n], self._gathered)
-                batch.rows.numpy()[filled : filled + n] = shard.rows(index)
-                done, filled = done + n, filled + n
+                    take(sources, index[:n], target[filled : filled + n], self._gathered)
+                batch.rows.numpy()[filled : filled + n] = numbers[:n]
+                index, numbers, filled = index[n:], numbers[n:], filled + n
                 if filled == self._batch_tokens:
                     yield batch
                     turn, filled = turn + 1, 0

@@ -69,20 +69,27 @@ class Inputs(NamedTuple):
         """Stored rows [B, L, D] -> x, y [B, L, D] float32 in the transcoder's units, on the device. mlp_out None: it is
         recomputed."""
         x, y = self.raw(resid_mid, mlp_out)
-        return self.scaling.x(x), self.scaling.y(y)
+        y = self.scaling.y(y) if y is x else self.scaling.y_in_place(y)
+        return self.scaling.x_in_place(x), y
 
     def raw(self, resid_mid: Tensor, mlp_out: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The same in the model's units."""
+        """The same in the model's units: `pair`, in memory of its own that may be written over. They are one tensor
+        where the site is what is written."""
         stored = resid_mid.to(self.device, non_blocking=True)
         if mlp_out is None:
             assert self.recompute is not None
-            y = self.recompute(stored).float()
+            y = self.recompute(stored).to(self.scaling.y_scale.dtype)
         else:
-            y = self.place(mlp_out)
-        return pair(self.site, self.target, self.norm, stored.float(), y)
+            y = self._floats(mlp_out.to(self.device, non_blocking=True))
+        if self.site == Site.mlp_out:
+            return y, y
+        x = self._floats(stored)
+        x = self.norm.in_place(x) if self.site == Site.mlp_in else x
+        return x, (x if self.target == Target.site else y)
 
-    def place(self, rows: Tensor) -> Tensor:
-        return rows.to(self.device, non_blocking=True).float()
+    def _floats(self, rows: Tensor) -> Tensor:
+        """A copy, whatever they are."""
+        return rows.to(self.scaling.x_scale.dtype, copy=True)
 
 
 def pair(site: Site, target: Target, norm: MlpNorm, resid_mid: Tensor, mlp_out: Tensor) -> tuple[Tensor, Tensor]:

@@ -193,7 +193,7 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         state.tokens_since_fired += taken.n_tokens
-        state.tokens_since_fired[taken.fired] = 0
+        state.tokens_since_fired.masked_fill_(taken.fired, 0)
         self._resample(taken)
         return taken
 

@@ -147,6 +147,23 @@ def test_inputs_are_normed_only_where_the_transcoder_reads_behind_the_norm(site:
     assert torch.equal(raw_y, mlp_out.float())
 
 
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("site", ["mlp_in", "resid_mid", "mlp_out"])
+@pytest.mark.parametrize("target", ["mlp_out", "site"])
+def test_inputs_are_the_formulas_to_the_bit_and_leave_what_was_stored_alone(kind: str, site: str, target: str) -> None:
+    resid, mlp_out = rows(1)[:N].float(), rows(2)[:N].float()
+    n = MlpNorm(kind, torch.rand(L, D) + 0.5, torch.rand(L, D), 1e-5)
+    maps = Scaling(*(t.float() for t in scaling()))
+    prepare = inputs.build(n, inputs.Site(site), maps, torch.device("cpu"), inputs.Target(target))
+    before = resid.clone(), mlp_out.clone()
+    x, y = prepare(resid, mlp_out)
+    expected = inputs.pair(inputs.Site(site), inputs.Target(target), n, resid, mlp_out)
+    assert torch.equal(x, maps.x(expected[0]))
+    assert torch.equal(y, maps.y(expected[1]))
+    assert torch.equal(resid, before[0])
+    assert torch.equal(mlp_out, before[1])
+
+
 def test_the_inverse_maps_undo_the_maps() -> None:
     maps = Scaling(*(torch.randn(3, 4, dtype=torch.float64) for _ in range(4)))
     x = torch.randn(5, 3, 4, dtype=torch.float64)
