@@ -116,12 +116,8 @@ def _relation(sides: Sides, ask: Asked, tells: Tensor, others: Tensor, seed: int
     if basis(sides.transcoder) in (Basis.live, Basis.runs_the_mlp):
         answers["replacement"], unswapped = _replaced(sides, ask, tells)
         answered["replacement"] = _right(unswapped, ask.answer)
-    counts = (sum(int((v > 0).sum()) for v in f.values) / len(ask.tokens) for f in (every, telling))
-    return {
-        "n": len(ask.source),
-        "answered": answered,
-        **dict(zip(("active", "swapped"), counts, strict=True)),
-    }, answers
+    active, swapped = (sum(int((v > 0).sum()) for v in f.values) / len(ask.tokens) for f in (every, telling))
+    return {"n": len(ask.source), "answered": answered, "active": active, "swapped": swapped}, answers
 
 
 def _swapped(sides: Sides, ask: Asked, output: Tensor) -> Tensor:

@@ -118,7 +118,8 @@ def _more(
         pass
 
     if cfg.eval.faithfulness:
-        scored = evaluation.valid_positions(*held_out.contexts.shape, held_out.n_rows)
+        n_contexts, length = held_out.contexts.shape
+        scored = evaluation.valid_positions(n_contexts, length, held_out.n_rows)
         text = (held_out.contexts, held_out.x, scored)
         more["faithfulness"], ci95["faithfulness"] = faithfulness.measure(lm, transcoder, *text, batch, resamples)
 
