@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.arch.base import Transcoder
-from pipeline.core.metrics_predictions import Divergence, Predictions
+from pipeline.core.metrics_predictions import Divergence
 from pipeline.data.models import LanguageModel
 from pipeline.interp.evaluation import scored_batches
 from pipeline.interp.original import Original, read_original
@@ -28,35 +28,41 @@ from pipeline.progress import Progress
 Key = tuple[bool, tuple[int, ...]]
 """(teacher-forced?, the replaced layers): one replacement that is measured."""
 
+Curves = dict[str, list[Key]]
+"""only, up_to and from -> what is replaced at each layer."""
+
 
 @torch.inference_mode()
 def measure(
-    lm: LanguageModel, transcoder: Transcoder, contexts: np.ndarray, n_rows: int, batch_tokens: int
+    lm: LanguageModel, transcoder: Transcoder, contexts: np.ndarray, n_rows: int, batch_tokens: int, n_contexts: int
 ) -> dict[str, Any]:
-    """The curves on `contexts` int32 [C, T], of which `n_rows` positions are rows. `live` is None for an acausal
-    architecture.
+    """The curves on the first `n_contexts` of `contexts` int32 [C, T], of which `n_rows` positions are rows. `live` is
+    None for an acausal architecture. UserError where nothing can be replaced.
 
     -> {n_tokens, n_contexts, live: {only, up_to, from: [L] of {kl, top1, delta_ce}}, teacher_forced: {the same}}
     """
+    contexts = contexts[:n_contexts]
+    n_rows = min(n_rows, len(contexts) * (contexts.shape[1] - 1))
     model = replacement(lm, transcoder)
-    curves = {"live": plan(lm.n_layers, False) if transcoder.causal else {}, "teacher_forced": plan(lm.n_layers, True)}
+    live = plan(lm.n_layers, forced=False) if transcoder.causal else {}
+    curves: dict[str, Curves] = {"live": live, "teacher_forced": plan(lm.n_layers, forced=True)}
     keys = sorted({key for curve in curves.values() for points in curve.values() for key in points})
     results = {key: Divergence() for key in keys}
     with Progress(n_rows, "tok", "curves") as bar:
         for batch in scored_batches(contexts, n_rows, batch_tokens):
             original = read_original(lm, model.site, model.norm, batch.tokens)
-            predictions = Predictions(original.logits, batch.scored, batch.next_token, batch.has_next)
+            predictions = batch.predictions(original.logits)
             for key, logits in zip(keys, replaced(model, original, batch.tokens, keys), strict=True):
                 results[key].add(predictions, logits)
-            bar.update(int(batch.scored.sum()))
-    found = {
+            bar.update(batch.n_scored)
+    found: dict[str, Any] = {
         name: {which: [_numbers(results[key]) for key in points] for which, points in curve.items()} or None
         for name, curve in curves.items()
     }
     return {"n_tokens": n_rows, "n_contexts": len(contexts), **found}
 
 
-def plan(n_layers: int, forced: bool) -> dict[str, list[Key]]:
+def plan(n_layers: int, forced: bool) -> Curves:
     """What is replaced at each point of each curve; the same key where the result is the same."""
     layers = range(n_layers)
     subsets = {

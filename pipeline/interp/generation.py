@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.core.metrics_predictions import Predictions
 from pipeline.data.models import LanguageModel
 from pipeline.errors import UserError
 from pipeline.interp.options import GenerateOptions
@@ -160,9 +161,10 @@ def drawing(options: GenerateOptions) -> Callable[[Tensor], int]:
 
 
 def token_kl(original: Tensor, replaced: Tensor) -> Tensor:
-    """KL(P_original || P_replaced) in nats at each place. Logits [..., V], [..., V] -> float64 [...]"""
-    p, q = original.double().log_softmax(-1), replaced.double().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
+    """KL(P_original || P_replaced) in nats at each place. Logits [n, V], [n, V] -> float64 [n]"""
+    everywhere = torch.ones(1, original.shape[0], dtype=torch.bool)
+    unknown = torch.zeros_like(everywhere)
+    return Predictions(original[None], everywhere, unknown.long(), unknown).against(replaced[None])["kl"][0]
 
 
 def _shorter(generated: Generated) -> int:

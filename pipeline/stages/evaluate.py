@@ -16,19 +16,18 @@ from pipeline.arch.base import Transcoder
 from pipeline.core import metrics_weights
 from pipeline.core.metrics import Tree
 from pipeline.data import cache as caches
-from pipeline.data import models, tokens
+from pipeline.data import tokens
 from pipeline.data.address import cache_place
 from pipeline.data.harvest import Buffers, harvest
 from pipeline.data.model_files import BUILTIN
 from pipeline.data.models import LanguageModel
-from pipeline.data.options import DatasetKind, ModelOptions
+from pipeline.data.options import DatasetKind
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 from pipeline.files import write_aside
-from pipeline.interp import contexts, evaluation, replacement
+from pipeline.interp import contexts, curves, evaluation, faithfulness, opening, replacement, world_truth
 from pipeline.interp.contexts import Contexts
 from pipeline.interp.evaluation import HeldOut
-from pipeline.plain import from_plain
 from pipeline.stages.evaluate_table import table
 from pipeline.stages.options import Documents, EvalConfig
 from pipeline.train import artifact, inputs
@@ -45,14 +44,17 @@ SCHEMA = 2
 def run(cfg: EvalConfig) -> Path:
     """Measure a finished run; print a table and write metrics.json. -> its path"""
     start = time.perf_counter()
+    if cfg.eval.curve_contexts < 1:
+        fix = "give 1 or more, or leave the curves out with eval.curves=false"
+        raise UserError(f"eval.curve_contexts={cfg.eval.curve_contexts} measures nothing; {fix}")
+    if cfg.eval.bootstrap < 0:
+        raise UserError(
+            f"eval.bootstrap={cfg.eval.bootstrap} is no number of resamples; give 2000, or 0 for no intervals"
+        )
     directory = runs.chosen(cfg.run)
     trained = artifact.read(directory)
-    asked = trained.config["cache"]["request"]["model"]
-    revision = trained.config["model"]["revision"] or asked["revision"]  # the commit, where a branch was asked for
-    lm_options = from_plain(ModelOptions, {**asked, "device": cfg.device, "revision": revision})
     cached = _cached(cfg, trained) if cfg.dataset is None else None
-    lm = models.load(lm_options)
-    _same_model(trained, lm)
+    lm = opening.base_model(trained, cfg.device)
     trained.transcoder.to(lm.device)
     held_out, split = cached or _other_text(cfg, trained, lm)
     held_out = _limit(held_out, cfg.eval.n_contexts)
@@ -97,26 +99,38 @@ def _measure(
         by_rule[rule]["worst_contexts"] = worst
     if basis is None:
         by_rule["threshold"]["no_replacement"] = replacement.no_basis(transcoder.options)
-    more = _more(cfg, trained, lm, held_out, replaced)
-    return {**by_rule["threshold"], **_weights(transcoder), **more, "exact": by_rule.get("exact")}, sums
+    more, ci95 = _more(cfg, trained, lm, held_out, replaced)
+    metrics = {**by_rule["threshold"], **_weights(transcoder), **more, "exact": by_rule.get("exact")}
+    if ci95:
+        metrics["ci95"] = (metrics["ci95"] or {}) | ci95
+    return metrics, sums
 
 
 def _more(
     cfg: EvalConfig, trained: Trained, lm: LanguageModel, held_out: HeldOut, replaced: dict[str, evaluation.Logits]
-) -> Tree:
-    """The groups that other files measure, each None where it is not asked for or has no meaning."""
+) -> tuple[Tree, Tree]:
+    """The groups that other files measure, each None where it is not asked for or has no meaning, and their intervals
+    where they have any."""
+    ci95: Tree = {}
     more: Tree = dict.fromkeys(("replacement_curves", "faithfulness", "tasks", "world"))
 
-    if cfg.eval.curves:
-        pass
+    transcoder, batch, resamples = trained.transcoder, cfg.eval.batch_tokens, cfg.eval.bootstrap
+
+    if cfg.eval.curves and replacement.basis(transcoder) is not None:
+        args = (held_out.contexts, held_out.n_rows, batch, cfg.eval.curve_contexts)
+        more["replacement_curves"] = curves.measure(lm, transcoder, *args)
 
     if cfg.eval.faithfulness:
-        pass
+        n_contexts, length = held_out.contexts.shape
+        scored = evaluation.valid_positions(n_contexts, length, held_out.n_rows)
+        text = (held_out.contexts, held_out.x, scored)
+        more["faithfulness"], ci95["faithfulness"] = faithfulness.measure(lm, transcoder, *text, batch, resamples)
 
     if cfg.eval.world and lm.path == BUILTIN:
-        more["tasks"] = evaluation.world_tasks(lm, replaced)
+        more["tasks"] = world_truth.world_tasks(lm, replaced)
+        more["world"], ci95["world"] = world_truth.measure(lm, transcoder, batch, resamples)
 
-    return more
+    return more, {name: intervals for name, intervals in ci95.items() if intervals}
 
 
 def _weights(transcoder: Transcoder) -> Tree:
@@ -162,15 +176,6 @@ def _limit(held_out: HeldOut, n_contexts: int | None) -> HeldOut:
         raise UserError(f"eval.n_contexts={n_contexts} must be at least 1")
     n_rows = min(held_out.n_rows, n_contexts * (held_out.contexts.shape[1] - 1))
     return HeldOut(held_out.contexts[:n_contexts], n_rows, held_out.x[:n_rows], held_out.y[:n_rows])
-
-
-def _same_model(trained: Trained, lm: LanguageModel) -> None:
-    expected, found = trained.config["model"]["weights_sha256"], lm.weights_hash()
-    if expected != found:
-        raise UserError(
-            f"{trained.path} was trained on other weights of {lm.name} ({expected[:12]}, now {found[:12]}); "
-            "restore those weights or extract and train again"
-        )
 
 
 def _write(directory: Path, metrics: Tree, by_context: Contexts, cfg: EvalConfig) -> Path:

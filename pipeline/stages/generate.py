@@ -62,8 +62,7 @@ def remarks(model: ReplacementModel, tokens: list[int], context: int) -> Iterato
     basis = replacement.basis(model.transcoder)
     if basis in NOTES:
         yield f"replacement is {basis}: {NOTES[basis]}"
-    unknown = tokens.count(getattr(model.lm.tokenizer, "unk_token_id", None))
-    if unknown:
+    if unknown := sum(token == model.lm.tokenizer.unk_token_id for token in tokens):
         yield f"{unknown} of the prompt's {len(tokens)} tokens are unknown words to the model's tokenizer"
     if len(tokens) > context:
         yield f"the transcoder was trained on contexts of {context} tokens, the prompt has {len(tokens)}"

@@ -29,6 +29,9 @@ class EvalOptions:
     curves: bool = True
     """Replace single layers too, those up to each layer and those from it."""
 
+    curve_contexts: int = 32
+    """Contexts that this is measured on, the first ones: L layers take 5 L - 5 forward passes of each."""
+
     faithfulness: bool = True
     """Compare what features write, and interventions on them, with the original model."""
 
