@@ -47,6 +47,7 @@ from pipeline.stages.options import (
     ConvertConfig,
     EvalConfig,
     ExtractConfig,
+    GenerateConfig,
     PretrainConfig,
     TrainConfig,
 )
@@ -58,6 +59,7 @@ Config = (
     | ExtractConfig
     | TrainConfig
     | EvalConfig
+    | GenerateConfig
     | ConvertConfig
     | CompareConfig
     | BenchExtractConfig
@@ -79,6 +81,7 @@ STAGES = {
     "extract": Stage(ExtractConfig, "pipeline.stages.extract"),
     "train": Stage(TrainConfig, "pipeline.stages.train"),
     "eval": Stage(EvalConfig, "pipeline.stages.evaluate"),
+    "generate": Stage(GenerateConfig, "pipeline.stages.generate"),
     "convert": Stage(ConvertConfig, "pipeline.stages.convert"),
     "compare": Stage(CompareConfig, "pipeline.stages.compare"),
     "bench_extract": Stage(BenchExtractConfig, "pipeline.stages.bench_extract"),
@@ -414,7 +417,7 @@ def _typed(
             config.name = bases.setdefault(label, _free_name(label))
         if job is not None:
             config.name = f"{config.name}/{job}"
-    elif not isinstance(config, PretrainConfig | BenchCodecConfig) and config.cache.path is not None:
+    elif not isinstance(config, PretrainConfig | BenchCodecConfig | GenerateConfig) and config.cache.path is not None:
         raise UserError(f"cache.path names what clt train reads, not clt {stage.replace('_', ' ')}; leave it out")
     return config
 

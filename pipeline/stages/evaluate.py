@@ -8,7 +8,6 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,19 +16,19 @@ from pipeline.arch.base import Transcoder
 from pipeline.core import metrics_weights
 from pipeline.core.metrics import Tree
 from pipeline.data import cache as caches
-from pipeline.data import models, tokens
+from pipeline.data import tokens
 from pipeline.data.address import cache_place
 from pipeline.data.harvest import Buffers, harvest
 from pipeline.data.model_files import BUILTIN
 from pipeline.data.models import LanguageModel
-from pipeline.data.options import DatasetKind, ModelOptions
+from pipeline.data.options import DatasetKind
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 from pipeline.files import write_aside
-from pipeline.interp import contexts, evaluation, faithfulness, replacement, world_truth
+from pipeline.interp import contexts, curves, evaluation, faithfulness, opening, replacement, world_truth
 from pipeline.interp.contexts import Contexts
 from pipeline.interp.evaluation import HeldOut
-from pipeline.plain import from_plain
+from pipeline.stages.evaluate_table import table
 from pipeline.stages.options import Documents, EvalConfig
 from pipeline.train import artifact, inputs
 from pipeline.train import run as runs
@@ -45,14 +44,17 @@ SCHEMA = 2
 def run(cfg: EvalConfig) -> Path:
     """Measure a finished run; print a table and write metrics.json. -> its path"""
     start = time.perf_counter()
+    if cfg.eval.curve_contexts < 1:
+        fix = "give 1 or more, or leave the curves out with eval.curves=false"
+        raise UserError(f"eval.curve_contexts={cfg.eval.curve_contexts} measures nothing; {fix}")
+    if cfg.eval.bootstrap < 0:
+        raise UserError(
+            f"eval.bootstrap={cfg.eval.bootstrap} is no number of resamples; give 2000, or 0 for no intervals"
+        )
     directory = runs.chosen(cfg.run)
     trained = artifact.read(directory)
-    asked = trained.config["cache"]["request"]["model"]
-    revision = trained.config["model"]["revision"] or asked["revision"]  # the commit, where a branch was asked for
-    lm_options = from_plain(ModelOptions, {**asked, "device": cfg.device, "revision": revision})
     cached = _cached(cfg, trained) if cfg.dataset is None else None
-    lm = models.load(lm_options)
-    _same_model(trained, lm)
+    lm = opening.base_model(trained, cfg.device)
     trained.transcoder.to(lm.device)
     held_out, split = cached or _other_text(cfg, trained, lm)
     held_out = _limit(held_out, cfg.eval.n_contexts)
@@ -64,7 +66,7 @@ def run(cfg: EvalConfig) -> Path:
     file = _write(directory, metrics, by_context, cfg)
     for line in table(metrics):
         logger.info(line)
-    logger.info("%s\nnext: clt train with other settings, or in Python: pipeline.load(%r)", file, str(directory))
+    logger.info('%s\nnext: clt report %s, or clt generate run=%s prompt="..."', file, directory, directory)
     return file
 
 
@@ -114,8 +116,9 @@ def _more(
 
     transcoder, batch, resamples = trained.transcoder, cfg.eval.batch_tokens, cfg.eval.bootstrap
 
-    if cfg.eval.curves:
-        pass
+    if cfg.eval.curves and replacement.basis(transcoder) is not None:
+        args = (held_out.contexts, held_out.n_rows, batch, cfg.eval.curve_contexts)
+        more["replacement_curves"] = curves.measure(lm, transcoder, *args)
 
     if cfg.eval.faithfulness:
         n_contexts, length = held_out.contexts.shape
@@ -175,15 +178,6 @@ def _limit(held_out: HeldOut, n_contexts: int | None) -> HeldOut:
     return HeldOut(held_out.contexts[:n_contexts], n_rows, held_out.x[:n_rows], held_out.y[:n_rows])
 
 
-def _same_model(trained: Trained, lm: LanguageModel) -> None:
-    expected, found = trained.config["model"]["weights_sha256"], lm.weights_hash()
-    if expected != found:
-        raise UserError(
-            f"{trained.path} was trained on other weights of {lm.name} ({expected[:12]}, now {found[:12]}); "
-            "restore those weights or extract and train again"
-        )
-
-
 def _write(directory: Path, metrics: Tree, by_context: Contexts, cfg: EvalConfig) -> Path:
     suffix = "" if cfg.dataset is None else f"-{cfg.dataset.name}"
     place = directory / "eval"
@@ -192,51 +186,3 @@ def _write(directory: Path, metrics: Tree, by_context: Contexts, cfg: EvalConfig
     file = place / f"metrics{suffix}.json"
     write_aside(file, (json.dumps(metrics, indent=2) + "\n").encode())
     return file
-
-
-def table(metrics: dict[str, Any]) -> list[str]:
-    """The headline numbers as lines of text."""
-    replaced, exact = metrics["replacement"] or {}, metrics["exact"] or {}
-    exactly = exact.get("replacement") or {}
-    rows: list[tuple[str, float | None, float | None]] = [
-        ("L0, all layers", metrics["l0"]["total"], exact.get("l0", {}).get("total")),
-        ("dead features", metrics["dead_fraction"]["total"], exact.get("dead_fraction", {}).get("total")),
-        ("explained variance", _pooled(metrics), _pooled(exact) if exact else None),
-    ]
-    if replaced:
-        rows += [
-            ("KL, nats per token", replaced["kl"], exactly.get("kl")),
-            ("top-1 agreement", replaced["top1"], exactly.get("top1")),
-            ("delta CE, nats", replaced["delta_ce"], exactly.get("delta_ce")),
-            ("KL of zero ablation", replaced["kl_zero_ablation"], None),
-            ("KL of mean ablation", replaced["kl_mean_ablation"], None),
-        ]
-    if replaced and metrics["tasks"]:
-        mean = metrics["tasks"]["mean"]
-        rows += [
-            ("task accuracy", mean["threshold"], mean.get("exact")),
-            ("  of the model itself", mean["original"], None),
-        ]
-    lines = [f"{metrics['n_tokens']:,} tokens, split {metrics['split']}"]
-    lines.append(f"{'':24}{'thresholds':>12}" + (f"{'exact rule':>12}" if exact else ""))
-    for label, value, other in rows:
-        lines.append(f"{label:24}{_shown(value):>12}" + (f"{_shown(other):>12}" if exact else ""))
-    if not replaced:
-        lines.append(f"no replacement: {metrics['no_replacement']}")
-    if "note" in replaced:
-        lines.append(f"replacement is {replaced['basis']}: {replaced['note']}")
-    explained, l0 = metrics["explained_variance"]["per_layer"], metrics["l0"]["per_layer"]
-    if len(l0) == len(explained):
-        by_layer = [f"{fires:.1f} / {_shown(ev)}" for fires, ev in zip(l0, explained, strict=True)]
-        lines.append("by layer, L0 / explained variance: " + ", ".join(by_layer))
-    else:  # one feature space over all layers
-        lines.append("by layer, explained variance: " + ", ".join(map(_shown, explained)))
-    return lines
-
-
-def _pooled(metrics: dict[str, Any]) -> float | None:
-    return metrics["explained_variance"]["pooled"]
-
-
-def _shown(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
