@@ -2,16 +2,19 @@
 
     >>> import pipeline
     >>> clt = pipeline.load("runs/demo")
+    >>> model = pipeline.replace("runs/demo")
+    >>> model.run("The capital of France is").logits
 
-Importing the package imports nothing heavy: `load` brings in torch when it is first asked for.
+Importing the package imports nothing heavy: `load` and `replace` bring in torch when they are first asked for.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.interp.opening import replace
     from pipeline.train.artifact import load
 
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "load", "replace"]
 
 __version__ = "0.1.0"
 
@@ -21,4 +24,8 @@ def __getattr__(name: str) -> Any:
         from pipeline.train.artifact import load
 
         return load
+    if name == "replace":
+        from pipeline.interp.opening import replace
+
+        return replace
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

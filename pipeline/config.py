@@ -48,6 +48,7 @@ from pipeline.stages.options import (
     ConvertConfig,
     EvalConfig,
     ExtractConfig,
+    GenerateConfig,
     PretrainConfig,
     ReportConfig,
     TrainConfig,
@@ -60,6 +61,7 @@ Config = (
     | ExtractConfig
     | TrainConfig
     | EvalConfig
+    | GenerateConfig
     | ConvertConfig
     | CompareConfig
     | ReportConfig
@@ -82,6 +84,7 @@ STAGES = {
     "extract": Stage(ExtractConfig, "pipeline.stages.extract"),
     "train": Stage(TrainConfig, "pipeline.stages.train"),
     "eval": Stage(EvalConfig, "pipeline.stages.evaluate"),
+    "generate": Stage(GenerateConfig, "pipeline.stages.generate"),
     "convert": Stage(ConvertConfig, "pipeline.stages.convert"),
     "compare": Stage(CompareConfig, "pipeline.stages.compare"),
     "report": Stage(ReportConfig, "pipeline.stages.report"),
@@ -429,7 +432,9 @@ def _typed(
             config.name = bases.setdefault(label, _free_name(label))
         if job is not None:
             config.name = f"{config.name}/{job}"
-    elif not isinstance(config, PretrainConfig | ReportConfig | BenchCodecConfig) and config.cache.path is not None:
+    elif isinstance(config, PretrainConfig | GenerateConfig | ReportConfig | BenchCodecConfig):
+        pass  # no cache in their settings
+    elif config.cache.path is not None:
         raise UserError(f"cache.path names what clt train reads, not clt {stage.replace('_', ' ')}; leave it out")
     return config
 

@@ -1,5 +1,6 @@
 """`clt` and its stages: the commands that Hydra configures."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -103,6 +104,24 @@ def evaluate(
     clt eval run=runs/demo dataset=text dataset.path=book.txt
     """
     launch("eval", **locals())
+
+
+@app.command()
+def generate(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write it here too; the same as to=FILE.")] = None,
+) -> None:  # fmt: skip
+    """Continue a prompt with the language model and with its replacement, side by side, with KL at each token.
+
+    \b
+    clt generate prompt='The capital of France is'
+    clt generate run=runs/demo prompt='Anna lives in' generate.temperature=1 generate.seed=3
+    clt generate run=demo prompt='Anna' generate.layers=[0,1] generate.n_tokens=8
+    """
+    overrides = [*(overrides or []), *([f"to={json}"] if json else [])]
+    del json
+    launch("generate", **locals())
 
 
 @app.command()

@@ -33,7 +33,7 @@ from pipeline.data.options import ModelOptions
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["LanguageModel", "load", "resolve_device", "resolve_dtype"]
 
@@ -138,9 +138,10 @@ class LanguageModel:
         return torch.stack(found, dim=2)
 
     @torch.inference_mode()
-    def logits(self, tokens: Tensor, mlp: ReplaceMlp | None = None) -> Tensor:
+    def logits(self, tokens: Tensor, mlp: ReplaceMlp | None = None, past: "DynamicCache | None" = None) -> Tensor:
         """Logits [n, T, V] for tokens int64 [n, T]. `mlp`, if given, replaces the output of every MLP that is read, in
-        the order of the layers: each sees the residual stream as the replacements before it left it."""
+        the order of the layers: each sees the residual stream as the replacements before it left it. `past` holds the
+        keys and values of the tokens that come before these (`new_past`), and those of these afterwards."""
         assert not self.weights.training
         resid: dict[int, Tensor] = {}
 
@@ -155,8 +156,22 @@ class LanguageModel:
             for layer in range(self.n_layers) if mlp is not None else ():
                 hooks.enter_context(self._norms[layer].register_forward_pre_hook(functools.partial(read, layer=layer)))
                 hooks.enter_context(self._outs[layer].register_forward_hook(functools.partial(write, layer=layer)))
-            logits: Tensor = self.weights(tokens.to(self.device), use_cache=False).logits
+            out = self.weights(tokens.to(self.device), past_key_values=past, use_cache=past is not None)
+        logits: Tensor = out.logits
         return logits
+
+    def new_past(self) -> "DynamicCache":
+        """What `logits` keeps of tokens that it has seen, so that the next ones cost no more than themselves: empty."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.weights.config.get_text_config())
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens at which a text ends: the tokenizer's end-of-text token and those of the model's generation_config."""
+        named = getattr(self.weights.generation_config, "eos_token_id", None)
+        listed = named if isinstance(named, list) else [] if named is None else [named]
+        return frozenset({self.eos_token_id, *listed})
 
     def mlp_norm(self) -> MlpNorm:
         """The norm in front of each MLP that is read, in float32 on the CPU, with weights as this model rounds them.

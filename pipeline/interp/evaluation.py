@@ -103,20 +103,41 @@ def divergences(
 ) -> dict[str, Divergence]:
     """KL, top-1 agreement and delta CE of each replacement on the contexts. Position 0 and padding are not scored."""
     results = {name: Divergence() for name in replaced}
-    tokens = torch.from_numpy(contexts.astype(np.int64))
-    valid = valid_positions(tokens.shape[0], tokens.shape[1], n_rows)
-    size = max(1, batch_tokens // tokens.shape[1])
     with Progress(n_rows, "tok", "replace") as bar:
-        for start in range(0, tokens.shape[0], size):
-            block, scored = tokens[start : start + size], valid[start : start + size]
-            # The next token is known, and a row, except behind the last row of a context.
-            has_next = scored & torch.cat([scored[:, 1:], torch.zeros_like(scored[:, :1])], dim=1)
-            following = block.roll(-1, dims=1)
-            original = Predictions(lm.logits(block), scored, following, has_next)
+        for batch in scored_batches(contexts, n_rows, batch_tokens):
+            original = batch.predictions(lm.logits(batch.tokens))
             for name, logits in replaced.items():
-                results[name].add(original, logits(block))
-            bar.update(int(scored.sum()))
+                results[name].add(original, logits(batch.tokens))
+            bar.update(batch.n_scored)
     return results
+
+
+class Batch(NamedTuple):
+    """Some contexts, and what of them counts."""
+
+    tokens: Tensor
+    """int64 [n, T]"""
+    scored: Tensor
+    """bool [n, T]: not position 0, no padding."""
+
+    @property
+    def n_scored(self) -> int:
+        return int(self.scored.sum())
+
+    def predictions(self, original: Tensor) -> Predictions:
+        """The original's logits [n, T, V], ready to be compared with others."""
+        # The next token is known, and a row, except behind the last row of a context.
+        has_next = self.scored & torch.cat([self.scored[:, 1:], torch.zeros_like(self.scored[:, :1])], dim=1)
+        return Predictions(original, self.scored, self.tokens.roll(-1, dims=1), has_next)
+
+
+def scored_batches(contexts: np.ndarray, n_rows: int, batch_tokens: int) -> Iterator[Batch]:
+    """Contexts int32 [C, T], of which `n_rows` positions are rows, some at a time."""
+    tokens = torch.from_numpy(contexts.astype(np.int64))
+    scored = valid_positions(tokens.shape[0], tokens.shape[1], n_rows)
+    size = max(1, batch_tokens // tokens.shape[1])
+    for block, rows in zip(tokens.split(size), scored.split(size), strict=True):
+        yield Batch(block, rows)
 
 
 def rule_metrics(

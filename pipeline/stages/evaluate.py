@@ -17,19 +17,18 @@ from pipeline.arch.base import Transcoder
 from pipeline.core import metrics_weights
 from pipeline.core.metrics import Tree
 from pipeline.data import cache as caches
-from pipeline.data import models, tokens
+from pipeline.data import tokens
 from pipeline.data.address import cache_place
 from pipeline.data.harvest import Buffers, harvest
 from pipeline.data.model_files import BUILTIN
 from pipeline.data.models import LanguageModel
-from pipeline.data.options import DatasetKind, ModelOptions
+from pipeline.data.options import DatasetKind
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 from pipeline.files import write_aside
-from pipeline.interp import contexts, evaluation, replacement
+from pipeline.interp import contexts, curves, evaluation, opening, replacement
 from pipeline.interp.contexts import Contexts
 from pipeline.interp.evaluation import HeldOut
-from pipeline.plain import from_plain
 from pipeline.stages.options import Documents, EvalConfig
 from pipeline.train import artifact, inputs
 from pipeline.train import run as runs
@@ -45,14 +44,13 @@ SCHEMA = 2
 def run(cfg: EvalConfig) -> Path:
     """Measure a finished run; print a table and write metrics.json. -> its path"""
     start = time.perf_counter()
+    if cfg.eval.curve_contexts < 1:
+        fix = "give 1 or more, or leave the curves out with eval.curves=false"
+        raise UserError(f"eval.curve_contexts={cfg.eval.curve_contexts} measures nothing; {fix}")
     directory = runs.chosen(cfg.run)
     trained = artifact.read(directory)
-    asked = trained.config["cache"]["request"]["model"]
-    revision = trained.config["model"]["revision"] or asked["revision"]  # the commit, where a branch was asked for
-    lm_options = from_plain(ModelOptions, {**asked, "device": cfg.device, "revision": revision})
     cached = _cached(cfg, trained) if cfg.dataset is None else None
-    lm = models.load(lm_options)
-    _same_model(trained, lm)
+    lm = opening.base_model(trained, cfg.device)
     trained.transcoder.to(lm.device)
     held_out, split = cached or _other_text(cfg, trained, lm)
     held_out = _limit(held_out, cfg.eval.n_contexts)
@@ -107,8 +105,10 @@ def _more(
     """The groups that other files measure, each None where it is not asked for or has no meaning."""
     more: Tree = dict.fromkeys(("replacement_curves", "faithfulness", "tasks", "world"))
 
-    if cfg.eval.curves:
-        pass
+    if cfg.eval.curves and replacement.basis(trained.transcoder) is not None:
+        n = cfg.eval.curve_contexts
+        args = (held_out.contexts, held_out.n_rows, cfg.eval.batch_tokens, n)
+        more["replacement_curves"] = curves.measure(lm, trained.transcoder, *args)
 
     if cfg.eval.faithfulness:
         pass
@@ -162,15 +162,6 @@ def _limit(held_out: HeldOut, n_contexts: int | None) -> HeldOut:
         raise UserError(f"eval.n_contexts={n_contexts} must be at least 1")
     n_rows = min(held_out.n_rows, n_contexts * (held_out.contexts.shape[1] - 1))
     return HeldOut(held_out.contexts[:n_contexts], n_rows, held_out.x[:n_rows], held_out.y[:n_rows])
-
-
-def _same_model(trained: Trained, lm: LanguageModel) -> None:
-    expected, found = trained.config["model"]["weights_sha256"], lm.weights_hash()
-    if expected != found:
-        raise UserError(
-            f"{trained.path} was trained on other weights of {lm.name} ({expected[:12]}, now {found[:12]}); "
-            "restore those weights or extract and train again"
-        )
 
 
 def _write(directory: Path, metrics: Tree, by_context: Contexts, cfg: EvalConfig) -> Path:

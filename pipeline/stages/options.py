@@ -6,6 +6,7 @@ from enum import StrEnum
 from pipeline.arch.options import ArchOptions
 from pipeline.core.options import ActivationOptions, LossOptions
 from pipeline.data.options import CacheOptions, DatasetOptions, ExtractOptions, ModelOptions
+from pipeline.interp.options import GenerateOptions
 from pipeline.train.options import LmOptions, LogOptions, OptimOptions, TrainOptions
 
 
@@ -27,6 +28,9 @@ class EvalOptions:
 
     curves: bool = True
     """Replace single layers too, those up to each layer and those from it."""
+
+    curve_contexts: int = 32
+    """Contexts that this is measured on, the first ones: L layers take 5 L - 5 forward passes of each."""
 
     faithfulness: bool = True
     """Compare what features write, and interventions on them, with the original model."""
@@ -275,6 +279,22 @@ class EvalConfig:
 
     dataset: DatasetOptions | None = None
     """Other text to evaluate on, without the cache."""
+
+    device: str = "auto"
+    """Where the base model and the transcoder run: auto, cpu, cuda or cuda:N."""
+
+
+@dataclass
+class GenerateConfig:
+    generate: GenerateOptions
+    run: str | None = None
+    """Run directory, or the name of a run; null is the newest that holds a finished transcoder."""
+
+    prompt: str | None = None
+    """What is continued, tokenised as the run's text was. Empty: from the token that begins a context."""
+
+    to: str | None = None
+    """A JSON file with all of it; null writes none. `--json` sets it."""
 
     device: str = "auto"
     """Where the base model and the transcoder run: auto, cpu, cuda or cuda:N."""
