@@ -432,8 +432,8 @@ def _typed(
             config.name = bases.setdefault(label, _free_name(label))
         if job is not None:
             config.name = f"{config.name}/{job}"
-    elif isinstance(config, PretrainConfig | BenchCodecConfig | GenerateConfig | ReportConfig):
-        pass  # they open no cache
+    elif isinstance(config, PretrainConfig | GenerateConfig | ReportConfig | BenchCodecConfig):
+        pass  # no cache in their settings
     elif config.cache.path is not None:
         raise UserError(f"cache.path names what clt train reads, not clt {stage.replace('_', ' ')}; leave it out")
     return config

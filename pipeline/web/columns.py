@@ -104,8 +104,8 @@ COLUMNS = [
         "1 - KL / KL with every MLP's output at its mean", "", "live",
     ),
     Column("kl_median", "KL, median", "replacement.kl_median", -1, "median over tokens", "nats", "live", shown=False),
-    Column("top5", "top-5", "replacement.top5", 1, "share of tokens whose most likely next token of the original is "
-           "among the five most likely of the replacement", "", "live", shown=False),
+    Column("top5", "top-5", "replacement.top5", 1, "share of the original's five most likely next tokens that are "
+           "among the replacement's five", "", "live", shown=False),
     Column("ce_recovered_mean_ablation", "CE recovered", "replacement.ce_recovered_mean_ablation", 1,
            "1 - delta CE / delta CE with every MLP's output at its mean", "", "live", shown=False),
     Column("kl_recovered_zero_ablation", "KL recovered (zero)", "replacement.kl_recovered_zero_ablation", 1,

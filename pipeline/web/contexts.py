@@ -23,7 +23,8 @@ def _context(context: dict[str, Any], darkest: float) -> dict[str, Any]:
     texts, kl = context["tokens"], context["kl_per_token"]
     before = [None] * (len(texts) - len(kl))  # position 0 is not scored
     tokens = [_token(text, at, darkest) for text, at in zip(texts, [*before, *kl], strict=False)]
-    return {"context": lookup(context, "context"), "kl": shown(lookup(context, "kl")), "tokens": tokens}
+    words = not any(text != text.strip() for text in texts)  # the tokenizer puts the spaces between them
+    return {"context": lookup(context, "context"), "kl": shown(lookup(context, "kl")), "tokens": tokens, "words": words}
 
 
 def _token(text: str, kl: float | None, darkest: float) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pipeline.web.columns import FVU, KL, Column
 from pipeline.web.runs import Run
 
 SEED = "train.seed"
-UNIMPORTANT = NO_EFFECT | {"name", "arch.target", "train.kernels", "train.checkpoint_every", "log.every"}
+UNIMPORTANT = NO_EFFECT | {"name", "arch.target", "train.kernels", "train.checkpoint_every"}
 """Settings that make no run another one. What architectures fix (arch.target) differs with the architecture alone."""
 
 MISSING = object()
@@ -48,7 +48,8 @@ class Group:
 def differing(runs: Sequence[Run]) -> list[str]:
     """The settings that are not the same in all runs, in the order of the first config.yaml that has them."""
     keys = list(dict.fromkeys(key for run in runs for key in run.settings))
-    return [key for key in keys if key not in UNIMPORTANT and len({_comparable(run, key) for run in runs}) > 1]
+    keys = [key for key in keys if key not in UNIMPORTANT and not key.startswith("log.")]
+    return [key for key in keys if len({_comparable(run, key) for run in runs}) > 1]
 
 
 def grouped(runs: Sequence[Run], keys: Sequence[str]) -> list[Group]:

@@ -18,7 +18,7 @@ function colours(layout) {
 }
 
 function draw(place) {
-  if (place.dataset.drawn || place.offsetParent === null) return;
+  if (place.dataset.drawn || place.offsetParent === null || place.closest("details:not([open])")) return;
   place.dataset.drawn = "yes";
   const figure = figures[place.dataset.figure];
   figure.layout.font = { family: 'system-ui, -apple-system, "Segoe UI", sans-serif', size: 12 };

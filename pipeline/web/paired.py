@@ -1,12 +1,14 @@
-"""Differences between two runs with intervals, drawn over contexts that both were measured on."""
+"""Differences between two runs with intervals, drawn over the contexts that both were measured on."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+from pipeline.errors import UserError
 from pipeline.web.columns import Column, Interval
-from pipeline.web.runs import Run
+from pipeline.web.runs import Run, lookup
 
-DRAWN: dict[str, tuple[str, str]] = {}
-"""Key of a column -> the sums for each context that it is a ratio of."""
+FILE = "contexts.npz"
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,54 @@ class Difference:
         return self.interval[0] > 0 or self.interval[1] < 0
 
 
-def difference(run: Run, baseline: Run, column: Column, resamples: int) -> Difference | str:
-    """Or why there is none, in a few words."""
-    return "not measured"
+@dataclass
+class Pairs:
+    """Differences of runs under fixed thresholds; each pair of runs is drawn once."""
+
+    resamples: int
+    drawn: dict[tuple[str, str], dict[str, Any] | str] = field(default_factory=dict)
+
+    def differences(self, run: Run, baseline: Run, columns: Sequence[Column]) -> dict[str, Difference] | str:
+        """Key of a column -> run minus baseline, of those that both can be compared in; or why there are none."""
+        found = self._between(run, baseline)
+        if isinstance(found, str):
+            return found
+        able = {
+            column.key: difference
+            for column in columns
+            if column.compares(run) and column.compares(baseline)
+            if (difference := _difference(found, column.path)) is not None
+        }
+        return able or "the two have no number that can be compared"
+
+    def _between(self, run: Run, baseline: Run) -> dict[str, Any] | str:
+        key = (run.name, baseline.name)
+        if key not in self.drawn:
+            self.drawn[key] = _draw(run, baseline, self.resamples)
+        return self.drawn[key]
+
+
+def _draw(run: Run, baseline: Run, resamples: int) -> dict[str, Any] | str:
+    if not resamples:
+        return "no intervals were asked for (report.resamples=0)"
+    files = [side.directory / "eval" / FILE for side in (baseline, run)]
+    for side, file in zip((baseline, run), files, strict=True):
+        if not file.is_file():
+            return f"{side.name} has no {FILE}; run clt eval"
+    # Not above: it needs torch, which takes longer to import than the page of one run to make.
+    from pipeline.interp import contexts
+
+    first, second = (contexts.read(file) for file in files)
+    if sorted(first.context_hash.tolist()) != sorted(second.context_hash.tolist()):
+        return f"measured on other contexts than {baseline.name}"
+    try:
+        return contexts.paired(first, second, resamples=resamples)
+    except UserError as error:
+        return str(error)
+
+
+def _difference(found: dict[str, Any], path: str) -> Difference | None:
+    value, bounds = lookup(found["difference"], path), lookup(found["ci95"], path)
+    if not isinstance(value, int | float) or not isinstance(bounds, list) or None in bounds:
+        return None
+    return Difference(float(value), (bounds[0], bounds[1]))

@@ -26,9 +26,9 @@ SCALE = ["#0072B2", "#3F87A0", "#6E988C", "#99A675", "#BFA556", "#D59A2E", "#D55
 def by_layer(groups: Sequence[Group]) -> Figure | None:
     """L0, FVU, dead features and cosine of each layer."""
     panels = [
-        _per_layer(groups, "L0", "active features a token", "l0.per_layer"),
+        _per_layer(groups, "L0", "active features a token", "l0.per_layer", zero=True),
         _per_layer(groups, "FVU", "FVU", "fvu.per_layer", log=True),
-        _per_layer(groups, "Dead features", "share of the layer's features", "dead_fraction.per_layer"),
+        _per_layer(groups, "Dead features", "share of the layer's features", "dead_fraction.per_layer", zero=True),
         _per_layer(groups, "Cosine", "between reconstruction and target", "cosine.per_layer"),
         _per_layer(groups, "Bias", "constant part of the FVU", "bias.per_layer", log=True),
         _per_layer(groups, "Norm of the reconstruction", "mean |y_hat| / mean |y|", "relative_norm.per_layer"),
@@ -75,9 +75,9 @@ def histograms(groups: Sequence[Group]) -> Figure | None:
         traces = []
         for group in groups:
             counted = [found for run in group.runs if (found := _counts(run, key, edges)) is not None]
-            if counted:
-                layers = [layer for _, per_layer in counted for layer in per_layer]
-                traces.append(_steps(counted[0][0], _summed(layers), group.label, group.index))
+            for bins in dict.fromkeys(tuple(at) for at, _ in counted):  # thresholds have bins of each run's own
+                layers = [layer for at, per_layer in counted for layer in per_layer if tuple(at) == bins]
+                traces.append(_steps(bins, _summed(layers), group.label, group.index))
         panels += [Panel(title, x, "share of features", _trimmed(traces))] if traces else []
     if len(groups) > FEW:
         for trace in (trace for panel in panels for trace in panel.traces):
@@ -110,11 +110,16 @@ def layer_colour(l: int, n_layers: int) -> str:
     return SCALE[round(l * (len(SCALE) - 1) / max(1, n_layers - 1))]
 
 
-def _per_layer(groups: Sequence[Group], title: str, y: str, path: str, log: bool = False) -> Panel | None:
+def _per_layer(
+    groups: Sequence[Group], title: str, y: str, path: str, log: bool = False, zero: bool = False
+) -> Panel | None:  # fmt: skip
     def numbers(run: Run) -> Numbers | None:
         return run.numbers(path)
 
-    return _curves(groups, title, y, numbers, log)
+    panel = _curves(groups, title, y, numbers, log)
+    if panel is not None and zero:
+        panel.y_extra["rangemode"] = "tozero"
+    return panel
 
 
 def _curves(

@@ -7,29 +7,30 @@ from pipeline.web.panels import Figure, Panel, Trace, grid, line, positive, safe
 
 MAIN = {
     "loss": ("Loss", "sum of the loss terms"),
-    "fvu": ("FVU of the batch", "FVU"),
     "l0": ("L0 of the batch", "features a token"),
+    "fvu": ("FVU of the batch", "FVU"),
+    "held_out/fvu": ("FVU, held out", "FVU"),
     "dead_fraction": ("Dead in the training window", "share of features"),
+    "held_out/dead_fraction": ("Dead on the held-out rows", "share of features"),
 }
-"""Key of metrics.jsonl -> title and axis. Held-out numbers (a key with a / that is no term of the loss) join them."""
+"""Key of metrics.jsonl -> title and axis."""
 
-LOGARITHMIC = ("loss", "fvu", "held_out")
+NOT_PLOTTED = {"step", "tokens", "held_out/n_tokens", "held_out/explained_variance"}
+
+LOGARITHMIC = ("loss", "fvu", "held_out/fvu")
 POINTS = 600
 """Of a curve on the page; longer ones are thinned."""
 
 
 def main(groups: Sequence[Group]) -> Figure | None:
-    """Loss, FVU, L0, dead features, and what was measured on held-out text meanwhile."""
+    """Loss, L0, FVU and dead features, of the batches and on held-out rows."""
     found = _keys(groups)
-    held_out = [key for key in found if "/" in key and not key.startswith(("loss/", "fvu/"))]
-    return _figure(groups, [key for key in MAIN if key in found] + held_out, columns=2)
+    return _figure(groups, [key for key in MAIN if key in found], columns=2)
 
 
 def rest(groups: Sequence[Group]) -> Figure | None:
     """Terms of the loss, learning rate, and whatever else was logged."""
-    found = _keys(groups)
-    others = [key for key in found if key not in MAIN and ("/" not in key or key.startswith(("loss/", "fvu/")))]
-    return _figure(groups, others, columns=3)
+    return _figure(groups, [key for key in _keys(groups) if key not in MAIN], columns=3)
 
 
 def speed(groups: Sequence[Group]) -> Figure | None:
@@ -73,7 +74,7 @@ def _keys(groups: Sequence[Group]) -> list[str]:
     """Those with a number, in the order in which they were logged."""
     lines = [at for group in groups for run in group.runs for at in run.lines]
     numbers = [key for at in lines for key, value in at.items() if isinstance(value, int | float)]
-    return [key for key in dict.fromkeys(numbers) if key not in {"step", "tokens"}]
+    return [key for key in dict.fromkeys(numbers) if key not in NOT_PLOTTED]
 
 
 def _thinned(points: Sequence[tuple[float, float | None]]) -> tuple[list[float], list[float | None]]:

@@ -19,6 +19,7 @@ from pipeline.web import columns as headline
 from pipeline.web import contexts, faithfulness, plots_compare, plots_layers, plots_training, runs, summary, tables
 from pipeline.web.csv_table import csv_text
 from pipeline.web.groups import Group, differing, grouped
+from pipeline.web.paired import Pairs
 from pipeline.web.panels import Figure
 from pipeline.web.runs import Run
 
@@ -75,7 +76,7 @@ def compose(directories: Sequence[Path], baseline: Path | None = None, resamples
     against = next((run for run in read if baseline and run.directory.resolve() == baseline.resolve()), None)
     content = {
         **_about(read, groups),
-        **_tables(read, groups, keys, against, resamples),
+        **_tables(read, groups, keys, against, Pairs(resamples)),
         "figures": figures,
         "detailed": detailed,
         "plotly": _plotly(),
@@ -123,18 +124,18 @@ def _about(read: Sequence[Run], groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def _tables(
-    read: Sequence[Run], groups: Sequence[Group], keys: Sequence[str], baseline: Run | None, resamples: int
+    read: Sequence[Run], groups: Sequence[Group], keys: Sequence[str], baseline: Run | None, drawn: Pairs
 ) -> dict[str, Any]:
     measured = [run for run in read if run.metrics is not None]
     return {
-        "contests": summary.contests(groups, resamples) if len(measured) > 1 else [],
+        "contests": summary.contests(groups, drawn) if len(measured) > 1 else [],
         "contest_columns": summary.CONTESTS,
         "columns": headline.COLUMNS,
         "has_numbers": True,
         "any_exact": any(headline.FVU.value_exact(run) is not None for run in measured),
         "seeds": tables.of_seeds(groups),
         "rows": tables.of_runs(read, keys),
-        "paired": _paired(measured, baseline, resamples) if len(measured) > 1 and resamples else None,
+        "paired": _paired(measured, baseline, drawn) if len(measured) > 1 and drawn.resamples else None,
         "extras": faithfulness.tables(measured),
         "extras_title": faithfulness.TITLE,
         "settings": tables.settings(groups, keys),
@@ -142,9 +143,9 @@ def _tables(
     }
 
 
-def _paired(measured: Sequence[Run], baseline: Run | None, resamples: int) -> dict[str, Any]:
+def _paired(measured: Sequence[Run], baseline: Run | None, drawn: Pairs) -> dict[str, Any]:
     against = baseline or measured[0]
-    columns, rows, said = tables.pairs(measured, against, resamples)
+    columns, rows, said = tables.pairs(measured, against, drawn)
     return {
         "baseline": against.name,
         "reason": "the baseline asked for" if baseline else "lowest KL",

@@ -48,11 +48,6 @@ class Run:
     """Learned numbers; None where neither a finished transcoder nor a checkpoint is there."""
 
     @property
-    def contexts(self) -> Path:
-        """Sums for each context of the evaluation, from which differences between runs are drawn."""
-        return self.directory / "eval" / "contexts.npz"
-
-    @property
     def arch(self) -> str:
         return str(self.settings.get("arch.name"))
 

@@ -7,7 +7,7 @@ from pipeline.web import columns as headline
 from pipeline.web.columns import Column, shown
 from pipeline.web.groups import Group
 from pipeline.web.names import listed
-from pipeline.web.paired import Difference, difference
+from pipeline.web.paired import Pairs
 from pipeline.web.runs import Run, lookup
 
 CONTESTS = [headline.KL, headline.FVU, headline.TASKS, headline.DEAD]
@@ -49,7 +49,7 @@ class Contest:
         return low if low == high else f"{low} to {high}"
 
 
-def contests(groups: Sequence[Group], resamples: int) -> list[Contest]:
+def contests(groups: Sequence[Group], drawn: Pairs) -> list[Contest]:
     """One for each range of L0, from the fewest active features up."""
     measured = sorted(
         ((mean, group.index, group) for group in groups if (mean := group.mean(headline.L0)) is not None),
@@ -61,7 +61,7 @@ def contests(groups: Sequence[Group], resamples: int) -> list[Contest]:
             parts.append([])
         parts[-1].append(at)
     return [
-        Contest(part[0][0], part[-1][0], members, [_winner(members, column, resamples) for column in CONTESTS])
+        Contest(part[0][0], part[-1][0], members, [_winner(members, column, drawn) for column in CONTESTS])
         for part in parts
         if (members := [group for _, _, group in part])
     ]
@@ -111,6 +111,7 @@ def facts(runs: Sequence[Run]) -> dict[str, str]:
     finished = sum(run.final is not None for run in runs)
     said = {
         "model": _each(None if name is None else f"{name}{shapes.get(name, '')}" for name in models),
+        "transcoder": _each(f"{run.arch} with {run.activation}" for run in runs),
         "trained on": _each(
             f"{run.settings.get('dataset.name')}, {run.tokens() or 0:,} tokens" for run in done or runs if run.lines
         ),
@@ -120,15 +121,15 @@ def facts(runs: Sequence[Run]) -> dict[str, str]:
     return {name: value for name, value in said.items() if value}
 
 
-def _winner(groups: Sequence[Group], column: Column, resamples: int) -> Winner | None:
+def _winner(groups: Sequence[Group], column: Column, drawn: Pairs) -> Winner | None:
     able = [group for group in groups if group.mean(column) is not None and column.compares(group.first)]
     if not able:
         return None
     ordered = sorted(able, key=lambda group: -column.better * (group.mean(column) or 0.0))
-    return Winner(ordered[0], column, len(able) - 1, _verdict(ordered, column, resamples))
+    return Winner(ordered[0], column, len(able) - 1, _verdict(ordered, column, drawn))
 
 
-def _verdict(ordered: Sequence[Group], column: Column, resamples: int) -> str:
+def _verdict(ordered: Sequence[Group], column: Column, drawn: Pairs) -> str:
     """Against the next best: by seeds where both have several, else by the paired interval over contexts."""
     if len(ordered) < 2:
         return "nothing to compare with"
@@ -139,10 +140,10 @@ def _verdict(ordered: Sequence[Group], column: Column, resamples: int) -> str:
     if len(ours) > 1 and len(theirs) > 1:
         apart = max(ours) < min(theirs) if column.better < 0 else min(ours) > max(theirs)
         return f"{ahead}, with every seed" if apart else f"{ahead}, less than seeds differ: a draw"
-    found = difference(best.first, other.first, column, resamples)
-    if isinstance(found, Difference):
-        counts = "more than chance over contexts (one seed)" if found.counts else "within chance: a draw"
-        return f"{ahead}, {counts}"
+    found = drawn.differences(best.first, other.first, [column])
+    if not isinstance(found, str) and len(ours) == len(theirs) == 1:
+        counts = "more than the choice of contexts explains" if found[column.key].counts else "within chance: a draw"
+        return f"{ahead}, {counts} (one seed)"
     return f"{ahead}, one seed, no interval"
 
 

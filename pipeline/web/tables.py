@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.web.columns import COLUMNS, Column, Interval, shown, shown_interval
 from pipeline.web.groups import MISSING, Group, described, setting, short_names
 from pipeline.web.names import listed
-from pipeline.web.paired import Difference, difference
+from pipeline.web.paired import Difference, Pairs
 from pipeline.web.runs import Run, lookup
 
 
@@ -26,6 +26,9 @@ class Cell:
 
     more: bool = False
     """Behind "all columns"."""
+
+    kind: str = ""
+    """Of a difference: better, worse, or neither."""
 
 
 @dataclass(frozen=True)
@@ -71,26 +74,20 @@ def of_seeds(groups: Sequence[Group]) -> list[Row]:
     return rows
 
 
-def pairs(runs: Sequence[Run], baseline: Run, resamples: int) -> tuple[list[Column], list[Row], list[str]]:
+def pairs(runs: Sequence[Run], baseline: Run, drawn: Pairs) -> tuple[list[Column], list[Row], list[str]]:
     """Each run minus the baseline, in the columns that some run has a difference in; and why others have none."""
-    found = {
-        (run.name, column.key): difference(run, baseline, column, resamples)
-        for run in runs
-        for column in COLUMNS
-        if run is not baseline and column.shown
-    }
-    columns = [at for at in COLUMNS if any(isinstance(found.get((run.name, at.key)), Difference) for run in runs)]
-    rows = []
+    shown_columns = [column for column in COLUMNS if column.shown]
+    found = {run.name: drawn.differences(run, baseline, shown_columns) for run in runs if run is not baseline}
+    columns = [
+        at for at in shown_columns if any(at.key in each for each in found.values() if not isinstance(each, str))
+    ]
     without: dict[str, list[str]] = {}
-    for run in runs:
-        if run is baseline:
-            continue
-        cells = [_difference(found[run.name, column.key], column) for column in columns]
-        if any(cell["value"] is not None for cell in cells):
-            rows.append(Row(run.name, cells))  # type: ignore[arg-type]
+    rows = []
+    for name, each in found.items():
+        if isinstance(each, str):
+            without.setdefault(each, []).append(name)
         else:
-            why = next(str(why) for (name, _), why in found.items() if name == run.name)
-            without.setdefault(why, []).append(run.name)
+            rows.append(Row(name, [_difference(each.get(column.key), column) for column in columns]))
     return columns, rows, [f"{listed(names)}: {why}" for why, names in without.items()]
 
 
@@ -169,17 +166,17 @@ def _cell(run: Run, column: Column, best: float | None) -> Cell:
     )
 
 
-def _difference(found: Difference | str, column: Column) -> dict[str, Any]:
-    """kind: lower is better than the baseline, higher worse, "" where the interval holds zero."""
-    if isinstance(found, str):
-        return {"value": None, "kind": ""}
-    better = found.value * column.better > 0
-    kind = "" if not found.counts or not column.better else ("lower" if better else "higher")
-    sign = "+" if found.value > 0 else "−"
-    return {
-        "value": found.value, "kind": kind, "shown": f"{sign}{shown(abs(found.value))}",
-        "interval": shown_interval(found.interval, found.value),
-    }  # fmt: skip
+def _difference(found: Difference | None, column: Column) -> Cell:
+    """Marked where the interval leaves out zero and one way is better."""
+    if found is None:
+        return Cell(None, "")
+    kind = "better" if found.value * column.better > 0 else "worse"
+    return Cell(
+        found.value,
+        f"{'+' if found.value > 0 else '−'}{shown(abs(found.value))}",
+        shown_interval(found.interval, found.value),
+        kind=kind if found.counts and column.better else "",
+    )
 
 
 def _best(values: Sequence[tuple[Run, float | None]], column: Column) -> float | None:
