@@ -90,7 +90,7 @@ STAGES = {
 TEXT_KEYS = {
     "name", "run", "to", "prompt",
     "model.path", "model.revision", "model.offload_dir", "lm.tokenizer", "cache.dir", "cache.path", "cache.local_dir",
-    "train.init_from",
+    "train.init_from", "log.project", "log.entity", "log.group",
     "dataset.name", "dataset.path", "dataset.subset", "dataset.split", "dataset.revision", "dataset.column",
     "dataset.filter.keep", "dataset.filter.drop",
 }  # fmt: skip

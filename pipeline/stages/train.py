@@ -30,7 +30,8 @@ from pipeline.stages.options import TrainConfig
 from pipeline.stages.train_cache import find_cache, statistics
 from pipeline.stages.train_finish import finish, held_out, use_best
 from pipeline.stages.train_resume import alone, check_resume
-from pipeline.train import artifact, checkpoint, inputs, optim, precision, warm
+from pipeline.stages.train_watch import watchers
+from pipeline.train import artifact, checkpoint, inputs, loggers, optim, precision, warm
 from pipeline.train import run as runs
 from pipeline.train.artifact import Trained
 from pipeline.train.held_out import every as every_steps
@@ -53,6 +54,7 @@ def run(cfg: TrainConfig) -> Path:
 def _run(cfg: TrainConfig) -> Path:
     assert cfg.name is not None
     check_resume(cfg)
+    loggers.check(cfg.log)
     cache = find_cache(cfg)
     plan = _plan(cfg, cache)
     device = resolve_device(cfg.train.device)
@@ -89,10 +91,10 @@ def _run(cfg: TrainConfig) -> Path:
         (directory / "lock").unlink(missing_ok=True)  # of a process that was killed at its very end
         logger.info("%s is finished already\nnext: clt eval run=%s", directory, directory)
         return directory
-    with alone(directory):
+    with alone(directory), watchers(cfg, directory) as watching:
         trainer = Trainer(directory, model, optimizer, objective, prepare, plan, cfg.optim)
         trainer.about = {"cache": cache.key, "kernels": str(products.active())}
-        trainer.held_out = held_out(cfg, cache, plan, prepare)
+        trainer.held_out, trainer.log.watchers = held_out(cfg, cache, plan, prepare), watching
         checkpoint.tidy(directory)
         last = checkpoint.newest(directory)
         _say(cfg, cache, plan, model, device, last)
