@@ -86,6 +86,7 @@ class Trainer:
         self.log = RunLog(directory)
         self.clock = Clock()
         self.last_record: dict[str, object] = {}
+        self.saved_step: int | None = None
         self.about: dict[str, object] = {}
         self.held_out_fvu: Callable[[], float] | None = None
         """What the best checkpoints are chosen by."""
@@ -95,6 +96,7 @@ class Trainer:
         if path is not None:
             self.state = checkpoint.load(path, self.model, self.optimizer)
             self.divergence.restore(self.state.more)
+            self.saved_step = self.state.step
             self._prune()  # a process may have been killed between saving a checkpoint and this
         self.log.begin(path, self.state.step)
 
@@ -152,7 +154,7 @@ class Trainer:
 
     def stop(self) -> None:
         """Save where the run stands, between two steps, and say how it goes on."""
-        if not self._saves(self.state.step):
+        if self.saved_step != self.state.step:
             self.save()
         name = runs.name_of(self.directory)
         step, last = self.state.step, self.plan.n_steps
@@ -238,6 +240,7 @@ class Trainer:
             logger.info("step %d: held-out FVU %.4f", step, about[checkpoint.SCORE])
         self.state.more |= self.divergence.tensors()
         checkpoint.save(self.directory, self.model, self.optimizer, self.state, about)
+        self.saved_step = step
         self._prune()
 
     def _prune(self) -> None:
