@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import pipeline
 from pipeline.plain import to_plain
@@ -56,7 +57,10 @@ def watchers(cfg: TrainConfig, directory: Path) -> Iterator[list[Watcher]]:
 
 class Page:
     """runs/NAME/report.html, built anew while the run goes on: by another process, of low priority, so that no fault
-    and no library of the page reaches the training."""
+    and no library of the page reaches the training. Runs in one process (`train.share_pass`) have their pages built one
+    after the other, and share the time for them."""
+
+    open: ClassVar[list["Page"]] = []
 
     def __init__(self, directory: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._directory, self._clock = directory, clock
@@ -65,13 +69,16 @@ class Page:
         self._spent = 0.0
 
     def begin(self, lines: Sequence[tuple[Line, Line]]) -> None:
+        """The run begins, or goes on."""
         self._last = self._clock()
+        Page.open.append(self)
 
     def add(self, metrics: Line, times: Line) -> None:
         """A line was written: a new page, when it is time for one and none is in the making."""
         if self._process is not None and self._process.poll() is not None:
             self._look()
-        if self._works and self._process is None and self._clock() - self._last >= self._wait:
+        building = any(page._process is not None for page in Page.open)
+        if self._works and not building and self._clock() - self._last >= self._wait:
             self._start()
 
     def end(self) -> None:
@@ -83,7 +90,11 @@ class Page:
             self._finish()
 
     def stop(self) -> None:
-        """Whatever is in the making is given up."""
+        """No more pages; one in the making is given up."""
+        Page.open[:] = [page for page in Page.open if page is not self]
+        self._abandon()
+
+    def _abandon(self) -> None:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -107,7 +118,7 @@ class Page:
         try:
             self._process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
-            self.stop()
+            self._abandon()
             self._give_up(f"it takes more than {END_SECONDS:g} seconds")
         else:
             self._look()
@@ -117,7 +128,7 @@ class Page:
         assert self._process is not None
         status, self._process = self._process.returncode, None
         spent = _cpu_seconds() - self._before
-        self._spent, self._wait = self._spent + spent, max(SECONDS_BETWEEN, spent / SHARE)
+        self._spent, self._wait = self._spent + spent, max(SECONDS_BETWEEN, len(Page.open) * spent / SHARE)
         with self._said as said:
             said.seek(0)
             words = said.read().decode(errors="replace").strip().splitlines()

@@ -90,6 +90,11 @@ def test_a_missing_logger_is_said_before_anything_is_written(cached: Path, monke
     assert not Path("runs").exists()
 
 
+@pytest.fixture(autouse=True)
+def no_other_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Page, "open", [])
+
+
 class Clock:
     now = 0.0
 
@@ -148,6 +153,23 @@ def test_pages_that_cost_more_come_more_rarely(tmp_path: Path, monkeypatch: pyte
     assert page._process is not None
     wait_for(page)
     page.stop()
+
+
+def test_runs_in_one_process_share_the_time_for_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, clock = page_of(tmp_path, monkeypatch, BUILDS)
+    other = Page(tmp_path / "other", clock)
+    other.begin([])
+    used = iter([5.0, 7.5])
+    monkeypatch.setattr(train_watch, "_cpu_seconds", lambda: next(used))
+    clock.now = 61.0
+    page.add({"step": 1}, {})
+    other.add({"step": 1}, {})
+    assert other._process is None, "one at a time"
+    wait_for(page)
+    page.add({"step": 2}, {})
+    assert page._wait == 500  # 2.5 seconds of a processor for each of two
+    other.stop()
+    assert Page.open == [page]
 
 
 def test_a_short_run_has_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
