@@ -5,7 +5,7 @@ clt train arch=tied --dry-run
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +33,8 @@ from pipeline.stages.options import TrainConfig
 from pipeline.stages.train_cache import find_cache, statistics
 from pipeline.stages.train_finish import finish, held_out, use_best
 from pipeline.stages.train_resume import alone, check_resume
-from pipeline.train import artifact, checkpoint, inputs, optim, precision, warm
+from pipeline.stages.train_watch import watchers
+from pipeline.train import artifact, checkpoint, inputs, loggers, optim, precision, warm
 from pipeline.train import run as runs
 from pipeline.train.artifact import Trained
 from pipeline.train.held_out import every as every_steps
@@ -83,7 +84,7 @@ def run(cfg: TrainConfig) -> Path:
             return runs.RUNS / str(cfg.name)
         with begun(checked) as ready:
             if ready is not None:
-                with loader(ready, ready.trainer.state.step) as batches:
+                with loader(cfg, checked.cache, ready.trainer.state.step) as batches:
                     metrics = ready.trainer.fit(iter(batches))
                 conclude(ready, metrics)
         return runs.RUNS / str(cfg.name)
@@ -91,6 +92,7 @@ def run(cfg: TrainConfig) -> Path:
 
 def check(cfg: TrainConfig, cache: Cache) -> Checked:
     """Raises UserError for settings that make no sense, alone or with this cache; writes nothing."""
+    loggers.check(cfg.log)
     plan = _plan(cfg, cache)
     device = resolve_device(cfg.train.device)
     dims = Dims(cache.n_layers, cache.d_model)
@@ -117,9 +119,12 @@ def estimate(checked: Checked) -> train_estimate.Memory:
 
 
 @contextmanager
-def begun(checked: Checked, mlps: Mlps | None = None) -> Iterator[Ready | None]:
+def begun(
+    checked: Checked, mlps: Mlps | None = None, targets: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[Ready | None]:
     """The run of these settings, its directory held, with its first weights or those of its last checkpoint; None, with
-    a word, where it is finished. mlps: of a cache that recomputes its targets, where they are loaded already."""
+    a word, where it is finished. mlps: of a cache that recomputes its targets, where they are loaded already; targets:
+    what computes with them."""
     cfg, cache, plan, _, device, earlier, maps, _ = checked
     assert cfg.name is not None
     model = build(cfg, checked.dims).to(device)
@@ -127,7 +132,7 @@ def begun(checked: Checked, mlps: Mlps | None = None) -> Iterator[Ready | None]:
     activations.check_batch(model.activation, plan.part_tokens)
     if mlps is None and cache.targets is Targets.recompute and not runs.finished(runs.RUNS / cfg.name):
         mlps = mlps_of(cache, device)
-    recompute = None if mlps is None else Recompute(mlps, device)
+    recompute = None if mlps is None else Recompute(targets or mlps, device)
     prepare = inputs.build(cache.norm, cfg.arch.site, maps, device, cfg.arch.target, recompute)
     objective = _objective(checked, model)
     optimizer = optim.build(model.named_parameters(), cfg.optim)
@@ -139,10 +144,10 @@ def begun(checked: Checked, mlps: Mlps | None = None) -> Iterator[Ready | None]:
         logger.info("%s is finished already\nnext: clt eval run=%s", directory, directory)
         yield None
         return
-    with alone(directory):
+    with alone(directory), watchers(cfg, directory) as watching:
         trainer = Trainer(directory, model, optimizer, objective, prepare, plan, cfg.optim)
         trainer.about = {"cache": cache.key, "kernels": str(products.active())}
-        trainer.held_out = held_out(cfg, cache, plan, prepare)
+        trainer.held_out, trainer.log.watchers = held_out(cfg, cache, plan, prepare), watching
         checkpoint.tidy(directory)
         last = checkpoint.newest(directory)
         train_say.beginning(cfg, cache, plan, model, device, last)
@@ -161,10 +166,10 @@ def begun(checked: Checked, mlps: Mlps | None = None) -> Iterator[Ready | None]:
         yield Ready(cfg, cache, trainer)
 
 
-def loader(ready: Ready, start: int) -> Loader:
+def loader(cfg: TrainConfig, cache: Cache, start: int) -> Loader:
     """The batches of a run, from number `start` on."""
-    options, plan, cache = ready.cfg.cache, ready.trainer.plan, ready.cache
-    return Loader(cache, plan.batch_tokens, plan.seed, options.read, start, shards_ahead=options.shards_ahead)
+    options, ahead = cfg.train, cfg.cache.shards_ahead
+    return Loader(cache, options.batch_tokens, options.seed, cfg.cache.read, start, shards_ahead=ahead)
 
 
 def conclude(ready: Ready, metrics: dict[str, object]) -> None:

@@ -12,10 +12,14 @@ from pipeline.files import take_lock
 from pipeline.plain import from_plain
 from pipeline.stages.options import TrainConfig
 from pipeline.train import run as runs
+from pipeline.train.options import LogOptions
 
 logger = logging.getLogger(__name__)
 
-BESIDE = (runs.NO_EFFECT | {"name"}) - {"experiment"}
+SHOWN = {key for key in runs.NO_EFFECT if key.startswith("log.")}
+"""What `log=wandb` means to a run that goes on: where its lines are shown."""
+
+BESIDE = (runs.NO_EFFECT | {"name", "log"}) - {"experiment"}
 """Settings that may be given when a run goes on with its own; an experiment brings others."""
 
 
@@ -42,7 +46,9 @@ def continued(cfg: TrainConfig, words: Sequence[str]) -> TrainConfig:
     if saved is None or given or saved.keys() - {field.name for field in fields(TrainConfig)}:
         return cfg
     own = from_plain(TrainConfig, saved)
-    for key in keys & BESIDE:
+    if "log" in keys and _changes_lines(cfg, own):
+        return cfg
+    for key in (keys & BESIDE - {"log"}) | (SHOWN if "log" in keys else set()):
         _copy(key, cfg, own)
     own.name, own.dry_run, own.resume = cfg.name, cfg.dry_run, cfg.resume
     return own
@@ -68,6 +74,13 @@ def alone(directory: Path) -> Iterator[None]:
     finally:
         (directory / "lock").unlink(missing_ok=True)
         os.close(lock)
+
+
+def _changes_lines(cfg: TrainConfig, own: TrainConfig) -> bool:
+    """Whether a file of one's own for `log` says other things than where lines are shown."""
+    usual = LogOptions()
+    names = [field.name for field in fields(LogOptions) if f"log.{field.name}" not in SHOWN]
+    return any(getattr(cfg.log, name) not in (getattr(own.log, name), getattr(usual, name)) for name in names)
 
 
 def _copy(key: str, source: object, target: object) -> None:

@@ -51,8 +51,8 @@ class HeldOut:
 
     def measure(self, model: Transcoder, optimizer: Optimizer, step: int) -> dict[str, float | None]:
         """Of the weights after so many steps, the averaged ones where the optimiser has such, under the rule of
-        training as it stands. {"fvu", "explained_variance", "l0", "dead_fraction", "n_tokens"}: the first two pooled, in
-        the model's units, None where the rows do not vary; dead_fraction of features that never fired in n_tokens.
+        training as it stands. {"fvu", "explained_variance", "l0", "dead_fraction", "n_tokens"}: the first two pooled,
+        in the model's units, None where the rows do not vary; dead_fraction of features that never fired in n_tokens.
 
         Asked twice about a step it measures once. Weights and random generators stay as they are.
         """

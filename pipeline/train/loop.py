@@ -89,6 +89,7 @@ class Trainer:
         self.log = RunLog(directory)
         self.clock = Clock()
         self.last_record: dict[str, object] = {}
+        self.saved_step: int | None = None
         self.about: dict[str, object] = {}
         self.held_out: HeldOut | None = None
         """What the best checkpoints are chosen by, and what metrics.jsonl says of held-out text."""
@@ -98,6 +99,7 @@ class Trainer:
         if path is not None:
             self.state = checkpoint.load(path, self.model, self.optimizer)
             self.divergence.restore(self.state.more)
+            self.saved_step = self.state.step
             self._prune()  # a process may have been killed between saving a checkpoint and this
         self.log.begin(path, self.state.step)
 
@@ -157,7 +159,7 @@ class Trainer:
 
     def stop(self) -> None:
         """Save where the run stands, between two steps, and say how it goes on."""
-        if not self._saves(self.state.step):
+        if self.saved_step != self.state.step:
             self.save()
         name = runs.name_of(self.directory)
         step, last = self.state.step, self.plan.n_steps
@@ -255,6 +257,7 @@ class Trainer:
             logger.info("step %d: held-out FVU %.4f", step, fvu)
         self.state.more |= self.divergence.tensors()
         checkpoint.save(self.directory, self.model, self.optimizer, self.state, about)
+        self.saved_step = step
         self._prune()
 
     def _prune(self) -> None:

@@ -133,8 +133,43 @@ class TrainOptions:
     means, for 100 steps in a row. Null: it goes on as long as numbers are finite."""
 
 
+class Logger(StrEnum):
+    default = "default"
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+
+
+class WandbMode(StrEnum):
+    online = "online"
+    offline = "offline"
+
+
 @dataclass
 class LogOptions:
+    name: Logger = Logger.default
+    """Where lines are shown besides: tensorboard (runs/NAME/tensorboard), wandb, or default for nowhere. This and what
+    follows changes nothing that is computed, and may differ when a run is continued."""
+
+    project: str | None = None
+    """wandb: the project. Null is W&B's own default."""
+
+    entity: str | None = None
+    """wandb: the user or team. Null is your default."""
+
+    group: str | None = None
+    """wandb: the group. Null is the folder in the run's name: a sweep or comparison is a group."""
+
+    tags: list[str] = field(default_factory=list)
+    """wandb: labels."""
+
+    mode: WandbMode | None = None
+    """wandb: online, or offline into runs/NAME/wandb, to be sent by `wandb sync`. Null is what WANDB_MODE says, else
+    online."""
+
+    report: bool = True
+    """Rebuild runs/NAME/report.html after held-out measures, in a process of its own: once a minute at most, and for
+    1 % of the time at most."""
+
     every: int = 50
     """Steps between lines of metrics.jsonl."""
 

@@ -21,6 +21,7 @@ NO_EFFECT = {
     "cache.dir", "cache.read", "cache.shards_ahead", "cache.local_dir", "cache.local_gb", "newest_cache",
     "train.keep_checkpoints", "train.keep_best", "train.diverged", "train.share_pass", "experiment", "dry_run",
     "resume",
+    "log.name", "log.project", "log.entity", "log.group", "log.tags", "log.mode", "log.report",
 }  # fmt: skip
 """Settings that do not change what a run computes, so they may differ when it is continued."""
 

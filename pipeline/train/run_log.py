@@ -1,12 +1,24 @@
 """metrics.jsonl and timings.jsonl: whole lines, and after a stop those of the steps that count."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pipeline.files import write_aside
 
 METRICS = "metrics.jsonl"
+
+Line = dict[str, Any]
+
+
+class Watcher(Protocol):
+    """Whoever is told of the lines as they are written."""
+
+    def begin(self, lines: Sequence[tuple[Line, Line]]) -> None:
+        """The lines so far, of metrics and of times: a run begins, or goes on."""
+
+    def add(self, metrics: Line, times: Line) -> None: ...
 
 
 class RunLog:
@@ -14,6 +26,7 @@ class RunLog:
 
     def __init__(self, directory: Path) -> None:
         self.metrics, self.timings = directory / METRICS, directory / "timings.jsonl"
+        self.watchers: list[Watcher] = []
 
     def begin(self, checkpoint: Path | None, step: int) -> None:
         """Make metrics.jsonl what it was at the checkpoint, whatever became of it: later steps are taken again.
@@ -29,12 +42,26 @@ class RunLog:
             write_aside(self.metrics, "".join(kept).encode())
         if self.timings.exists():
             write_aside(self.timings, "".join(whole_lines(self.timings)).encode())
+        lines = self._lines() if self.watchers else []
+        for watcher in self.watchers:
+            watcher.begin(lines)
 
     def add(self, metrics: dict[str, object], times: dict[str, object]) -> None:
         """A line for each file."""
         for path, line in ((self.metrics, metrics), (self.timings, times)):
             with path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+        for watcher in self.watchers:
+            watcher.add(metrics, times)
+
+    def _lines(self) -> list[tuple[Line, Line]]:
+        """What was logged, each step with its times as they were last."""
+        metrics, times = (
+            [json.loads(line) for line in whole_lines(file)] if file.exists() else []
+            for file in (self.metrics, self.timings)
+        )
+        last = {line["step"]: line for line in times}
+        return [(line, last.get(line["step"], {})) for line in metrics]
 
 
 def last_line(file: Path) -> dict[str, Any]:
