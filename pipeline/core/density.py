@@ -11,8 +11,8 @@ The forms compute the same gradients. They change with hysteresis: a layer leave
 pairs and comes back below a lower one, so that a layer near the limit does not alternate.
 
 Measured on a CPU (256 tokens, 3,072 features, 1,536 outputs; decode, value and weight gradients): sparse and dense cost
-the same at a share of 16 % against products in float32, at 2.7 % against products in bfloat16. A pair in the window costs
-a third of an active one, and a dense window one of the three dense products, so that the same share holds for it.
+the same at a share of 16 % against products in float32, at 2.7 % against products in bfloat16. A pair in the window
+costs a third of an active one, and a dense window one of three dense products, so that the same share holds for it.
 """
 
 from enum import IntEnum

@@ -16,8 +16,8 @@ nothing and teach the encoder nothing: all that is needed of them is the sum of 
 
     sum over b of g[b, i] = sum over targets m of W[i, m] . (sum over b of dL/dy[b, m])
 
-which takes no product a pair. Where they are many (`core/density.py`) g comes from dense products. An architecture whose
-features write no row of a table has them in the pattern, with the value 0.
+which takes no product a pair. Where they are many (`core/density.py`) g comes from dense products. An architecture
+whose features write no row of a table has them in the pattern, with the value 0.
 """
 
 import math
@@ -75,12 +75,12 @@ class Gate(Activation):
     def _in_one(self, pre_acts: Tensor, layer: int, limits: Limits, before: Form) -> tuple[Form, Pairs]:
         """Every pair in the pattern."""
         theta, half = self.edge(layer, pre_acts)
-        needed = pre_acts > products.below(theta, half)
+        needed = products.exceeds(pre_acts, products.below(theta, half))
         share = int(needed.count_nonzero()) / max(1, needed.numel())
         if not limits.hold(share, before is Form.sparse):
             return Form.dense, Pairs(None)
         where = positions(needed)
-        return Form.sparse, Pairs(from_positions(where, needed.shape), pre_acts.flatten()[where])
+        return Form.sparse, Pairs(from_positions(where, needed.shape), pre_acts.flatten().index_select(0, where))
 
     def _apart(self, pre_acts: Tensor, layer: int, limits: Limits, before: Form) -> tuple[Form, Pairs]:
         """The active pairs in the pattern, those in the window beside it."""

@@ -89,9 +89,11 @@ def bag_of_tokens(pattern: Pattern, weights: Tensor, rows: Tensor) -> Tensor:
 
 def sum_products(pattern: Pattern, x: Tensor, table: Tensor, out: Tensor) -> None:
     """x [B, D], table [F, D], added to out [F]"""
+    _, tokens, edges = by_feature(pattern)
+    table = table.contiguous()
     _call(
-        "clt_sum_products", *by_feature(pattern), pattern.n_features, x, x.stride(0), table.contiguous(),
-        table.shape[1], out, torch.get_num_threads(),
+        "clt_sum_products", tokens, edges, pattern.n_features, x, x.stride(0), pattern.n_tokens, table, table.shape[1],
+        out, torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -101,9 +103,10 @@ def gate(pre_acts: Tensor, theta: Tensor, low: Tensor, half: float, most: int) -
     indices, beyond = (pre_acts.new_empty(most, dtype=torch.int64) for _ in range(2))
     offsets, beyond_offsets = (pre_acts.new_empty(n_rows + 1, dtype=torch.int64) for _ in range(2))
     values, found = pre_acts.new_empty(most), pre_acts.new_empty(2, dtype=torch.int64)
+    theta, low = theta.contiguous(), low.contiguous()
     _call(
-        "clt_gate", pre_acts, n_rows, width, pre_acts.stride(0), theta.contiguous(), low.contiguous(),
-        ctypes.c_float(half), most, indices, values, offsets, beyond, beyond_offsets, found, torch.get_num_threads(),
+        "clt_gate", pre_acts, n_rows, width, pre_acts.stride(0), theta, low, ctypes.c_float(half), most,
+        indices, values, offsets, beyond, beyond_offsets, found, torch.get_num_threads(),
     )  # fmt: skip
     n_active, n_beyond = found.tolist()
     return Gated(

@@ -64,7 +64,8 @@ def folder() -> Path:
 
 
 def _key(compiler: str) -> str:
-    parts = [SOURCE.read_text(), " ".join(FLAGS), compiler, _version(compiler), platform.machine(), _cpu()]
+    sources = [file.read_text() for file in sorted(SOURCE.parent.iterdir()) if file.suffix in (".cpp", ".h")]
+    parts = [*sources, " ".join(FLAGS), compiler, _version(compiler), platform.machine(), _cpu()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 

@@ -30,9 +30,14 @@ class Pattern:
     @cached_property
     def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
         """The transposed pattern: (order [nnz] that sorts entries by feature, their tokens [nnz], offsets [F + 1])."""
-        features, order = torch.sort(self.indices, stable=True)
+        if self.indices.device.type == "cpu" and self.n_features <= 1 << 16:
+            # NumPy sorts numbers of 16 bits by their digits: a fifth of the time.
+            order = torch.from_numpy(self.indices.numpy().astype("uint16").argsort(kind="stable"))
+            features = self.indices.index_select(0, order)
+        else:
+            features, order = torch.sort(self.indices, stable=True)
         edges = torch.arange(self.n_features + 1, device=features.device)
-        return order, self.tokens[order], torch.searchsorted(features, edges)
+        return order, self.tokens.index_select(0, order), torch.searchsorted(features, edges)
 
 
 class Gated(NamedTuple):

@@ -145,10 +145,13 @@ def test_thresholds_learn_in_the_sparse_step_as_in_the_dense_one(
     grad = model.get_parameter("activation.log_threshold").grad
     assert grad is not None
     assert all(grad[layer].any() for layer in (0, 2))
-    if bandwidth == 4.0 and form == "all sparse":
-        # Pairs in the window that are not active have the value 0, and the gradient of a pair.
-        assert isinstance(out.features, Sparse)
-        assert (out.features.values[0] == 0).any()
+    assert isinstance(out.features, Sparse)
+    for layer, beyond in enumerate(out.beyond):
+        if isinstance(beyond, Pattern):
+            # Pairs in the window that are not active write nothing, and are in a list of their own.
+            assert layer == 1 or bandwidth == 0.5 or beyond.indices.numel() > 0
+            assert (out.features.values[layer] > 0).all()
+    assert isinstance(out.beyond[0], Tensor if (bandwidth, form) == (4.0, "mixed") else Pattern)
 
 
 @pytest.mark.parametrize("loss", ["mse", "tanh", "pre_act", "l1"])
@@ -234,13 +237,28 @@ def test_the_pairs_are_those_that_are_active_or_in_the_window() -> None:
     for options in (ActivationOptions("relu"), jumprelu(0.5)):
         rule, h = gated("clt", options).activation, oracle.normal(B, F, seed=8)
         assert isinstance(rule, Gate)
-        pattern, *_ = rule.pairs(h, 0, density.ALWAYS, wide=False)
-        assert pattern is not None
         theta = rule.threshold[0].detach() if isinstance(rule, activations.JumpReLU) else torch.zeros(F)
         window = 0.25 if isinstance(rule, activations.JumpReLU) else 0.0
-        expected = (h > theta) | ((h - theta).abs() < window)
-        assert pairs(pattern) == {(b, i) for b, i in expected.nonzero().tolist()}
-        assert 0 < int(expected.sum()) < B * F
+        active = h > theta
+        expected = active | ((h - theta).abs() < window)
+        assert 0 < int(active.sum()) < B * F
+        together, values, none = rule.pairs(h, 0, density.ALWAYS, wide=False)
+        assert together is not None
+        assert values is not None
+        assert none is None
+        assert pairs(together) == where(expected)
+        assert torch.equal(values, h[together.tokens, together.indices])
+        pattern, values, beyond = rule.pairs(h, 0, density.ALWAYS, wide=True)
+        assert pattern is not None
+        assert pairs(pattern) == where(active)
+        assert isinstance(values, Tensor)
+        assert torch.equal(values, h[pattern.tokens, pattern.indices])
+        assert (pairs(beyond) if isinstance(beyond, Pattern) else set()) == where(expected & ~active)
+        assert bool(where(expected & ~active)) == (window > 0)
+
+
+def where(mask: Tensor) -> set[tuple[int, int]]:
+    return {(b, i) for b, i in mask.nonzero().tolist()}
 
 
 def pairs(pattern: Pattern) -> set[tuple[int, int]]:

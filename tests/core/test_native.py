@@ -148,6 +148,60 @@ def test_the_largest_of_a_batch_are_those_of_torch(make: Callable[[], Tensor], n
     assert float(got[1]) == float(expected[1])
 
 
+@needs_compiler
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("half", [0.0, 0.4])
+@pytest.mark.parametrize("make", HARD.values(), ids=HARD.keys())
+def test_the_pairs_of_a_gate_are_those_of_torch(make: Callable[[], Tensor], half: float, share: float) -> None:
+    h = make()
+    theta = 0.5 + float32(h.shape[1], seed=3).abs() if half else torch.zeros(h.shape[1])
+    most = round(share * h.numel())
+    slow = products.gate(h.double(), theta.double(), half, most)
+    for kernels in (Kernels.torch, Kernels.compiled):
+        with products.using(kernels, CPU):
+            found = products.gate(h, theta, half, most)
+        assert found.n_active == slow.n_active == int((h > theta).sum())
+        assert (found.active is None) == (found.n_active > most)
+        if found.active is not None:
+            tokens, indices = (h > theta).nonzero(as_tuple=True)
+            assert torch.equal(found.active.tokens, tokens)
+            assert torch.equal(found.active.indices, indices)
+            assert torch.equal(found.values, h[tokens, indices])
+        expected = ((h.double() - theta > -half) & (h <= theta)).nonzero(as_tuple=True)
+        assert (found.beyond is None) == (half == 0.0 or found.n_active + expected[0].numel() > most)
+        if found.beyond is not None:
+            assert found.n_beyond == expected[0].numel()
+            assert torch.equal(found.beyond.tokens, expected[0])
+            assert torch.equal(found.beyond.indices, expected[1])
+
+
+@needs_compiler
+def test_a_gate_lets_a_nan_through_so_that_the_loss_shows_it() -> None:
+    h = float32(3, 200, seed=1)
+    h[1, 77] = h[2, 199] = float("nan")
+    for kernels in (Kernels.torch, Kernels.compiled):
+        with products.using(kernels, CPU):
+            found = products.gate(h, torch.full((200,), 0.7), 0.2, 600)
+        assert found.active is not None
+        where = found.values.isnan().nonzero().squeeze(1)
+        assert found.active.tokens[where].tolist() == [1, 2]
+        assert found.active.indices[where].tolist() == [77, 199]
+
+
+@needs_compiler
+@pytest.mark.parametrize("width", [5, 64, 150])
+def test_products_with_sums_of_rows_equal_those_of_each_row(width: int) -> None:
+    pattern, table = random_pattern(40, 130, 5), float32(130, width, seed=2)
+    spread = float32(40, 3, width, seed=1)[:, 1]
+    each = products.row_products(pattern, spread.double(), table.double())
+    expected = 1 + torch.zeros(130).double().index_add(0, pattern.indices, each)
+    for kernels in (Kernels.torch, Kernels.compiled):
+        sums = torch.ones(130)
+        with products.using(kernels, CPU):
+            products.sum_products(pattern, spread, table, sums)
+        assert oracle.normwise(sums, expected) < 1e-6
+
+
 def adam_inputs() -> tuple[list[Tensor], Tensor, list[RowTerm]]:
     """weight, two moments; a dense gradient; two terms, one with rows that lie apart."""
     weight, m, v = float32(130, 37, seed=1), float32(130, 37, seed=2), float32(130, 37, seed=3).square()

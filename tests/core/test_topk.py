@@ -87,6 +87,47 @@ def test_what_fills_up_a_row_with_too_few_values_above_0_is_not_chosen_again(mon
             assert torch.equal(got, h.relu())
 
 
+def wide(kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows [7, 437], which leave a rest of 53 when they are cut into 64 groups."""
+    h = oracle.normal(7, 437, seed=11, dtype=dtype)
+    if kind == "ties":
+        return (4 * h).round()
+    if kind == "a few positive in one row":
+        h[3] = -h[3].abs()
+        h[3, [5, 200, 430]] = 1.0
+    if kind == "all in the rest":
+        h[:, 390:420] += 10.0
+    if kind == "all in one group":
+        h[:, ::64] += 10.0
+    if kind == "an infinity":
+        h[2, 17] = float("inf")
+    return h
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 5, 16, 27, 437])
+@pytest.mark.parametrize(
+    "kind", ["normal", "ties", "a few positive in one row", "all in the rest", "all in one group", "an infinity"]
+)
+def test_the_largest_of_wide_rows_are_those_of_a_sort(kind: str, k: int, dtype: torch.dtype) -> None:
+    h = wide(kind, dtype)
+    values, indices = products.topk(h, k)
+    expected = torch.zeros_like(h)
+    for row, taken in zip(h.tolist(), expected, strict=True):
+        for i in sorted(range(len(row)), key=lambda i: (-row[i], i))[:k]:
+            taken[i] = max(row[i], 0.0)
+    assert torch.equal(torch.zeros_like(h).scatter_add(1, indices, values), expected)
+
+
+@pytest.mark.parametrize("place", [0, 200, 436])
+def test_a_nan_in_a_wide_row_is_chosen_so_that_the_loss_shows_it(place: int) -> None:
+    h = wide("normal")
+    h[4, place] = float("nan")
+    values, indices = products.topk(h, 5)
+    assert values.isnan().any(dim=1).tolist() == [row == 4 for row in range(7)]
+    assert int(indices[4][values[4].isnan()]) == place
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_ranking_by_norm_differs_from_ranking_by_value_and_equal_norms_make_no_difference(name: str) -> None:
     h = oracle.normal(B, L, F)

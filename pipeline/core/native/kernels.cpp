@@ -1,7 +1,6 @@
 // The sparse step on a CPU in float32. `core/native.py` compiles and loads this file, and says what each function does.
 //
 // A row of a result belongs to one thread, and is summed in one order, so that the number of threads changes no bit.
-// Comparisons are written so that a NaN counts as large: it is chosen, and the loss shows it.
 
 #include <algorithm>
 #include <cmath>
@@ -10,191 +9,8 @@
 #include <utility>
 #include <vector>
 
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
-
-typedef int64_t i64;
-
-namespace {
-
-const int LANES = 32;  // independent partial sums of a dot product
-
-// y += a * x
-inline void add_row(float *__restrict y, const float *__restrict x, float a, i64 n) {
-    for (i64 d = 0; d < n; ++d) y[d] += a * x[d];
-}
-
-inline void set_row(float *__restrict y, const float *__restrict x, float a, i64 n) {
-    for (i64 d = 0; d < n; ++d) y[d] = a * x[d];
-}
-
-// Four rows at once: as many streams from memory, and a quarter of the traffic on y.
-inline void add_rows(float *__restrict y, const float *x0, const float *x1, const float *x2, const float *x3, float a0,
-                     float a1, float a2, float a3, i64 n) {
-    for (i64 d = 0; d < n; ++d) y[d] += a0 * x0[d] + a1 * x1[d] + a2 * x2[d] + a3 * x3[d];
-}
-
-inline float dot(const float *__restrict x, const float *__restrict y, i64 n) {
-    float part[LANES] = {0};
-    i64 d = 0;
-    for (; d + LANES <= n; d += LANES)
-        for (int j = 0; j < LANES; ++j) part[j] += x[d + j] * y[d + j];
-    for (int j = 0; d < n; ++d, ++j) part[j] += x[d] * y[d];
-    for (int width = LANES / 2; width; width /= 2)
-        for (int j = 0; j < width; ++j) part[j] += part[j + width];
-    return part[0];
-}
-
-// y = [y +] sum over entries begin..end of weights[order[e]] * rows[tokens[e]]
-inline void sum_tokens(float *y, bool fresh, const i64 *order, const i64 *tokens, i64 begin, i64 end,
-                       const float *weights, const float *rows, i64 stride, i64 n) {
-    i64 e = begin;
-    if (fresh) {
-        if (e == end) {
-            std::memset(y, 0, n * sizeof(float));
-            return;
-        }
-        set_row(y, rows + tokens[e] * stride, weights[order[e]], n);
-        ++e;
-    }
-    for (; e + 4 <= end; e += 4)
-        add_rows(y, rows + tokens[e] * stride, rows + tokens[e + 1] * stride, rows + tokens[e + 2] * stride,
-                 rows + tokens[e + 3] * stride, weights[order[e]], weights[order[e + 1]], weights[order[e + 2]],
-                 weights[order[e + 3]], n);
-    for (; e < end; ++e) add_row(y, rows + tokens[e] * stride, weights[order[e]], n);
-}
-
-struct Candidate {
-    float value;
-    i64 index;
-};
-
-inline bool larger(float a, float b) { return b == b && !(a <= b); }  // a NaN is larger than all else
-
-// Where the n largest of some values end: all that are larger than `value`, and the first `ties` that equal it.
-struct Cut {
-    float value;
-    i64 ties;
-    bool takes(float x, i64 &left) const {
-        if (larger(x, value)) return true;
-        const bool tie = x == value || (x != x && value != value);
-        return tie && left-- > 0;
-    }
-};
-
-Cut cut_of(const Candidate *found, i64 count, i64 n, float *space) {
-    if (count <= n) return {-INFINITY, 0};
-    for (i64 j = 0; j < count; ++j) space[j] = found[j].value;
-    std::nth_element(space, space + n - 1, space + count, larger);
-    const float value = space[n - 1];
-    i64 more = 0;
-    for (i64 j = 0; j < count; ++j) more += larger(found[j].value, value);
-    return {value, n - more};
-}
-
-// Which of 8 values reach the bound (exceed it, where STRICT), as bits; a NaN does.
-template <bool STRICT>
-inline uint64_t reach(const float *x, float bound) {
-#ifdef __AVX2__
-    return _mm256_movemask_ps(
-        _mm256_cmp_ps(_mm256_loadu_ps(x), _mm256_set1_ps(bound), STRICT ? _CMP_NLE_UQ : _CMP_NLT_UQ));
-#else
-    uint64_t bits = 0;
-    for (int j = 0; j < 8; ++j) bits |= uint64_t(STRICT ? !(x[j] <= bound) : !(x[j] < bound)) << j;
-    return bits;
-#endif
-}
-
-// The same of 8 values that exceed a bound each.
-inline uint64_t exceeds(const float *x, const float *bound) {
-#ifdef __AVX2__
-    return _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x), _mm256_loadu_ps(bound), _CMP_NLE_UQ));
-#else
-    uint64_t bits = 0;
-    for (int j = 0; j < 8; ++j) bits |= uint64_t(!(x[j] <= bound[j])) << j;
-    return bits;
-#endif
-}
-
-template <bool STRICT>
-i64 above(const float *h, i64 n, float bound, Candidate *found) {
-    i64 count = 0, d = 0;
-    for (; d + 64 <= n; d += 64) {
-        uint64_t bits = 0;
-        for (int j = 0; j < 64; j += 8) bits |= reach<STRICT>(h + d + j, bound) << j;
-        for (; bits; bits &= bits - 1) {
-            const i64 index = d + __builtin_ctzll(bits);
-            found[count++] = {h[index], index};
-        }
-    }
-    for (; d < n; ++d)
-        if (STRICT ? !(h[d] <= bound) : !(h[d] < bound)) found[count++] = {h[d], d};
-    return count;
-}
-
-// Those that reach the bound (exceed it, where `strict`) and 0, in order. -> how many
-i64 above(const float *h, i64 n, float bound, bool strict, Candidate *found) {
-    return bound > 0 && !strict ? above<false>(h, n, bound, found) : above<true>(h, n, bound, found);
-}
-
-// A bound at least 0 that at least k values reach, and not many more: of the maxima of `groups` interleaved groups k
-// reach it. Found by halving, which mispredicts no branch.
-float bound_of(const float *h, i64 n, i64 k, i64 groups, float *best) {
-    float low = 0, high = 0;
-    for (i64 g = 0; g < groups; g += 32) {
-        float most[32];  // in registers
-        for (int j = 0; j < 32; ++j) most[j] = h[g + j];
-        for (i64 d = g + groups; d + 32 <= n; d += groups)
-            for (int j = 0; j < 32; ++j) most[j] = h[d + j] > most[j] ? h[d + j] : most[j];
-        for (int j = 0; j < 32; ++j) best[g + j] = most[j];
-        for (int j = 0; j < 32; ++j) high = most[j] > high ? most[j] : high;
-    }
-    if (!(high < INFINITY)) return 0;
-    for (int halving = 0; halving < 24; ++halving) {
-        const float middle = 0.5f * (low + high);
-        int count = 0;
-        for (i64 j = 0; j < groups; ++j) count += best[j] >= middle;
-        (count >= k ? low : high) = middle;
-        if (count >= k && count <= k + 1) break;
-    }
-    return low;
-}
-
-// A thread's part of the pairs of a gate.
-struct GatePart {
-    std::vector<i64> active, beyond;
-    std::vector<float> values;
-    i64 n_active = 0, n_beyond = 0;
-
-    // Both lists are written and one of them goes on, since a branch would be mispredicted too often.
-    inline void add(float x, float theta, float half, i64 index) {
-        const float above = x - theta;
-        const bool is_active = !(above <= 0), is_beyond = !is_active && above > -half;
-        active[n_active] = beyond[n_beyond] = index;
-        values[n_active] = x;
-        n_active += is_active;
-        n_beyond += is_beyond;
-    }
-
-    void row(const float *x, i64 n, const float *theta, const float *low, float half) {
-        if (n_active + n > (i64)active.size()) active.resize(2 * n_active + n), values.resize(active.size());
-        if (n_beyond + n > (i64)beyond.size()) beyond.resize(2 * n_beyond + n);
-        i64 d = 0;
-        for (; d + 64 <= n; d += 64) {
-            uint64_t bits = 0;
-            for (int j = 0; j < 64; j += 8) bits |= exceeds(x + d + j, low + d + j) << j;
-            for (; bits; bits &= bits - 1) {
-                const i64 index = d + __builtin_ctzll(bits);
-                add(x[index], theta[index], half, index);
-            }
-        }
-        for (; d < n; ++d)
-            if (!(x[d] <= low[d])) add(x[d], theta[d], half, d);
-    }
-};
-
-}  // namespace
+#include "rows.h"
+#include "selection.h"
 
 extern "C" {
 
@@ -233,11 +49,18 @@ void clt_bag(const i64 *indices, const i64 *offsets, i64 n_tokens, const float *
 void clt_row_products(const i64 *order, const i64 *tokens, const i64 *edges, i64 n_features, const float *x,
                       i64 x_stride, const float *table, i64 n, float *out, i64 add, i64 n_threads) {
 #pragma omp parallel for schedule(dynamic, 64) num_threads(n_threads) if (n_threads > 1)
-    for (i64 i = 0; i < n_features; ++i)
-        for (i64 e = edges[i]; e < edges[i + 1]; ++e) {
-            const float product = dot(x + tokens[e] * x_stride, table + i * n, n);
-            out[order[e]] = add ? out[order[e]] + product : product;
+    for (i64 i = 0; i < n_features; ++i) {
+        const float *w = table + i * n;
+        const auto row = [&](i64 e) { return x + tokens[e] * x_stride; };
+        const auto put = [&](i64 e, float product) { out[order[e]] = add ? out[order[e]] + product : product; };
+        i64 e = edges[i];
+        for (; e + 4 <= edges[i + 1]; e += 4) {
+            float products[4];
+            dots(w, row(e), row(e + 1), row(e + 2), row(e + 3), n, products);
+            for (int j = 0; j < 4; ++j) put(e + j, products[j]);
         }
+        for (; e < edges[i + 1]; ++e) put(e, dot(row(e), w, n));
+    }
 }
 
 void clt_bag_of_tokens(const i64 *order, const i64 *tokens, const i64 *edges, i64 n_features, const float *weights,
@@ -247,23 +70,20 @@ void clt_bag_of_tokens(const i64 *order, const i64 *tokens, const i64 *edges, i6
         sum_tokens(out + i * n, true, order, tokens, edges[i], edges[i + 1], weights, rows, stride, n);
 }
 
-// For each feature the product of its row with the sum of its tokens' rows, added to `out`.
-void clt_sum_products(const i64 *order, const i64 *tokens, const i64 *edges, i64 n_features, const float *x,
-                      i64 x_stride, const float *table, i64 n, float *out, i64 n_threads) {
-#pragma omp parallel num_threads(n_threads) if (n_threads > 1)
-    {
-        std::vector<float> sum(n);
-        float *y = sum.data();
-#pragma omp for schedule(dynamic, 64)
+// For each feature the product of its row with the sum of its tokens' rows, added to `out`. A block of columns at a time,
+// copied so that it lies together: the rows of all tokens then stay in the second cache.
+void clt_sum_products(const i64 *tokens, const i64 *edges, i64 n_features, const float *x, i64 x_stride, i64 n_tokens,
+                      const float *table, i64 n, float *out, i64 n_threads) {
+    std::vector<float> block(n_tokens * BLOCK);
+    for (i64 start = 0; start < n; start += BLOCK) {
+        const i64 width = std::min<i64>(BLOCK, n - start);
+        for (i64 b = 0; b < n_tokens; ++b) std::copy_n(x + b * x_stride + start, width, block.data() + b * BLOCK);
+#pragma omp parallel for schedule(dynamic, 64) num_threads(n_threads) if (n_threads > 1)
         for (i64 i = 0; i < n_features; ++i) {
-            i64 e = edges[i];
-            if (e == edges[i + 1]) continue;
-            std::memcpy(y, x + tokens[e++] * x_stride, n * sizeof(float));
-            for (; e + 4 <= edges[i + 1]; e += 4)
-                add_rows(y, x + tokens[e] * x_stride, x + tokens[e + 1] * x_stride, x + tokens[e + 2] * x_stride,
-                         x + tokens[e + 3] * x_stride, 1, 1, 1, 1, n);
-            for (; e < edges[i + 1]; ++e) add_row(y, x + tokens[e] * x_stride, 1, n);
-            out[i] += dot(y, table + i * n, n);
+            float sum[BLOCK];
+            if (edges[i] == edges[i + 1]) continue;
+            sum_block(sum, block.data(), tokens, edges[i], edges[i + 1]);
+            out[i] += dot(sum, table + i * n + start, width);
         }
     }
 }
@@ -329,7 +149,10 @@ i64 clt_largest(const float *flat, i64 size, i64 n, float guess, i64 *chosen, fl
 void clt_gate(const float *h, i64 n_rows, i64 n, i64 stride, const float *theta, const float *low, float half, i64 most,
               i64 *active, float *values, i64 *active_offsets, i64 *beyond, i64 *beyond_offsets, i64 *n_found,
               i64 n_threads) {
-    std::vector<GatePart> parts(n_threads);
+    static thread_local std::vector<GatePart> kept;  // fresh memory for it at each call took half of the time
+    std::vector<GatePart> &parts = kept;
+    if ((i64)parts.size() < n_threads) parts.resize(n_threads);
+    for (GatePart &part : parts) part.n_active = part.n_beyond = 0;
     active_offsets[0] = beyond_offsets[0] = 0;
 #pragma omp parallel for schedule(static) num_threads(n_threads) if (n_threads > 1)
     for (i64 t = 0; t < n_threads; ++t)
