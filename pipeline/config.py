@@ -18,11 +18,15 @@ import importlib.util
 import logging
 import os
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -50,6 +54,7 @@ from pipeline.stages.options import (
     PretrainConfig,
     TrainConfig,
 )
+from pipeline.stages.sweep import Sweep
 
 logger = logging.getLogger(__name__)
 
@@ -143,40 +148,42 @@ class Request:
         return argv + list(words)
 
 
-@dataclass
-class Outcomes:
-    """What became of the jobs of one command line."""
-
-    jobs: int = 0
-    refused: list[UserError] = field(default_factory=list)
-    crashed: list[Exception] = field(default_factory=list)
-    bases: dict[str, str] = field(default_factory=dict)
-    """Default names that this sweep has taken: experiment -> base of `name`."""
-
-
 def launch(stage: str, request: Request) -> int:
     """Run one command line and return its exit code: 0 done, 2 the user's input (one line says what to mend),
     1 our bug in a job of a sweep, 130 interrupted. Our bug outside a sweep is raised."""
     log_to_stderr()
-    outcomes = Outcomes()
+    sweep: Sweep | None = None
     try:
         _check_flags(request)
         words = prepare(stage, request.overrides, request.config_dir, request.config_name)
-        _run_hydra(stage, request, words, _task(stage, request, outcomes))
+        sweep = _sweep(stage, request, words) if request.multirun else None
+        job = _Job(stage, request, sweep)
+        _run_hydra(stage, request, words, job.run, _of_launcher(words, sweep))
+        if job.sharing:
+            importlib.import_module("pipeline.stages.share_pass").run(job.sharing, job.attempt)
     except KeyboardInterrupt:
-        logger.error("interrupted")
+        if sweep is None:
+            logger.error("interrupted")
+        else:
+            sweep.interrupted()
         return 130
+    except BrokenExecutor as error:  # of a launcher, whose worker was killed
+        if sweep is None:
+            raise
+        logger.error(f"a worker process is gone: killed, perhaps for want of memory ({' '.join(str(error).split())})")
+        sweep.interrupted()
+        return 1
     except (UserError, HydraException, OmegaConfBaseException, YAMLError) as error:
         logger.error(one_line(error, stage))
         return 2
-    if request.multirun and (failed := len(outcomes.refused) + len(outcomes.crashed)):
-        logger.error(f"{failed} of {outcomes.jobs} jobs failed; the others are done")
-        return 1 if outcomes.crashed else 2
-    if outcomes.crashed:
-        raise outcomes.crashed[0]
-    if outcomes.refused:
-        logger.error(outcomes.refused[0])
-    return 2 if outcomes.refused else 0
+    if sweep is not None:
+        return sweep.end()
+    for raised in job.errors:
+        refusal = _refusal(raised, stage)
+        if refusal is None:
+            raise raised
+        logger.error(refusal)
+    return 2 if job.errors else 0
 
 
 def attempt(work: Callable[[], object]) -> int:
@@ -328,9 +335,12 @@ def _check_no_shadowing(config_dir: Path | None) -> None:
             raise UserError(f"{path}: the built-in configuration has a file of this name; rename yours")
 
 
-def _run_hydra(stage: str, request: Request, words: list[str], task: Callable[[DictConfig], None]) -> None:
+def _run_hydra(
+    stage: str, request: Request, words: list[str], task: Callable[[DictConfig], None], more: dict[str, str]
+) -> None:
+    """more: settings of Hydra's own, which words of the same key replace."""
     keys = {word.lstrip("+").partition("=")[0] for word in words}
-    quiet = [f"{key}={value}" for key, value in QUIET.items() if key not in keys]
+    quiet = [f"{key}={value}" for key, value in (QUIET | more).items() if key not in keys]
     with tempfile.TemporaryDirectory(prefix="clt-sweep-") as folder, _swapped_argv_and_environment() as argv:
         if "hydra.sweep.dir" not in keys:
             quiet.append(f"hydra.sweep.dir={QuotedString(folder, Quote.single).with_quotes()}")  # its multirun.yaml
@@ -352,38 +362,99 @@ def _swapped_argv_and_environment() -> Iterator[list[str]]:
             os.environ["HYDRA_FULL_ERROR"] = full_error
 
 
-def _task(stage: str, request: Request, outcomes: Outcomes) -> Callable[[DictConfig], None]:
-    """What Hydra calls for each job: type the configuration and run the stage. Errors are noted instead of raised,
-    so that the other jobs of a sweep run and Hydra adds no words of its own."""
-    parent, sweep = os.getpid(), request.multirun
-    searchpath = [f"hydra.searchpath=[file://{request.config_dir.resolve()}]"] if request.config_dir else []
+def _sweep(stage: str, request: Request, words: list[str]) -> Sweep:
+    """The jobs of -m. Those of training that write anything are noted in runs/NAME/sweep.yaml."""
+    flags = ["--config-dir", str(request.config_dir)] if request.config_dir else []
+    flags += ["--config-name", request.config_name] if request.config_name else []
+    given = list(request.overrides)
+    is_dry = [word.partition("=")[2] for word in given if word.lstrip("+").startswith("dry_run=")][-1:] == ["true"]
+    directory = None
+    if stage == "train" and not is_dry:
+        name = _sweep_name(request, words)
+        if Path("runs").resolve() in Path("runs", name).resolve().parents:  # else each job is refused
+            directory = Path("runs", name)
+        given += [] if _named(given, "name") else [f"name={name}"]
+    again = shlex.join(["clt", *stage.split("_"), "-m", *flags, *given])
+    now = datetime.now().isoformat(timespec="microseconds")
+    return Sweep(again, tuple(words), partial(_refusal, stage=stage), directory, now)
 
-    def task(cfg: DictConfig) -> None:
-        log_to_stderr()  # a launcher may run this in a process of its own
+
+def _sweep_name(request: Request, words: list[str]) -> str:
+    """`name`, wherever it is given; else one after the experiment or the architecture, if there is but one, that is
+    free."""
+    for word in reversed(request.overrides):
+        if word.lstrip("+").startswith("name="):
+            return word.partition("=")[2]
+    bodies = [_read(request.config_name or "train", request.config_dir), *_experiments(words, request.config_dir)]
+    for body in reversed(bodies):
+        if isinstance(body.get("name"), str):
+            return str(body["name"])
+    labels = _choices(words, "experiment") or _choices(words, "arch") or ["clt"]
+    return _free_name(re.sub(r"[^\w.+-]+", "-", labels[0]) if len(labels) == 1 else "sweep")
+
+
+def _of_launcher(words: list[str], sweep: Sweep | None) -> dict[str, str]:
+    """Settings for a launcher that hands jobs to other machines: its folder is to be where the runs are."""
+    launchers = _choices(words, "hydra/launcher")
+    if sweep is None or sweep.directory is None or not any(name.startswith("submitit") for name in launchers):
+        return {}
+    folder = QuotedString(str(sweep.directory / ".submitit" / "%j"), Quote.single).with_quotes()
+    return {"hydra.launcher.submitit_folder": folder}
+
+
+class _Job:
+    """What Hydra calls for each job: types the configuration and runs the stage. Errors are noted instead of raised, so
+    that the other jobs of a sweep run and Hydra adds no words of its own."""
+
+    def __init__(self, stage: str, request: Request, sweep: Sweep | None) -> None:
+        self.stage, self.sweep = stage, sweep
+        self.errors: list[Exception] = []
+        """Of a command line without -m."""
+        self.sharing: dict[int, TrainConfig] = {}
+        """Jobs that are to be trained together (train.share_pass), when all are known."""
+        self.bases: dict[str, str] = {}
+        """Default names that a sweep has taken: experiment -> base of `name`."""
+        self.parent = os.getpid()
+        self.searchpath = [f"hydra.searchpath=[file://{request.config_dir.resolve()}]"] if request.config_dir else []
+
+    def run(self, cfg: DictConfig) -> None:
         settings = HydraConfig.get()
-        job = int(settings.job.num) if sweep else None
-        outcomes.jobs += 1
-        if sweep:
-            logger.info(f"job {job}: {' '.join(settings.overrides.task)}")
-        try:
-            config = _typed(stage, cfg, dict(settings.runtime.choices), job, outcomes.bases)
-            config = _with_jobs(config, [*settings.overrides.task, *searchpath])
-            config = _with_own_settings(config, settings.overrides.task)
-            importlib.import_module(STAGES[stage].module).run(config)
-        except Exception as error:
-            refusal = _refusal(error, stage)
-            if refusal is None:
-                outcomes.crashed.append(error)
-            else:
-                outcomes.refused.append(refusal)
-            if sweep and refusal is None:
-                logger.exception(f"job {job} crashed")
-            elif sweep:
-                logger.error(f"job {job}: {refusal}")
-        if os.getpid() != parent and (outcomes.crashed or outcomes.refused):
-            raise [*outcomes.crashed, *outcomes.refused][0]  # only an exception finds its way back to the parent
+        number = int(settings.job.num) if self.sweep is not None else None
+        is_away = os.getpid() != self.parent  # a launcher may run this in a process of its own
+        log_to_stderr(f"job {number}: " if is_away else "")
+        if self.sweep is not None and number is not None:
+            threads = os.environ.get("OMP_NUM_THREADS") if is_away else None
+            self.sweep.begin(number, settings.overrides.task, f", CPU threads: {threads}" if threads else "")
+        done = self.attempt([number or 0], lambda: self._work(cfg, settings, number, is_away))
+        if is_away and not done and self.sweep is not None and self.sweep.directory is None:
+            raise self.errors[0]  # only an exception finds its way back to the parent
 
-    return task
+    def attempt(self, numbers: Sequence[int], work: Callable[[], object]) -> bool:
+        """Do the work of these jobs. What it raises fails them alone. -> whether it was done"""
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001  (the sweep goes on, and says what it was)
+            self.errors.append(error)
+            if self.sweep is not None:
+                self.sweep.failed(numbers, error)
+            return False
+        return True
+
+    def _work(self, cfg: DictConfig, settings: Any, number: int | None, is_away: bool) -> None:
+        words = settings.overrides.task
+        base = self.sweep.directory.name if self.sweep is not None and self.sweep.directory is not None else None
+        config = _typed(self.stage, cfg, dict(settings.runtime.choices), number, self.bases, base)
+        config = _with_jobs(config, [*words, *self.searchpath])
+        config = _with_own_settings(config, words)
+        if type(config) is TrainConfig and config.train.share_pass and number is not None:
+            if is_away or settings.runtime.choices.get("hydra/launcher") != "basic":
+                raise UserError(
+                    "train.share_pass=true trains its jobs in one process, so that no launcher can spread them; leave "
+                    "hydra/launcher out"
+                )
+            self.sharing[number] = config
+            return
+        importlib.import_module(STAGES[self.stage].module).run(config)
 
 
 def _refusal(error: Exception, stage: str) -> UserError | None:
@@ -397,9 +468,14 @@ def _refusal(error: Exception, stage: str) -> UserError | None:
 
 
 def _typed(
-    stage: str, cfg: DictConfig, choices: dict[str, str | None], job: int | None, bases: dict[str, str]
+    stage: str,
+    cfg: DictConfig,
+    choices: dict[str, str | None],
+    job: int | None,
+    bases: dict[str, str],
+    base: str | None = None,
 ) -> Config:
-    """The command's dataclass, with its run's name filled in."""
+    """The command's dataclass, with its run's name filled in. base: that of a sweep's runs, where it is decided."""
     # Merged once more, since `+key=value` and a root without the schema in its defaults pass Hydra unchecked.
     try:
         checked = OmegaConf.merge(OmegaConf.structured(STAGES[stage].schema), OmegaConf.to_container(cfg))
@@ -408,6 +484,7 @@ def _typed(
         raise UserError(one_line(error, stage)) from error
     if isinstance(config, TrainConfig):
         config.experiment = config.experiment or choices.get("experiment")
+        config.name = base if config.name is None else config.name
         if config.name is None:
             label = config.experiment or choices.get("arch") or config.arch.name
             label = re.sub(r"[^\w.+-]+", "-", "compare" if isinstance(config, CompareConfig) else label)
@@ -486,6 +563,8 @@ def _wrong_choice(error: MissingConfigException) -> str:
     choices = _likeliest_first(choice, error.options or [])
     if not group:
         return f"--config-name {choice}: no such file in the built-in configuration or in --config-dir"
+    if group == "hydra/launcher" and choice != "basic":
+        return f"{group}={choice}: no such launcher here ({choices}); pip install 'clt-pipeline[sweep]' has more"
     return f"{group}={choice}: no such {group}; {choices or f'conf/{group}/{choice}.yaml is missing'}"
 
 
@@ -520,12 +599,12 @@ def _likeliest_first(word: str, choices: Sequence[str]) -> str:
 # ---------------------------------------------------------------------------------------------- logging, completion
 
 
-def log_to_stderr() -> None:
-    """Our messages from INFO, plain; other packages' from WARNING. Safe to call again."""
+def log_to_stderr(prefix: str = "") -> None:
+    """Our messages from INFO, plain, each after the prefix; other packages' from WARNING. Safe to call again."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if handler.name == "clt"]:
         root.removeHandler(handler)
-    root.addHandler(_Stderr())
+    root.addHandler(_Stderr(prefix))
     root.setLevel(logging.WARNING)
     logging.getLogger("pipeline").setLevel(logging.INFO)
     # transformers loads torchao where it is installed, which speaks of kernels for other machines, and torch of it.
@@ -536,9 +615,9 @@ def log_to_stderr() -> None:
 class _Stderr(logging.StreamHandler[TextIO]):
     """Writes to whatever sys.stderr is at the moment; names the level from WARNING up."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str) -> None:
         super().__init__(sys.stderr)
-        self.name = "clt"
+        self.name, self._prefix = "clt", prefix
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
@@ -546,7 +625,7 @@ class _Stderr(logging.StreamHandler[TextIO]):
 
     def format(self, record: logging.LogRecord) -> str:
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        return level + super().format(record)
+        return self._prefix + level + super().format(record)
 
 
 def complete(stage: str, words: Sequence[str], incomplete: str) -> list[str]:

@@ -144,7 +144,7 @@ def test_a_sweep_without_a_name_stays_together_though_its_folder_appears_meanwhi
     start("+experiment=topk", "optim.lr=1,2", multirun=True)
     start("+experiment=topk,batchtopk", "optim.lr=1,2", multirun=True)
     assert [cfg.name for cfg in stub.seen] == [
-        "topk-0/0", "topk-0/1", "topk-1/0", "topk-1/1", "batchtopk-0/2", "batchtopk-0/3",
+        "topk-0/0", "topk-0/1", "sweep-0/0", "sweep-0/1", "sweep-0/2", "sweep-0/3",
     ]  # fmt: skip
 
 
@@ -337,7 +337,10 @@ def test_in_a_sweep_it_fails_its_own_job_only(stub: Stub, capsys: pytest.Capture
     assert [cfg.activation.k for cfg in stub.seen] == [1, 2, 3]
     lines = capsys.readouterr().err.splitlines()
     assert "error: job 1: k is odd" in lines
-    assert lines[-1] == "error: 1 of 3 jobs failed; the others are done"
+    assert lines[-1] == (
+        "error: 1 of 3 jobs failed; the others are done. job 1 (activation.k=2): k is odd. That mended, go on with "
+        "clt train -m activation.k=1,2,3 name=clt-0"
+    )
 
 
 def test_our_bug_is_raised(stub: Stub) -> None:

@@ -4,9 +4,11 @@ clt train +experiment=batchtopk_across name=demo
 clt train arch=tied --dry-run
 """
 
-import json
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from pipeline.arch import init, table
 from pipeline.arch.base import Dims, Transcoder
 from pipeline.arch.init_rows import FIRING
 from pipeline.core import activations, products
+from pipeline.core.normalize import Scaling
 from pipeline.data.cache import Cache
 from pipeline.data.layout import gb
 from pipeline.data.loader import Loader
@@ -25,7 +28,7 @@ from pipeline.data.plan import disk_of, free_bytes
 from pipeline.data.recompute import mlps_of
 from pipeline.data.tokens import count
 from pipeline.errors import UserError
-from pipeline.stages import train_estimate
+from pipeline.stages import train_estimate, train_say
 from pipeline.stages.options import TrainConfig
 from pipeline.stages.train_cache import find_cache, statistics
 from pipeline.stages.train_finish import finish, held_out_fvu, use_best
@@ -42,44 +45,93 @@ from pipeline.train.run_log import METRICS, last_line
 logger = logging.getLogger(__name__)
 
 
+class Checked(NamedTuple):
+    """Settings of which everything has been checked that can be before weights are made."""
+
+    cfg: TrainConfig
+    cache: Cache
+    plan: Plan
+    dims: Dims
+    device: torch.device
+    earlier: Trained | None
+    maps: Scaling
+    variances: tuple[float, Tensor]
+
+
+class Ready(NamedTuple):
+    """A run that waits for the batch after its state."""
+
+    cfg: TrainConfig
+    cache: Cache
+    trainer: Trainer
+
+
 def run(cfg: TrainConfig) -> Path:
     """Train, calibrate, fold and save; or continue, or say that the run is finished. -> runs/NAME, which a dry run does
     not make."""
+    if cfg.train.share_pass:
+        raise UserError(
+            "train.share_pass=true lets the jobs of a sweep read each batch once; add -m and values to sweep over, or "
+            "leave it out"
+        )
     with products.using(cfg.train.kernels, resolve_device(cfg.train.device)):
-        return _run(cfg)
+        check_resume(cfg)
+        checked = check(cfg, find_cache(cfg))
+        if cfg.dry_run:
+            estimate(checked)
+            return runs.RUNS / str(cfg.name)
+        with begun(checked) as ready:
+            if ready is not None:
+                with loader(cfg, checked.cache, ready.trainer.state.step) as batches:
+                    metrics = ready.trainer.fit(iter(batches))
+                conclude(ready, metrics)
+        return runs.RUNS / str(cfg.name)
 
 
-def _run(cfg: TrainConfig) -> Path:
-    assert cfg.name is not None
-    check_resume(cfg)
-    cache = find_cache(cfg)
+def check(cfg: TrainConfig, cache: Cache) -> Checked:
+    """Raises UserError for settings that make no sense, alone or with this cache; writes nothing."""
     plan = _plan(cfg, cache)
     device = resolve_device(cfg.train.device)
     dims = Dims(cache.n_layers, cache.d_model)
     earlier = _earlier(cfg, dims)
     if cfg.train.init_from is None:
         init.check(cfg.arch, cfg.activation.name, cache.n_rows)
-    torch.manual_seed(cfg.train.seed)
-    maps = inputs.scaling(cfg.train.norm, statistics(cache, cfg.arch.site), statistics(cache, cfg.arch.writes))
     y_statistics = statistics(cache, cfg.arch.writes)
+    maps = inputs.scaling(cfg.train.norm, statistics(cache, cfg.arch.site), y_statistics)
     variances = inputs.variance(y_statistics, maps), inputs.layer_variance(y_statistics, maps)
     optim.check(cfg.optim)
-    if cfg.dry_run:
-        with torch.device("meta"):  # shapes alone
-            model = build(cfg, dims)
-        precision.check(cfg.train.weights, cfg.optim.name, model)
-        activations.check_batch(model.activation, plan.part_tokens)
-        objective = _objective(cfg, model, variances, plan)
-        train_estimate.say(cfg, cache, plan, model, objective.needs_pre_acts)
-        return runs.RUNS / cfg.name
-    model = build(cfg, dims).to(device)
+    return Checked(cfg, cache, plan, dims, device, earlier, maps, variances)
+
+
+def estimate(checked: Checked) -> train_estimate.Memory:
+    """Say what a run would cost. -> its memory"""
+    cfg, plan = checked.cfg, checked.plan
+    with torch.device("meta"):  # shapes alone
+        model = build(cfg, checked.dims)
     precision.check(cfg.train.weights, cfg.optim.name, model)
     activations.check_batch(model.activation, plan.part_tokens)
-    done = runs.finished(runs.RUNS / cfg.name)
-    mlps = mlps_of(cache, device) if cache.targets is Targets.recompute and not done else None
-    recompute = None if mlps is None else Recompute(mlps, device)
+    objective = _objective(checked, model)
+    train_estimate.say(cfg, checked.cache, plan, model, objective.needs_pre_acts)
+    return train_estimate.memory(cfg, checked.cache, plan, model, objective.needs_pre_acts)
+
+
+@contextmanager
+def begun(
+    checked: Checked, mlps: Mlps | None = None, targets: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[Ready | None]:
+    """The run of these settings, its directory held, with its first weights or those of its last checkpoint; None, with
+    a word, where it is finished. mlps: of a cache that recomputes its targets, where they are loaded already; targets:
+    what computes with them."""
+    cfg, cache, plan, _, device, earlier, maps, _ = checked
+    assert cfg.name is not None
+    model = build(cfg, checked.dims).to(device)
+    precision.check(cfg.train.weights, cfg.optim.name, model)
+    activations.check_batch(model.activation, plan.part_tokens)
+    if mlps is None and cache.targets is Targets.recompute and not runs.finished(runs.RUNS / cfg.name):
+        mlps = mlps_of(cache, device)
+    recompute = None if mlps is None else Recompute(targets or mlps, device)
     prepare = inputs.build(cache.norm, cfg.arch.site, maps, device, cfg.arch.target, recompute)
-    objective = _objective(cfg, model, variances, plan)
+    objective = _objective(checked, model)
     optimizer = optim.build(model.named_parameters(), cfg.optim)
     _check_space(model, plan)
 
@@ -87,35 +139,46 @@ def _run(cfg: TrainConfig) -> Path:
     if runs.finished(directory):
         (directory / "lock").unlink(missing_ok=True)  # of a process that was killed at its very end
         logger.info("%s is finished already\nnext: clt eval run=%s", directory, directory)
-        return directory
+        yield None
+        return
     with alone(directory):
         trainer = Trainer(directory, model, optimizer, objective, prepare, plan, cfg.optim)
         trainer.about = {"cache": cache.key, "kernels": str(products.active())}
         trainer.held_out_fvu = lambda: held_out_fvu(cfg, cache, trainer)
         checkpoint.tidy(directory)
         last = checkpoint.newest(directory)
-        _say(cfg, cache, plan, model, device, last)
+        train_say.beginning(cfg, cache, plan, model, device, last)
         if last is not None:
-            _compare_kernels(last)
+            train_say.kernels(last)
         if mlps is not None:
-            _say_targets(mlps, plan.part_tokens)
+            train_say.targets(mlps, plan.part_tokens)
         if last is None and earlier is not None:
             logger.info("weights    from %s", earlier.path)
             warm.start_from(model, earlier, prepare.scaling)
         elif last is None:
             _initialise(cfg, model, cache, prepare)
         precision.store(model, cfg.train.weights)
+        torch.manual_seed(cfg.train.seed)  # only now: loading MLPs draws numbers
         trainer.begin(last)
-        start, ahead = trainer.state.step, cfg.cache.shards_ahead
-        with Loader(cache, plan.batch_tokens, cfg.train.seed, cfg.cache.read, start, shards_ahead=ahead) as batches:
-            metrics = trainer.fit(iter(batches))
-        if mlps is not None:
-            _say_share(directory)
-        if cfg.train.finish is Finish.best:
-            metrics = use_best(trainer)
-        finish(cfg, cache, trainer, metrics or last_line(directory / METRICS))
-    logger.info("%s\nnext: clt eval run=%s", directory, directory)
-    return directory
+        yield Ready(cfg, cache, trainer)
+
+
+def loader(cfg: TrainConfig, cache: Cache, start: int) -> Loader:
+    """The batches of a run, from number `start` on."""
+    options, ahead = cfg.train, cfg.cache.shards_ahead
+    return Loader(cache, options.batch_tokens, options.seed, cfg.cache.read, start, shards_ahead=ahead)
+
+
+def conclude(ready: Ready, metrics: dict[str, object]) -> None:
+    """After the last step: thresholds, folding, runs/NAME/final. metrics: the last line of the log; {} where no step
+    was left to take."""
+    cfg, cache, trainer = ready
+    if trainer.inputs.recompute is not None:
+        train_say.share_of_targets(trainer.directory)
+    if cfg.train.finish is Finish.best:
+        metrics = use_best(trainer)
+    finish(cfg, cache, trainer, metrics or last_line(trainer.directory / METRICS))
+    logger.info("%s\nnext: clt eval run=%s", trainer.directory, trainer.directory)
 
 
 def build(cfg: TrainConfig, dims: Dims) -> Transcoder:
@@ -124,9 +187,9 @@ def build(cfg: TrainConfig, dims: Dims) -> Transcoder:
     return table.build(cfg.arch, dims, rule)
 
 
-def _objective(cfg: TrainConfig, model: Transcoder, variances: tuple[float, Tensor], plan: Plan) -> Objective:
-    total, by_layer = variances
-    return Objective(cfg.loss, model, total, plan.n_steps, by_layer, cfg.train.seed, cfg.train.sparse)
+def _objective(checked: Checked, model: Transcoder) -> Objective:
+    cfg, (total, by_layer) = checked.cfg, checked.variances
+    return Objective(cfg.loss, model, total, checked.plan.n_steps, by_layer, cfg.train.seed, cfg.train.sparse)
 
 
 def _plan(cfg: TrainConfig, cache: Cache) -> Plan:
@@ -206,61 +269,6 @@ def _check_space(model: Transcoder, plan: Plan) -> None:
     if needed > free:
         sizes = f"{gb(needed)} to write, {gb(free)} free on {disk_of(runs.RUNS)}"
         raise UserError(f"the run does not fit: {sizes}; free some space or use a smaller arch.d_features")
-
-
-def _say(
-    cfg: TrainConfig, cache: Cache, plan: Plan, model: Transcoder, device: torch.device, last: Path | None
-) -> None:
-    parameters = sum(p.numel() for p in model.parameters())
-    logger.info("cache      %s: %s rows, %d layers of %d", cache.path, f"{cache.n_rows:,}", *model.dims)
-    logger.info(
-        "transcoder %s, %s x %d features, %s to %s, %s parameters, on %s",
-        cfg.arch.name,
-        cfg.activation.name,
-        model.d_features,
-        cfg.arch.site,
-        cfg.arch.writes,
-        f"{parameters:,}",
-        device,
-    )
-    tokens = plan.n_steps * plan.batch_tokens
-    logger.info(
-        "run        runs/%s: %s steps of %s tokens, %.1f passes over the cache",
-        cfg.name,
-        f"{plan.n_steps:,}",
-        f"{plan.batch_tokens:,}",
-        tokens / cache.n_rows,
-    )
-    if last is not None:
-        logger.info("continuing from %s", last)
-
-
-def _compare_kernels(last: Path) -> None:
-    """Say so when a run that began with other kernels is continued, on a machine without a compiler, say."""
-    before, now = json.loads((last / "state.json").read_text()).get("kernels"), str(products.active())
-    if before not in (None, now):
-        logger.warning(
-            "%s was made with train.kernels=%s and goes on with %s, which round differently: the result will differ in "
-            "last bits from that of a run which was never stopped", last, before, now,
-        )  # fmt: skip
-
-
-def _say_targets(mlps: Mlps, batch_tokens: int) -> None:
-    """What recomputing costs, timed on a batch."""
-    logger.info(
-        "targets    recomputed from resid_mid: %s MFLOP a token, %s tokens/s alone, %s of weights, %s",
-        f"{mlps.flops / 1e6:,.3g}",
-        f"{mlps.rows_per_second(batch_tokens):,.0f}",
-        gb(mlps.n_bytes),
-        str(mlps.dtype).removeprefix("torch."),
-    )
-
-
-def _say_share(directory: Path) -> None:
-    lines = [json.loads(line) for line in (directory / "timings.jsonl").read_text().splitlines()]
-    targets, steps = (sum(line[key] for line in lines if "targets_ms" in line) for key in ("targets_ms", "step_ms"))
-    if steps:
-        logger.info("targets    recomputing them took %.0f %% of the training steps", 100 * targets / steps)
 
 
 def _earlier(cfg: TrainConfig, dims: Dims) -> Trained | None:

@@ -1,6 +1,8 @@
 """What `clt train --dry-run` says: parameters, arithmetic, bytes, batches. Nothing is allocated and nothing written."""
 
 import logging
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from pipeline.arch import init
 from pipeline.arch.base import Transcoder
@@ -39,6 +41,31 @@ FIRST_COPIES, HELD_OUT_COPIES = 12, 12
 
 RANKED = 28
 """Bytes that calibration takes for each pre-activation it sorts: four floats and an index."""
+
+
+class Memory(NamedTuple):
+    """Bytes of one run."""
+
+    kept: int
+    """Weights, gradients and the optimiser's state, from the first step to the last."""
+    passing: int
+    """What comes and goes beside them, at the most."""
+
+
+def memory(cfg: TrainConfig, cache: Cache, plan: Plan, model: Transcoder, needs_pre_acts: bool) -> Memory:
+    """Of a run, the libraries apart."""
+    in_use, state = _kept(cfg, model)
+    peak = peak_bytes(cfg, model, plan, needs_pre_acts, held_out_rows(cache))
+    return Memory(2 * in_use + state, peak - LIBRARIES - 2 * in_use - state)
+
+
+def say_together(runs_at_once: Sequence[Memory]) -> None:
+    """Of runs that take turns in one process: all that they keep, and what comes and goes of one at a time."""
+    kept, passing = sum(one.kept for one in runs_at_once), max(0, *(one.passing for one in runs_at_once))
+    logger.info(
+        "%d runs at once: weights, gradients and optimisers %s; about %s at the peak",
+        len(runs_at_once), gb(kept), gb(LIBRARIES + kept + passing),
+    )  # fmt: skip
 
 
 def say(cfg: TrainConfig, cache: Cache, plan: Plan, model: Transcoder, needs_pre_acts: bool) -> None:

@@ -21,6 +21,7 @@ from pipeline.progress import Progress
 from pipeline.train import checkpoint, controller, health, micro
 from pipeline.train import run as runs
 from pipeline.train.checkpoint import State
+from pipeline.train.clock import Clock
 from pipeline.train.health import Divergence
 from pipeline.train.inputs import Inputs
 from pipeline.train.interrupt import stop_requests
@@ -83,6 +84,9 @@ class Trainer:
         self.state = State(0, never, controller.first(objective.options) if objective.controlled else None)
         self.divergence = Divergence(plan.diverged, objective.trivial)
         self.log = RunLog(directory)
+        self.clock = Clock()
+        self.last_record: dict[str, object] = {}
+        self.saved_step: int | None = None
         self.about: dict[str, object] = {}
         self.held_out_fvu: Callable[[], float] | None = None
         """What the best checkpoints are chosen by."""
@@ -92,43 +96,74 @@ class Trainer:
         if path is not None:
             self.state = checkpoint.load(path, self.model, self.optimizer)
             self.divergence.restore(self.state.more)
+            self.saved_step = self.state.step
             self._prune()  # a process may have been killed between saving a checkpoint and this
         self.log.begin(path, self.state.step)
 
     def fit(self, batches: Iterator[Batch]) -> dict[str, object]:
         """`batches` begins at the batch that follows the state. Ctrl-C and SIGTERM save a checkpoint first."""
-        plan, state = self.plan, self.state
-        record: dict[str, object] = {}
-        total = plan.n_steps * plan.batch_tokens
-        clock = _Clock()
-        self.model.train()
-        with stop_requests() as requested, Progress(total, "tok", "train", state.step * plan.batch_tokens) as bar:
-            while state.step < plan.n_steps:
-                clock.data_asked()
+        size = self.plan.batch_tokens
+        self.start()
+        with stop_requests() as requested, Progress(self.plan.n_steps * size, "tok", "train", self.done_tokens) as bar:
+            while not self.at_end:
+                asked = time.perf_counter()
                 batch = next(batches)
-                clock.data_arrived()
-                rate = learning_rate(self.optim, state.step, plan.n_steps)
-                taken = self.step(batch, rate)
-                state.step += 1
-                fields: dict[str, str | float] = {}
-                if self._logs(state.step):
-                    record = self.record(taken, rate)
-                    times = clock.record(state.step, plan.batch_tokens)
-                    if self.inputs.recompute is not None:
-                        times["targets_ms"] = self.inputs.recompute.take_ms()
-                    self.log.add(record, times)
-                    fields = _bar_fields(record)
-                self._steer(taken)
-                self._refuse_divergence(taken)
-                bar.update(plan.batch_tokens, **fields)
-                if state.step % plan.checkpoint_steps == 0 or state.step == plan.n_steps or requested():
-                    self.save()
+                bar.update(size, **self.advance(batch, time.perf_counter() - asked))
                 if requested():
-                    name = runs.name_of(self.directory)
-                    logger.info("stopped at step %d of %d; clt train name=%s continues", state.step, plan.n_steps, name)
+                    self.stop()
                     raise KeyboardInterrupt
+        return self.end()
+
+    # What `fit` consists of, for whoever takes several trainers through the same batches (`train/shared.py`).
+
+    @property
+    def at_end(self) -> bool:
+        return self.state.step >= self.plan.n_steps
+
+    @property
+    def done_tokens(self) -> int:
+        return self.state.step * self.plan.batch_tokens
+
+    def start(self) -> None:
+        """Before the first batch."""
+        self.model.train()
+        self.clock = Clock()
+
+    def advance(self, batch: Batch, waited: float) -> dict[str, str | float]:
+        """Take the next step with its batch, which came after so many seconds: its log line and its checkpoint are
+        written when due. -> what a progress bar shows of it; nothing where it is not logged"""
+        plan, state = self.plan, self.state
+        self.clock.step_begins(waited)
+        rate = learning_rate(self.optim, state.step, plan.n_steps)
+        taken = self.step(batch, rate)
+        state.step += 1
+        fields: dict[str, str | float] = {}
+        if self._logs(state.step):
+            self.last_record = self.record(taken, rate)
+            times = self.clock.record(state.step, plan.batch_tokens)
+            if self.inputs.recompute is not None:
+                times["targets_ms"] = self.inputs.recompute.take_ms()
+            self.log.add(self.last_record, times)
+            fields = _bar_fields(self.last_record)
+        self._steer(taken)
+        self._refuse_divergence(taken)
+        if self._saves(state.step):
+            self.save()
+        self.clock.step_ends()
+        return fields
+
+    def stop(self) -> None:
+        """Save where the run stands, between two steps, and say how it goes on."""
+        if self.saved_step != self.state.step:
+            self.save()
+        name = runs.name_of(self.directory)
+        step, last = self.state.step, self.plan.n_steps
+        logger.info("stopped at step %d of %d; clt train name=%s continues", step, last, name)
+
+    def end(self) -> dict[str, object]:
+        """After the last batch. -> the last line of the log, {} where no step was taken"""
         self.model.activation.at(1.0)
-        return record
+        return self.last_record
 
     def step(self, batch: Batch, rate: float) -> Taken:
         """One optimiser step, and the counters that follow from it."""
@@ -170,6 +205,10 @@ class Trainer:
         """Whether the step that makes it so many is logged."""
         return done % self.plan.log_steps == 0 or done == self.plan.n_steps
 
+    def _saves(self, done: int) -> bool:
+        """Whether the checkpoint after so many steps is one of the run's own."""
+        return done % self.plan.checkpoint_steps == 0 or done == self.plan.n_steps
+
     def _resamples(self, done: int) -> bool:
         every = self.plan.resample_steps
         return every > 0 and done % every == 0 and done <= self.plan.last_resample
@@ -196,11 +235,12 @@ class Trainer:
             raise UserError(self._not_finite("weights or moments", bad))
         about = dict(self.about)
         # A stop by Ctrl-C adds no candidate: which one is best depends on the run alone.
-        if plan.keep_best and self.held_out_fvu and (step % plan.checkpoint_steps == 0 or step == plan.n_steps):
+        if plan.keep_best and self.held_out_fvu and self._saves(step):
             about[checkpoint.SCORE] = self.held_out_fvu()
             logger.info("step %d: held-out FVU %.4f", step, about[checkpoint.SCORE])
         self.state.more |= self.divergence.tensors()
         checkpoint.save(self.directory, self.model, self.optimizer, self.state, about)
+        self.saved_step = step
         self._prune()
 
     def _prune(self) -> None:
@@ -260,33 +300,6 @@ class Trainer:
             f"optim.lr={self.optim.lr} and train under another name (last good checkpoint: {last or 'none'}), or go on "
             "with train.diverged=null"
         )
-
-
-class _Clock:
-    """Where the time between two log lines went."""
-
-    def __init__(self) -> None:
-        self.start = self.asked = time.perf_counter()
-        self.waited, self.steps = 0.0, 0
-
-    def data_asked(self) -> None:
-        self.asked = time.perf_counter()
-
-    def data_arrived(self) -> None:
-        self.waited += time.perf_counter() - self.asked
-        self.steps += 1
-
-    def record(self, step: int, batch_tokens: int) -> dict[str, object]:
-        now = time.perf_counter()
-        elapsed = now - self.start
-        line: dict[str, object] = {
-            "step": step,
-            "tokens_per_s": self.steps * batch_tokens / elapsed,
-            "step_ms": 1e3 * elapsed / self.steps,
-            "data_ms": 1e3 * self.waited / self.steps,
-        }
-        self.start, self.waited, self.steps = now, 0.0, 0
-        return line
 
 
 def _bar_fields(record: dict[str, object]) -> dict[str, str | float]:

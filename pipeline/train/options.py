@@ -108,6 +108,10 @@ class TrainOptions:
     the topk family; for relu and jumprelu in each layer while few features are active. always: however many are.
     never: dense."""
 
+    share_pass: bool = False
+    """The jobs of a sweep that read the same batches are trained together, in one process, and each batch is read once.
+    Their results are those of separate runs. docs/sweeps.md."""
+
     dead_window: str = "auto"
     """A feature is dead when it has not fired for so many tokens; auto is a tenth of the run, at most 10M."""
 

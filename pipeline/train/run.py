@@ -14,9 +14,13 @@ logger = logging.getLogger(__name__)
 
 RUNS = Path("runs")
 
+SWEEP = "sweep.yaml"
+"""In the directory of a sweep: what its jobs are (`stages/sweep.py`)."""
+
 NO_EFFECT = {
     "cache.dir", "cache.read", "cache.shards_ahead", "cache.local_dir", "cache.local_gb", "newest_cache",
-    "train.keep_checkpoints", "train.keep_best", "train.diverged", "experiment", "dry_run", "resume",
+    "train.keep_checkpoints", "train.keep_best", "train.diverged", "train.share_pass", "experiment", "dry_run",
+    "resume",
 }  # fmt: skip
 """Settings that do not change what a run computes, so they may differ when it is continued."""
 
@@ -60,7 +64,7 @@ def begin(directory: Path, config: Any, key: str) -> Path:
 
 def _may_be_there(child: Path, file: Path) -> bool:
     """In a directory that becomes a run: a sweep's runs, and what a process killed as it writes `file` leaves."""
-    return child.name.isdigit() or child.name == aside_of(file).name
+    return child.name.isdigit() or child.name in {SWEEP, aside_of(file).name}
 
 
 def finished(directory: Path) -> bool:
