@@ -18,7 +18,6 @@ from pipeline.core.metrics import Firing, Reconstruction, Tree, as_plain
 from pipeline.core.metrics_predictions import Divergence, Predictions
 from pipeline.core.sparse import sparsify
 from pipeline.data.models import LanguageModel
-from pipeline.data.world import encode_task, tasks
 from pipeline.interp.replacement import NOTES, Basis, ReplacementModel, TeacherForced, ablated_logits
 from pipeline.progress import Progress
 
@@ -169,24 +168,6 @@ def worst_contexts(
         texts = [tokenizer.decode([token]) for token in contexts[context, :length].tolist()]
         found.append({"context": context, "kl": float(mean[context]), "tokens": texts, "kl_per_token": values[:length]})
     return found
-
-
-def world_tasks(lm: LanguageModel, replaced: dict[str, Logits]) -> dict[str, Any]:
-    """Accuracy on each task of the built-in world, of the model itself and of each replacement."""
-    runs: dict[str, Logits] = {"original": lm.logits, **replaced}
-    sets = {}
-    for task in tasks():
-        tokens, last, answer = map(torch.from_numpy, encode_task(task, lm.tokenizer, lm.tokenizer.bos_token_id))
-        rows = torch.arange(tokens.shape[0])
-        sets[f"{task.name}/{task.split}"] = {
-            "n": tokens.shape[0],
-            **{
-                name: float((logits(tokens).cpu()[rows, last].argmax(-1) == answer).double().mean())
-                for name, logits in runs.items()
-            },
-        }
-    mean = {name: sum(s[name] for s in sets.values()) / len(sets) for name in runs}
-    return {"mean": mean, "sets": sets}
 
 
 def valid_positions(n_contexts: int, context: int, n_rows: int) -> Tensor:

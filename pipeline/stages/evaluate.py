@@ -25,7 +25,11 @@ from pipeline.data.options import DatasetKind
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 from pipeline.files import write_aside
-from pipeline.interp import contexts, curves, evaluation, opening, replacement
+    transcoder, batch, resamples = trained.transcoder, cfg.eval.batch_tokens, cfg.eval.bootstrap
+
+    if cfg.eval.curves and replacement.basis(transcoder) is not None:
+        rows = (held_out.contexts, held_out.n_rows)
+        more["replacement_curves"] = curves.measure(lm, transcoder, *rows, batch, cfg.eval.curve_contexts)
 from pipeline.interp.contexts import Contexts
 from pipeline.interp.evaluation import HeldOut
 from pipeline.stages.evaluate_table import table
@@ -95,28 +99,44 @@ def _measure(
         by_rule[rule]["worst_contexts"] = worst
     if basis is None:
         by_rule["threshold"]["no_replacement"] = replacement.no_basis(transcoder.options)
-    more = _more(cfg, trained, lm, held_out, replaced)
-    return {**by_rule["threshold"], **_weights(transcoder), **more, "exact": by_rule.get("exact")}, sums
+    more, ci95 = _more(cfg, trained, lm, held_out, replaced)
+    metrics = {**by_rule["threshold"], **_weights(transcoder), **more, "exact": by_rule.get("exact")}
+    if ci95:
+        metrics["ci95"] = (metrics["ci95"] or {}) | ci95
+    return metrics, sums
 
 
 def _more(
     cfg: EvalConfig, trained: Trained, lm: LanguageModel, held_out: HeldOut, replaced: dict[str, evaluation.Logits]
-) -> Tree:
-    """The groups that other files measure, each None where it is not asked for or has no meaning."""
+) -> tuple[Tree, Tree]:
+    """The groups that other files measure, each None where it is not asked for or has no meaning, and their intervals
+    where they have any."""
+    ci95: Tree = {}
     more: Tree = dict.fromkeys(("replacement_curves", "faithfulness", "tasks", "world"))
 
+<<<<<<< HEAD
     if cfg.eval.curves and replacement.basis(trained.transcoder) is not None:
         n = cfg.eval.curve_contexts
         args = (held_out.contexts, held_out.n_rows, cfg.eval.batch_tokens, n)
         more["replacement_curves"] = curves.measure(lm, trained.transcoder, *args)
+=======
+    transcoder, batch, resamples = trained.transcoder, cfg.eval.batch_tokens, cfg.eval.bootstrap
+
+    if cfg.eval.curves:
+        pass
+>>>>>>> 0a52a384fec9d04370e578a600504bcaacbd03d9
 
     if cfg.eval.faithfulness:
-        pass
+        n_contexts, length = held_out.contexts.shape
+        scored = evaluation.valid_positions(n_contexts, length, held_out.n_rows)
+        text = (held_out.contexts, held_out.x, scored)
+        more["faithfulness"], ci95["faithfulness"] = faithfulness.measure(lm, transcoder, *text, batch, resamples)
 
     if cfg.eval.world and lm.path == BUILTIN:
-        more["tasks"] = evaluation.world_tasks(lm, replaced)
+        more["tasks"] = world_truth.world_tasks(lm, replaced)
+        more["world"], ci95["world"] = world_truth.measure(lm, transcoder, batch, resamples)
 
-    return more
+    return more, {name: intervals for name, intervals in ci95.items() if intervals}
 
 
 def _weights(transcoder: Transcoder) -> Tree:

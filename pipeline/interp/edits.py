@@ -1,0 +1,114 @@
+"""What features write, and the model and its replacement with something added to or swapped among it.
+
+The two sides of every intervention: the original model, whose MLP outputs are changed, and the live replacement, whose
+features or reconstructions are. Position 0 is never edited: it keeps its own MLP output, as in any replacement.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.arch.base import Transcoder
+from pipeline.arch.options import Site
+from pipeline.core.normalize import MlpNorm
+from pipeline.core.sparse import Chosen, Pattern, Sparse, of_layer
+from pipeline.data.models import LanguageModel
+from pipeline.interp.replacement import keep_position_0
+
+Output = Callable[[int, Tensor], Tensor]
+"""(layer, an MLP output [n, T, D]) -> what takes its place."""
+
+Choice = Callable[[int, Pattern, Tensor], tuple[Pattern, Tensor]]
+"""(layer, pattern over n T tokens, values [nnz]) -> the features that take their place."""
+
+
+class State(NamedTuple):
+    """A forward pass of the original model over contexts [n, T]."""
+
+    logits: Tensor
+    """[n, T, V]"""
+    x: Tensor
+    """[n, T, L, D]: what the transcoder reads."""
+    mlp_out: Tensor
+    """[n, T, L, D]"""
+
+
+class Sides:
+    """A language model and a transcoder of its MLP outputs, in the model's units and with fixed thresholds."""
+
+    def __init__(self, lm: LanguageModel, transcoder: Transcoder) -> None:
+        self.lm, self.transcoder = lm, transcoder
+        self.norm: MlpNorm = lm.mlp_norm().to(str(lm.device))
+
+    @torch.inference_mode()
+    def state(self, tokens: Tensor) -> State:
+        """tokens int64 [n, T]"""
+        x, mlp_out = [], []
+
+        def collect(layer: int, resid: Tensor, own: Tensor) -> Tensor:
+            x.append(self._read(layer, resid, own))
+            mlp_out.append(own)
+            return own
+
+        logits = self.lm.logits(tokens, collect)
+        return State(logits, torch.stack(x, dim=2), torch.stack(mlp_out, dim=2))
+
+    @torch.inference_mode()
+    def original(self, tokens: Tensor, edit: Output) -> Tensor:
+        """Logits [n, T, V] of the model with its MLP outputs edited; what comes later is live."""
+        return self.lm.logits(tokens, lambda layer, resid, own: keep_position_0(own, edit(layer, own)))
+
+    @torch.inference_mode()
+    def replaced(self, tokens: Tensor, edit: Output | None = None, choose: Choice | None = None) -> Tensor:
+        """Logits [n, T, V] of the live replacement with each layer's features edited by `choose`, or its
+        reconstructions by `edit`; later features are live."""
+        chosen: list[tuple[Pattern, Tensor]] = []
+
+        def mlp(layer: int, resid: Tensor, own: Tensor) -> Tensor:
+            x = self._read(layer, resid, own).flatten(0, 1)
+            pattern, values = self.transcoder.layer_features(x, layer)
+            chosen.append(choose(layer, pattern, values) if choose else (pattern, values))
+            so_far = Sparse([pattern for pattern, _ in chosen], [values for _, values in chosen])
+            y_hat = self.transcoder.decode_layer(so_far, layer, x).view(own.shape).to(own.dtype)
+            return keep_position_0(own, edit(layer, y_hat) if edit else y_hat)
+
+        return self.lm.logits(tokens, mlp)
+
+    def _read(self, layer: int, resid: Tensor, own: Tensor) -> Tensor:
+        site = self.transcoder.options.site
+        if site == Site.mlp_out:
+            return own.float()
+        return self.norm.layer(resid, layer) if site == Site.mlp_in else resid.float()
+
+
+def features_of(transcoder: Transcoder, x: Tensor) -> Sparse:
+    """Every source's features in sparse form. x [B, L, D]"""
+    found = [transcoder.layer_features(h, source) for source, h in enumerate(transcoder.inputs(x))]
+    return Sparse([pattern for pattern, _ in found], [values for _, values in found])
+
+
+def written(transcoder: Transcoder, features: Sparse, x: Tensor) -> Tensor:
+    """What the features write, without biases and skip path. x [B, L, D], read where features have no fixed direction
+    (MOLT). -> [B, L, D]"""
+    if transcoder.directions:
+        return transcoder.written(features)
+    return transcoder.decode(features, x) - transcoder.b_dec
+
+
+def one_each(transcoder: Transcoder, source: int, ids: Tensor, values: Tensor) -> Sparse:
+    """One feature of `source` at work for each token, no other. ids int64 [B], values [B]"""
+    n, device = ids.numel(), ids.device
+    nothing = Pattern(ids[:0], torch.zeros(n + 1, dtype=torch.int64, device=device), transcoder.d_features)
+    patterns, amounts = [nothing] * transcoder.n_sources, [values[:0]] * transcoder.n_sources
+    patterns[source] = Pattern(ids, torch.arange(n + 1, device=device), transcoder.d_features)
+    amounts[source] = values
+    return Sparse(patterns, amounts)
+
+
+def chosen(features: Sparse, source: int) -> Chosen:
+    """One source's features, which are in sparse form."""
+    one = of_layer(features, source)
+    assert isinstance(one, Chosen)
+    return one
