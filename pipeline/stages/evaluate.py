@@ -25,11 +25,7 @@ from pipeline.data.options import DatasetKind
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 from pipeline.files import write_aside
-    transcoder, batch, resamples = trained.transcoder, cfg.eval.batch_tokens, cfg.eval.bootstrap
-
-    if cfg.eval.curves and replacement.basis(transcoder) is not None:
-        rows = (held_out.contexts, held_out.n_rows)
-        more["replacement_curves"] = curves.measure(lm, transcoder, *rows, batch, cfg.eval.curve_contexts)
+from pipeline.interp import contexts, curves, evaluation, faithfulness, opening, replacement, world_truth
 from pipeline.interp.contexts import Contexts
 from pipeline.interp.evaluation import HeldOut
 from pipeline.stages.evaluate_table import table
@@ -114,17 +110,11 @@ def _more(
     ci95: Tree = {}
     more: Tree = dict.fromkeys(("replacement_curves", "faithfulness", "tasks", "world"))
 
-<<<<<<< HEAD
-    if cfg.eval.curves and replacement.basis(trained.transcoder) is not None:
-        n = cfg.eval.curve_contexts
-        args = (held_out.contexts, held_out.n_rows, cfg.eval.batch_tokens, n)
-        more["replacement_curves"] = curves.measure(lm, trained.transcoder, *args)
-=======
     transcoder, batch, resamples = trained.transcoder, cfg.eval.batch_tokens, cfg.eval.bootstrap
 
-    if cfg.eval.curves:
-        pass
->>>>>>> 0a52a384fec9d04370e578a600504bcaacbd03d9
+    if cfg.eval.curves and replacement.basis(transcoder) is not None:
+        rows = (held_out.contexts, held_out.n_rows)
+        more["replacement_curves"] = curves.measure(lm, transcoder, *rows, batch, cfg.eval.curve_contexts)
 
     if cfg.eval.faithfulness:
         n_contexts, length = held_out.contexts.shape
