@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 SCHEMA = 2
 """Of metrics.json."""
 
+OTHER_TOKENS = "this rule looks at other tokens of a batch, so it cannot run live"
+"""Why there is no replacement under a BatchTopK rule."""
+
 
 def run(cfg: EvalConfig) -> Path:
     """Measure a finished run; print a table and write metrics.json. -> its path"""
@@ -97,8 +100,8 @@ def _measure(
         by_rule[rule] = evaluation.rule_metrics(fit, own, basis, numbers, intervals)
         worst = None if own is None else evaluation.worst_contexts(own, held_out.contexts, lm.tokenizer)
         by_rule[rule]["worst_contexts"] = worst
-    if basis is None:
-        by_rule["threshold"]["no_replacement"] = replacement.no_basis(transcoder.options)
+        if own is None:
+            by_rule[rule]["no_replacement"] = OTHER_TOKENS if basis else replacement.no_basis(transcoder.options)
     more, ci95 = _more(cfg, trained, lm, held_out, replaced)
     metrics = {**by_rule["threshold"], **_weights(transcoder), **more, "exact": by_rule.get("exact")}
     if ci95:
@@ -117,8 +120,8 @@ def _more(
     transcoder, batch, resamples = trained.transcoder, cfg.eval.batch_tokens, cfg.eval.bootstrap
 
     if cfg.eval.curves and replacement.basis(transcoder) is not None:
-        args = (held_out.contexts, held_out.n_rows, batch, cfg.eval.curve_contexts)
-        more["replacement_curves"] = curves.measure(lm, transcoder, *args)
+        rows = (held_out.contexts, held_out.n_rows)
+        more["replacement_curves"] = curves.measure(lm, transcoder, *rows, batch, cfg.eval.curve_contexts)
 
     if cfg.eval.faithfulness:
         n_contexts, length = held_out.contexts.shape

@@ -18,7 +18,7 @@ from pipeline.core.options import ActivationOptions
 from pipeline.core.sparse import Sparse
 from pipeline.data import models
 from pipeline.data.models import LanguageModel
-from pipeline.data.options import ModelOptions
+from pipeline.data.options import Dtype, ModelOptions
 from pipeline.errors import UserError
 from pipeline.interp.replacement import Basis, ReplacementModel, TeacherForced, ablated_logits, basis, replacement
 from tests import oracle
@@ -275,3 +275,11 @@ def test_prompts_are_texts_or_ids(lm: LanguageModel) -> None:
     assert model.tokens(torch.tensor([5, 6])).tolist() == [[5, 6]]
     whole = model.run(["ab", "ba"])
     torch.testing.assert_close(model.run("ba").logits[0], whole.logits[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [Dtype.float32, Dtype.bfloat16])
+def test_error_terms_leave_no_bit_of_the_original_changed(tiny_gpt2: Path, dtype: Dtype) -> None:
+    lm = models.load(ModelOptions(name="local", path=str(tiny_gpt2), dtype=dtype, device="cpu"))
+    found = ReplacementModel(lm, random_clt(), Site.resid_mid).run(tokens(), keep_error=True)
+    assert torch.equal(found.logits, found.original_logits)
+    assert found.error[:, 1:].abs().mean() > 0.1
