@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 SCHEMA = 2
 """Of metrics.json."""
 
+OTHER_TOKENS = "this rule looks at other tokens of a batch, so it cannot run live"
+"""Why there is no replacement under a BatchTopK rule."""
+
 
 def run(cfg: EvalConfig) -> Path:
     """Measure a finished run; print a table and write metrics.json. -> its path"""
@@ -47,6 +50,10 @@ def run(cfg: EvalConfig) -> Path:
     if cfg.eval.curve_contexts < 1:
         fix = "give 1 or more, or leave the curves out with eval.curves=false"
         raise UserError(f"eval.curve_contexts={cfg.eval.curve_contexts} measures nothing; {fix}")
+    if cfg.eval.bootstrap < 0:
+        raise UserError(
+            f"eval.bootstrap={cfg.eval.bootstrap} is no number of resamples; give 2000, or 0 for no intervals"
+        )
     directory = runs.chosen(cfg.run)
     trained = artifact.read(directory)
     cached = _cached(cfg, trained) if cfg.dataset is None else None
@@ -93,8 +100,8 @@ def _measure(
         by_rule[rule] = evaluation.rule_metrics(fit, own, basis, numbers, intervals)
         worst = None if own is None else evaluation.worst_contexts(own, held_out.contexts, lm.tokenizer)
         by_rule[rule]["worst_contexts"] = worst
-    if basis is None:
-        by_rule["threshold"]["no_replacement"] = replacement.no_basis(transcoder.options)
+        if own is None:
+            by_rule[rule]["no_replacement"] = OTHER_TOKENS if basis else replacement.no_basis(transcoder.options)
     more, ci95 = _more(cfg, trained, lm, held_out, replaced)
     metrics = {**by_rule["threshold"], **_weights(transcoder), **more, "exact": by_rule.get("exact")}
     if ci95:
@@ -113,8 +120,8 @@ def _more(
     transcoder, batch, resamples = trained.transcoder, cfg.eval.batch_tokens, cfg.eval.bootstrap
 
     if cfg.eval.curves and replacement.basis(transcoder) is not None:
-        rows = (held_out.contexts, held_out.n_rows)
-        more["replacement_curves"] = curves.measure(lm, transcoder, *rows, batch, cfg.eval.curve_contexts)
+        args = (held_out.contexts, held_out.n_rows, batch, cfg.eval.curve_contexts)
+        more["replacement_curves"] = curves.measure(lm, transcoder, *args)
 
     if cfg.eval.faithfulness:
         n_contexts, length = held_out.contexts.shape
