@@ -134,7 +134,7 @@ def shown(value: float | None, like: float | None = None) -> str:
     size = 1 - size if 0.99 < size < 1 else size
     digits = 4 if size == 0 else min(6, max(0, 2 - math.floor(math.log10(size))))
     text = f"{value:,.{digits}f}"
-    return text.removeprefix("-") if float(text.replace(",", "")) == 0 else text
+    return text.removeprefix("-") if float(text.replace(",", "")) == 0 else text.replace("-", "−")
 
 
 def shown_interval(bounds: Interval | None, like: float | None) -> str:

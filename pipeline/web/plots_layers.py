@@ -47,7 +47,7 @@ def replacement(groups: Sequence[Group]) -> Figure | None:
                 entries = lookup(run.metrics, f"replacement_curves.{basis}.{part}")
                 return [lookup(entry, "kl") for entry in entries] if isinstance(entries, list) else None
 
-            panel = _curves(
+            panel = curves(
                 groups, f"{title}, {of_what}" if basis != "live" else title, "KL (nats a token)", kl, log=True
             )
             panels += [] if panel is None else [panel]
@@ -60,7 +60,7 @@ def by_position(groups: Sequence[Group]) -> Figure | None:
     def kl(run: Run) -> Numbers | None:
         return run.numbers("replacement.kl_by_position")
 
-    panel = _curves(groups, "KL by position", "KL (nats a token)", kl, log=True, x="position in the context", start=1)
+    panel = curves(groups, "KL by position", "KL (nats a token)", kl, log=True, x="position in the context", start=1)
     return None if panel is None else grid([panel], columns=1, row_height=290)
 
 
@@ -116,13 +116,13 @@ def _per_layer(
     def numbers(run: Run) -> Numbers | None:
         return run.numbers(path)
 
-    panel = _curves(groups, title, y, numbers, log)
+    panel = curves(groups, title, y, numbers, log)
     if panel is not None and zero:
         panel.y_extra["rangemode"] = "tozero"
     return panel
 
 
-def _curves(
+def curves(
     groups: Sequence[Group], title: str, y: str, numbers: Callable[[Run], Numbers | None], log: bool = False,
     x: str = "layer", start: int = 0,
 ) -> Panel | None:  # fmt: skip
