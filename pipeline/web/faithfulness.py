@@ -13,12 +13,14 @@ TITLE = "Faithfulness"
 MASS = "faithfulness.decoder_mass"
 
 COMPARED = {
-    "replacement": "replacement",
-    "with_errors": "with errors",
-    "mediated": "mediated",
-    "mlps_frozen": "MLPs frozen",
+    "cosine": "replacement.cosine",
+    "cosine, with errors": "with_errors.cosine",
+    "cosine, mediated": "mediated.cosine",
+    "cosine, MLPs frozen": "mlps_frozen.cosine",
+    "slope": "replacement.slope",
+    "slope, with errors": "with_errors.slope",
 }
-"""How an effect in the replacement is compared with one in the model: docs/evaluation.md."""
+"""Headings -> numbers of faithfulness.interventions, which docs/evaluation.md defines."""
 
 SWAPPED = {
     "features": "country features",
@@ -41,10 +43,9 @@ def of_runs(measured: Sequence[Run]) -> list[dict[str, Any]]:
         ),
         tables.numbers(
             "Removing single features: effect in the replacement against that in the model",
-            [f"{part}, {said}" for part in ("cosine", "slope") for said in COMPARED.values()] + ["cosine by chance"],
+            [*COMPARED, "cosine by chance"],
             measured,
-            [f"faithfulness.interventions.{name}.{part}" for part in ("cosine", "slope") for name in COMPARED]
-            + ["faithfulness.interventions.replacement.shuffled"],
+            [f"faithfulness.interventions.{path}" for path in [*COMPARED.values(), "replacement.shuffled"]],
         ),
         *(
             tables.numbers(

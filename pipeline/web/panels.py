@@ -18,7 +18,7 @@ FONT = 'system-ui, -apple-system, "Segoe UI", sans-serif'
 DASHES = ["solid", "dash", "dot", "dashdot", "longdash"]
 GREY = "#888888"
 
-ROW_HEIGHT, ROW_GAP, TOP, BOTTOM = 250, 96, 44, 60
+ROW_HEIGHT, ROW_GAP, TOP, BOTTOM = 250, 96, 54, 60
 """Pixels. The gap holds an axis title and the title of the panel below."""
 
 LEGEND_ROW = 19

@@ -13,11 +13,11 @@ Numbers = list[float | None]
 FEW = 4
 
 CURVES = {
-    "only": "Only layer l replaced",
-    "up_to": "Layers up to l replaced",
-    "from": "Layers from l on replaced",
+    "only": "Only layer l",
+    "up_to": "Layers up to l",
+    "from": "Layers from l on",
 }
-BASES = {"live": "live features", "teacher_forced": "features of the original model"}
+BASES = {"live": "", "teacher_forced": ", teacher-forced"}
 
 SCALE = ["#0072B2", "#3F87A0", "#6E988C", "#99A675", "#BFA556", "#D59A2E", "#D55E00"]
 """More layers than the palette has colours, from first to last: blue to orange."""
@@ -40,16 +40,14 @@ def by_layer(groups: Sequence[Group]) -> Figure | None:
 def replacement(groups: Sequence[Group]) -> Figure | None:
     """KL with some of the layers replaced."""
     panels = []
-    for basis, of_what in BASES.items():
+    for basis, said in BASES.items():
         for part, title in CURVES.items():
 
             def kl(run: Run, basis: str = basis, part: str = part) -> Numbers | None:
                 entries = lookup(run.metrics, f"replacement_curves.{basis}.{part}")
                 return [lookup(entry, "kl") for entry in entries] if isinstance(entries, list) else None
 
-            panel = curves(
-                groups, f"{title}, {of_what}" if basis != "live" else title, "KL (nats a token)", kl, log=True
-            )
+            panel = curves(groups, title + said, "KL (nats a token)", kl, log=True)
             panels += [] if panel is None else [panel]
     return grid(panels, columns=3) if panels else None
 
