@@ -16,9 +16,11 @@ import torch
 
 import pipeline
 from pipeline.config import Request, compose, launch
+from pipeline.core.metrics import as_plain
 from pipeline.data.models import load
 from pipeline.data.options import ModelOptions
 from pipeline.errors import UserError
+from pipeline.interp import contexts
 from pipeline.stages import evaluate, extract, train
 
 SHORT = ["arch.d_features=33", "train.n_steps=20", "train.n_tokens=null", "train.batch_tokens=128", "log.every=5"]
@@ -70,6 +72,62 @@ def test_the_metrics_have_the_documented_keys_and_make_sense(work: Path) -> None
         1 - replacement["kl"] / replacement["kl_mean_ablation"]
     )
     assert metrics["exact"]["replacement"] is None, "BatchTopK looks at other tokens: it cannot run live"
+    assert "other tokens" in metrics["exact"]["no_replacement"]
+
+
+OF_A_RULE = {
+    *("l0", "dead_fraction", "fvu", "explained_variance", "explained_variance_centred", "cosine", "bias"),
+    *("relative_norm", "density_histogram", "dense_features", "replacement", "worst_contexts", "ci95"),
+}
+OF_A_RUN = {
+    *("schema", "n_tokens", "n_contexts", "split", "seconds", "decoder_norm_histogram", "threshold_histogram"),
+    *("replacement_curves", "faithfulness", "tasks", "world", "exact"),
+}
+
+
+def test_every_key_is_there_and_intervals_hold_what_they_are_of(work: Path) -> None:
+    metrics = json.loads(Path("runs/a/eval/metrics.json").read_text())
+    assert metrics.keys() == OF_A_RULE | OF_A_RUN
+    assert metrics["exact"].keys() == OF_A_RULE | {"no_replacement"}
+    assert (metrics["schema"], metrics["n_contexts"], metrics["tasks"], metrics["world"]) == (2, 20, None, None)
+    for rule in (metrics, metrics["exact"]):
+        for group, name in (("l0", "total"), ("fvu", "pooled"), ("cosine", "pooled"), ("relative_norm", "pooled")):
+            low, high = rule["ci95"][group][name]
+            assert low < rule[group][name] < high
+        assert "dead_fraction" not in rule["ci95"]
+        assert len(rule["ci95"]["l0"]["per_layer"]) == 3
+    for name in ("kl", "top1", "top5", "ce_original", "delta_ce", "kl_recovered_zero_ablation"):
+        low, high = metrics["ci95"]["replacement"][name]
+        assert low <= metrics["replacement"][name] <= high
+    assert len(metrics["replacement"]["kl_by_position"]) == len(metrics["ci95"]["replacement"]["kl_by_position"]) == 23
+    assert metrics["bias"]["pooled"] > 0
+    worst = metrics["worst_contexts"]
+    assert len(worst) == 10
+    assert [context["kl"] for context in worst] == sorted((context["kl"] for context in worst), reverse=True)
+    assert {len(context["tokens"]) for context in worst} == {len(context["kl_per_token"]) for context in worst} == {24}
+
+
+def test_the_sums_of_the_contexts_give_the_numbers(work: Path) -> None:
+    metrics = json.loads(Path("runs/a/eval/metrics.json").read_text())
+    measured = contexts.read(Path("runs/a/eval/contexts.npz"))
+    assert len(measured.context_hash) == len(set(measured.context_hash.tolist())) == 20
+    for rule, numbers in (("threshold", metrics), ("exact", metrics["exact"])):
+        found = as_plain(contexts.numbers(contexts.totals(measured.sums), rule))
+        assert found["fvu"] == numbers["fvu"]
+        assert found["l0"]["per_layer"] == numbers["l0"]["per_layer"]
+    found = as_plain(contexts.numbers(contexts.totals(measured.sums), "threshold"))["replacement"]
+    assert {key: metrics["replacement"][key] for key in found} == found
+
+
+def test_without_resamples_there_are_no_intervals(work: Path) -> None:
+    words = ["run=runs/a", "eval.bootstrap=0", "eval.n_contexts=2", "eval.curves=false", "eval.faithfulness=false"]
+    metrics = json.loads(evaluate.run(compose("eval", words)).read_text())
+    assert (
+        metrics["ci95"] is metrics["exact"]["ci95"] is metrics["faithfulness"] is metrics["replacement_curves"] is None
+    )
+    assert metrics["n_tokens"] == 2 * 23
+    with pytest.raises(UserError, match=r"eval.bootstrap=-1 is no number of resamples; give 2000"):
+        evaluate.run(compose("eval", ["run=runs/a", "eval.bootstrap=-1"]))
 
 
 def test_the_log_has_the_promised_keys_and_its_loss_is_the_sum_of_its_terms(work: Path) -> None:

@@ -104,8 +104,8 @@ class Divergence:
         return torch.cat(self._kl), torch.cat(self._scored)
 
     def sums(self) -> dict[str, Tensor]:
-        """Of each context [C]: n_tokens, n_next, kl_sum, top1_sum, top5_sum, ce_original_sum, ce_replaced_sum; [C, T - 1]
-        for positions 1 and later: kl_position (the KL itself) and n_position (1 where it is scored)."""
+        """Of each context [C]: n_tokens, n_next, kl_sum, top1_sum, top5_sum, ce_original_sum, ce_replaced_sum; and for
+        positions 1 and later [C, T - 1]: kl_position (the KL itself) and n_position (1 where it is scored)."""
         kl, scored = self.per_token()
         positions = {"kl_position": kl[:, 1:], "n_position": scored[:, 1:].double()}
         return {name: torch.cat(parts) for name, parts in self._sums.items()} | positions
@@ -127,7 +127,7 @@ class Divergence:
 
     @property
     def kl_median(self) -> float:
-        """The mean of the middle two, where their number is even. It has no interval, as percentiles of L0 have none."""
+        """The mean of the middle two, where their number is even. Like percentiles of L0, it has no interval."""
         kl, scored = self.per_token()
         ordered = kl[scored].sort().values
         return float((ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2)
@@ -154,8 +154,8 @@ class Divergence:
 
 
 def replacement_numbers(sums: Sums, ablated: dict[str, Sums]) -> Tree:
-    """Every number of a replacement that is a ratio of sums, from those of `Divergence.sums` and the baselines' (the key
-    `zero_ablation` gives kl_zero_ablation). Leaves have the leading axes of the sums; NaN where a denominator is 0."""
+    """Every number of a replacement that is a ratio of sums, from those of `Divergence.sums` and of the baselines (the
+    key `zero_ablation` gives kl_zero_ablation). Leaves have the sums' leading axes; NaN where a denominator is 0."""
     own = _means(sums)
     numbers: Tree = {name: own[name] for name in ("kl", "top1", "top5", "ce_original", "ce_replaced", "delta_ce")}
     numbers["kl_by_position"] = ratios(sums["kl_position"], sums["n_position"])

@@ -113,8 +113,8 @@ def paired(first: Contexts, second: Contexts, rule: str = "threshold", resamples
     here, there = _shared(first.context_hash, second.context_hash)
     if len(here) < 2:
         raise UserError(
-            f"the evaluations share {len(here)} contexts, and a paired comparison needs 2; measure both runs on the same "
-            "text"
+            f"the evaluations share {len(here)} contexts, and a paired comparison needs 2; "
+            "measure both runs on the same text"
         )
     if rule not in first.sums or rule not in second.sums:
         raise UserError(f"only one of the runs was measured under the rule {rule}; compare rule=threshold")

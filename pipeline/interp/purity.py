@@ -2,10 +2,14 @@
 
     share_i(c) = activation of feature i on tokens that name country c / its activation on all tokens
 
-For each country one feature is chosen on one half of the text: the highest share among the features that are active on
-at least half of the tokens that name c. Its share on the other half is what counts, since the best of many shares is
-too high on the text that it was the best on. A country for which no feature can be chosen counts as 0, as does a feature
-that never fires on the other half.
+For each country one feature is chosen on one half of the text: the highest share among the features that are active
+on at least half of the tokens that name c. Its share on the other half is what counts, since the best of many shares
+is too high on the text that it was the best on. A country for which no feature can be chosen counts as 0, as does a
+feature that never fires on the other half.
+
+    mean       of the shares over all countries
+    pure       countries whose feature has a share of at least 0.8
+    active_on  mean over countries of the part of the tokens that name c on which its feature is active
 """
 
 from typing import Any

@@ -8,7 +8,6 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +28,7 @@ from pipeline.files import write_aside
 from pipeline.interp import contexts, curves, evaluation, faithfulness, opening, replacement, world_truth
 from pipeline.interp.contexts import Contexts
 from pipeline.interp.evaluation import HeldOut
+from pipeline.stages.evaluate_table import table
 from pipeline.stages.options import Documents, EvalConfig
 from pipeline.train import artifact, inputs
 from pipeline.train import run as runs
@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 SCHEMA = 2
 """Of metrics.json."""
 
+OTHER_TOKENS = "this rule looks at other tokens of a batch, so it cannot run live"
+"""Why there is no replacement under a BatchTopK rule."""
+
 
 def run(cfg: EvalConfig) -> Path:
     """Measure a finished run; print a table and write metrics.json. -> its path"""
@@ -47,6 +50,10 @@ def run(cfg: EvalConfig) -> Path:
     if cfg.eval.curve_contexts < 1:
         fix = "give 1 or more, or leave the curves out with eval.curves=false"
         raise UserError(f"eval.curve_contexts={cfg.eval.curve_contexts} measures nothing; {fix}")
+    if cfg.eval.bootstrap < 0:
+        raise UserError(
+            f"eval.bootstrap={cfg.eval.bootstrap} is no number of resamples; give 2000, or 0 for no intervals"
+        )
     directory = runs.chosen(cfg.run)
     trained = artifact.read(directory)
     cached = _cached(cfg, trained) if cfg.dataset is None else None
@@ -62,7 +69,7 @@ def run(cfg: EvalConfig) -> Path:
     file = _write(directory, metrics, by_context, cfg)
     for line in table(metrics):
         logger.info(line)
-    logger.info("%s\nnext: clt train with other settings, or in Python: pipeline.load(%r)", file, str(directory))
+    logger.info('%s\nnext: clt report %s, or clt generate run=%s prompt="..."', file, directory, directory)
     return file
 
 
@@ -93,8 +100,8 @@ def _measure(
         by_rule[rule] = evaluation.rule_metrics(fit, own, basis, numbers, intervals)
         worst = None if own is None else evaluation.worst_contexts(own, held_out.contexts, lm.tokenizer)
         by_rule[rule]["worst_contexts"] = worst
-    if basis is None:
-        by_rule["threshold"]["no_replacement"] = replacement.no_basis(transcoder.options)
+        if own is None:
+            by_rule[rule]["no_replacement"] = OTHER_TOKENS if basis else replacement.no_basis(transcoder.options)
     more, ci95 = _more(cfg, trained, lm, held_out, replaced)
     metrics = {**by_rule["threshold"], **_weights(transcoder), **more, "exact": by_rule.get("exact")}
     if ci95:
@@ -182,51 +189,3 @@ def _write(directory: Path, metrics: Tree, by_context: Contexts, cfg: EvalConfig
     file = place / f"metrics{suffix}.json"
     write_aside(file, (json.dumps(metrics, indent=2) + "\n").encode())
     return file
-
-
-def table(metrics: dict[str, Any]) -> list[str]:
-    """The headline numbers as lines of text."""
-    replaced, exact = metrics["replacement"] or {}, metrics["exact"] or {}
-    exactly = exact.get("replacement") or {}
-    rows: list[tuple[str, float | None, float | None]] = [
-        ("L0, all layers", metrics["l0"]["total"], exact.get("l0", {}).get("total")),
-        ("dead features", metrics["dead_fraction"]["total"], exact.get("dead_fraction", {}).get("total")),
-        ("explained variance", _pooled(metrics), _pooled(exact) if exact else None),
-    ]
-    if replaced:
-        rows += [
-            ("KL, nats per token", replaced["kl"], exactly.get("kl")),
-            ("top-1 agreement", replaced["top1"], exactly.get("top1")),
-            ("delta CE, nats", replaced["delta_ce"], exactly.get("delta_ce")),
-            ("KL of zero ablation", replaced["kl_zero_ablation"], None),
-            ("KL of mean ablation", replaced["kl_mean_ablation"], None),
-        ]
-    if replaced and metrics["tasks"]:
-        mean = metrics["tasks"]["mean"]
-        rows += [
-            ("task accuracy", mean["threshold"], mean.get("exact")),
-            ("  of the model itself", mean["original"], None),
-        ]
-    lines = [f"{metrics['n_tokens']:,} tokens, split {metrics['split']}"]
-    lines.append(f"{'':24}{'thresholds':>12}" + (f"{'exact rule':>12}" if exact else ""))
-    for label, value, other in rows:
-        lines.append(f"{label:24}{_shown(value):>12}" + (f"{_shown(other):>12}" if exact else ""))
-    if not replaced:
-        lines.append(f"no replacement: {metrics['no_replacement']}")
-    if "note" in replaced:
-        lines.append(f"replacement is {replaced['basis']}: {replaced['note']}")
-    explained, l0 = metrics["explained_variance"]["per_layer"], metrics["l0"]["per_layer"]
-    if len(l0) == len(explained):
-        by_layer = [f"{fires:.1f} / {_shown(ev)}" for fires, ev in zip(l0, explained, strict=True)]
-        lines.append("by layer, L0 / explained variance: " + ", ".join(by_layer))
-    else:  # one feature space over all layers
-        lines.append("by layer, explained variance: " + ", ".join(map(_shown, explained)))
-    return lines
-
-
-def _pooled(metrics: dict[str, Any]) -> float | None:
-    return metrics["explained_variance"]["pooled"]
-
-
-def _shown(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"

@@ -15,6 +15,7 @@ from pipeline.arch.options import ArchOptions, Site, Target, Tie
 from pipeline.core import activations
 from pipeline.core.activations import Activation, FixedThreshold
 from pipeline.core.options import ActivationOptions
+from pipeline.core.sparse import Sparse
 from pipeline.data import models
 from pipeline.data.models import LanguageModel
 from pipeline.data.options import ModelOptions
@@ -238,3 +239,39 @@ def test_what_does_not_reconstruct_mlp_outputs_replaces_nothing(
 def test_an_acausal_architecture_cannot_run_live(lm: LanguageModel) -> None:
     with pytest.raises(UserError, match=r"arch=crosscoder reads all layers at once.*;"):
         ReplacementModel(lm, random("crosscoder"), Site.mlp_in)
+
+
+@pytest.mark.parametrize("keep_error", [False, True])
+@pytest.mark.parametrize("name", ["clt", "per_layer", "tied"])
+def test_a_prompt_gives_features_reconstructions_and_errors(lm: LanguageModel, name: str, keep_error: bool) -> None:
+    """With error terms the live stream is the original's, so that everything is known from its activations."""
+    model = random(name, 0.2)
+    found = ReplacementModel(lm, model, Site.mlp_in).run(tokens(2, 5), keep_error=keep_error)
+    resid_mid, mlp_out = lm.collect(tokens(2, 5))
+    at_original = model(lm.mlp_norm()(resid_mid.flatten(0, 1)))
+    features = at_original.features.dense() if isinstance(at_original.features, Sparse) else at_original.features
+    features, y_hat = features.unflatten(0, (2, 5)).clone(), at_original.y_hat.unflatten(0, (2, 5)).clone()
+    features[:, 0], y_hat[:, 0] = 0, mlp_out[:, 0]
+    torch.testing.assert_close(found.original_logits, lm.logits(tokens(2, 5)))
+    torch.testing.assert_close(found.mlp_out, mlp_out)
+    torch.testing.assert_close(found.error, mlp_out - y_hat, atol=1e-5, rtol=1e-4)
+    assert torch.equal(found.tokens, tokens(2, 5))
+    assert found.dense().shape == (2, 5, L, model.d_features)
+    assert not found.dense()[:, 0].any()
+    assert found.dense()[:, 1:].any()
+    assert torch.allclose(found.dense(), features, atol=1e-5) == keep_error
+    assert torch.allclose(found.y_hat, y_hat, atol=1e-5) == keep_error
+    assert torch.allclose(found.logits, found.original_logits, atol=1e-5) == keep_error
+    decoded = model.decode(found.features, torch.zeros(10, L, D)).unflatten(0, (2, 5))
+    torch.testing.assert_close(decoded[:, 1:], found.y_hat[:, 1:], atol=1e-5, rtol=1e-4)
+
+
+def test_prompts_are_texts_or_ids(lm: LanguageModel) -> None:
+    model = ReplacementModel(lm, random_clt(), Site.mlp_in)
+    assert (
+        model.tokens("ab").tolist() == model.tokens(["ab"]).tolist() == model.tokens([1, 3, 4]).tolist() == [[1, 3, 4]]
+    )
+    assert model.tokens(["ab", "ba"]).tolist() == [[1, 3, 4], [1, 4, 3]]
+    assert model.tokens(torch.tensor([5, 6])).tolist() == [[5, 6]]
+    whole = model.run(["ab", "ba"])
+    torch.testing.assert_close(model.run("ba").logits[0], whole.logits[1], atol=1e-5, rtol=1e-5)
