@@ -21,7 +21,7 @@ GREY = "#888888"
 ROW_HEIGHT, ROW_GAP, TOP, BOTTOM = 250, 96, 54, 60
 """Pixels. The gap holds an axis title and the title of the panel below."""
 
-LEGEND_ROW = 19
+LEGEND_ROW = 20
 """Pixels of a name in the legend; a figure is at least as high as its legend."""
 
 COLUMN_GAP = 0.075
@@ -46,7 +46,7 @@ def grid(panels: Sequence[Panel], columns: int, row_height: int = ROW_HEIGHT, le
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     listed_names = {trace["legendgroup"] for panel in panels for trace in panel.traces if trace.get("legendgroup")}
-    row_height = max(row_height, (LEGEND_ROW * len(listed_names) - (rows - 1) * ROW_GAP) // rows)
+    row_height = max(row_height, (LEGEND_ROW * (len(listed_names) + 1) - (rows - 1) * ROW_GAP) // rows)
     height = rows * row_height + (rows - 1) * ROW_GAP
     wide = (1 - left - COLUMN_GAP * (columns - 1)) / columns
     layout: dict[str, Any] = {
