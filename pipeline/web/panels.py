@@ -125,7 +125,7 @@ def _log_ticks(traces: Sequence[Trace], direction: str) -> dict[str, Any]:
     """Ticks in plain numbers; Plotly's own are 2, 5 and powers of ten in two sizes."""
     values = [value for trace in traces for value in trace[direction] if value is not None and value > 0]
     low, high = (min(values), max(values)) if values else (1.0, 10.0)
-    steps = [1, 2, 5] if high / low > 4 else [1, 1.5, 2, 3, 4, 5, 7]
+    steps = [1, 2, 5] if high / low > 4 or direction == "x" else [1, 1.5, 2, 3, 4, 5, 7]
     ticks = [step * 10.0**power for power in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
              for step in steps]  # fmt: skip
     ticks = [tick for tick in ticks if low / 3 <= tick <= high * 3]
