@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 SLOW := slow and not gpu and not net and not interop
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo seeds test test-slow test-all lint format eval clean
+.PHONY: help install demo seeds test test-slow test-all lint format eval report clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ format: $(STAMP) ## mend what can be mended by machine
 
 eval: $(STAMP) ## measure the newest run, or RUN=runs/NAME
 	$(BIN)/clt eval $${RUN:+"run=$$RUN"}
+
+report: $(STAMP) ## the page about the newest run, or RUN=runs/NAME or a sweep's directory
+	$(BIN)/clt report $${RUN:+"$$RUN"}
 
 clean: ## remove what the tools leave; never cache/, runs/ or models/
 	rm -rf build dist ./*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -35,7 +35,8 @@ class Column:
     log: bool = False
     """Plotted on a logarithmic axis."""
 
-    percent: bool = False
+    count: bool = False
+    """A whole number."""
 
     @property
     def exact_path(self) -> str:
@@ -120,7 +121,7 @@ COLUMNS = [
     Column("relative_norm", "norm ratio", "relative_norm.pooled", 0, "mean |y_hat| over mean |y|", "", "mlp_out",
            shown=False),
     Column("dense", "dense", "dense_features.total", 0, "features that fire on more than a tenth of the tokens",
-           "features", shown=False),
+           "features", shown=False, count=True),
 ]  # fmt: skip
 """In the order of the table."""
 
@@ -132,9 +133,9 @@ def shown(value: float | None, like: float | None = None) -> str:
         return ""
     size = abs(value if like is None else like)
     size = 1 - size if 0.99 < size < 1 else size
-    digits = 4 if size == 0 else min(6, max(0, 2 - math.floor(math.log10(size))))
+    digits = 0 if size == 0 else min(6, max(0, 2 - math.floor(math.log10(size))))
     text = f"{value:,.{digits}f}"
-    return text.removeprefix("-") if float(text.replace(",", "")) == 0 else text
+    return text.removeprefix("-") if float(text.replace(",", "")) == 0 else text.replace("-", "−")
 
 
 def shown_interval(bounds: Interval | None, like: float | None) -> str:

@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.web.columns import Column, Interval
 from pipeline.web.runs import Run, lookup
+
+if TYPE_CHECKING:
+    from pipeline.interp.contexts import Contexts
 
 FILE = "contexts.npz"
 
@@ -54,20 +58,33 @@ class Pairs:
 def _draw(run: Run, baseline: Run, resamples: int) -> dict[str, Any] | str:
     if not resamples:
         return "no intervals were asked for (report.resamples=0)"
-    files = [side.directory / "eval" / FILE for side in (baseline, run)]
-    for side, file in zip((baseline, run), files, strict=True):
-        if not file.is_file():
+    for side in (baseline, run):
+        if not _file(side).is_file():
             return f"{side.name} has no {FILE}; run clt eval"
     # Not above: it needs torch, which takes longer to import than the page of one run to make.
     from pipeline.interp import contexts
 
-    first, second = (contexts.read(file) for file in files)
+    first, second = (_compared(contexts.read(_file(side))) for side in (baseline, run))
     if sorted(first.context_hash.tolist()) != sorted(second.context_hash.tolist()):
         return f"measured on other contexts than {baseline.name}"
     try:
         return contexts.paired(first, second, resamples=resamples)
     except UserError as error:
         return str(error)
+
+
+def _file(run: Run) -> Path:
+    return run.directory / "eval" / FILE
+
+
+def _compared(read: "Contexts") -> "Contexts":
+    """Without what the page does not compare and what takes most of the time: rule of training, single positions."""
+    sums = {
+        rule: {name: values[:, :1] if name.endswith("_position") else values for name, values in own.items()}
+        for rule, own in read.sums.items()
+        if rule != "exact"
+    }
+    return read._replace(sums=sums)
 
 
 def _difference(found: dict[str, Any], path: str) -> Difference | None:

@@ -18,10 +18,10 @@ FONT = 'system-ui, -apple-system, "Segoe UI", sans-serif'
 DASHES = ["solid", "dash", "dot", "dashdot", "longdash"]
 GREY = "#888888"
 
-ROW_HEIGHT, ROW_GAP, TOP, BOTTOM = 250, 96, 44, 60
+ROW_HEIGHT, ROW_GAP, TOP, BOTTOM = 250, 96, 54, 60
 """Pixels. The gap holds an axis title and the title of the panel below."""
 
-LEGEND_ROW = 19
+LEGEND_ROW = 20
 """Pixels of a name in the legend; a figure is at least as high as its legend."""
 
 COLUMN_GAP = 0.075
@@ -46,7 +46,7 @@ def grid(panels: Sequence[Panel], columns: int, row_height: int = ROW_HEIGHT, le
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     listed_names = {trace["legendgroup"] for panel in panels for trace in panel.traces if trace.get("legendgroup")}
-    row_height = max(row_height, (LEGEND_ROW * len(listed_names) - (rows - 1) * ROW_GAP) // rows)
+    row_height = max(row_height, (LEGEND_ROW * (len(listed_names) + 1) - (rows - 1) * ROW_GAP) // rows)
     height = rows * row_height + (rows - 1) * ROW_GAP
     wide = (1 - left - COLUMN_GAP * (columns - 1)) / columns
     layout: dict[str, Any] = {
@@ -125,7 +125,7 @@ def _log_ticks(traces: Sequence[Trace], direction: str) -> dict[str, Any]:
     """Ticks in plain numbers; Plotly's own are 2, 5 and powers of ten in two sizes."""
     values = [value for trace in traces for value in trace[direction] if value is not None and value > 0]
     low, high = (min(values), max(values)) if values else (1.0, 10.0)
-    steps = [1, 2, 5] if high / low > 4 else [1, 1.5, 2, 3, 4, 5, 7]
+    steps = [1, 2, 5] if high / low > 4 or direction == "x" else [1, 1.5, 2, 3, 4, 5, 7]
     ticks = [step * 10.0**power for power in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
              for step in steps]  # fmt: skip
     ticks = [tick for tick in ticks if low / 3 <= tick <= high * 3]

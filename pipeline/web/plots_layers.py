@@ -13,11 +13,11 @@ Numbers = list[float | None]
 FEW = 4
 
 CURVES = {
-    "only": "Only layer l replaced",
-    "up_to": "Layers up to l replaced",
-    "from": "Layers from l on replaced",
+    "only": "Only layer l",
+    "up_to": "Layers up to l",
+    "from": "Layers from l on",
 }
-BASES = {"live": "live features", "teacher_forced": "features of the original model"}
+BASES = {"live": "", "teacher_forced": ", teacher-forced"}
 
 SCALE = ["#0072B2", "#3F87A0", "#6E988C", "#99A675", "#BFA556", "#D59A2E", "#D55E00"]
 """More layers than the palette has colours, from first to last: blue to orange."""
@@ -40,16 +40,14 @@ def by_layer(groups: Sequence[Group]) -> Figure | None:
 def replacement(groups: Sequence[Group]) -> Figure | None:
     """KL with some of the layers replaced."""
     panels = []
-    for basis, of_what in BASES.items():
+    for basis, said in BASES.items():
         for part, title in CURVES.items():
 
             def kl(run: Run, basis: str = basis, part: str = part) -> Numbers | None:
                 entries = lookup(run.metrics, f"replacement_curves.{basis}.{part}")
                 return [lookup(entry, "kl") for entry in entries] if isinstance(entries, list) else None
 
-            panel = _curves(
-                groups, f"{title}, {of_what}" if basis != "live" else title, "KL (nats a token)", kl, log=True
-            )
+            panel = curves(groups, title + said, "KL (nats a token)", kl, log=True)
             panels += [] if panel is None else [panel]
     return grid(panels, columns=3) if panels else None
 
@@ -60,7 +58,7 @@ def by_position(groups: Sequence[Group]) -> Figure | None:
     def kl(run: Run) -> Numbers | None:
         return run.numbers("replacement.kl_by_position")
 
-    panel = _curves(groups, "KL by position", "KL (nats a token)", kl, log=True, x="position in the context", start=1)
+    panel = curves(groups, "KL by position", "KL (nats a token)", kl, log=True, x="position in the context", start=1)
     return None if panel is None else grid([panel], columns=1, row_height=290)
 
 
@@ -116,13 +114,13 @@ def _per_layer(
     def numbers(run: Run) -> Numbers | None:
         return run.numbers(path)
 
-    panel = _curves(groups, title, y, numbers, log)
+    panel = curves(groups, title, y, numbers, log)
     if panel is not None and zero:
         panel.y_extra["rangemode"] = "tozero"
     return panel
 
 
-def _curves(
+def curves(
     groups: Sequence[Group], title: str, y: str, numbers: Callable[[Run], Numbers | None], log: bool = False,
     x: str = "layer", start: int = 0,
 ) -> Panel | None:  # fmt: skip

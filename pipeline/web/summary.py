@@ -141,9 +141,10 @@ def _verdict(ordered: Sequence[Group], column: Column, drawn: Pairs) -> str:
         apart = max(ours) < min(theirs) if column.better < 0 else min(ours) > max(theirs)
         return f"{ahead}, with every seed" if apart else f"{ahead}, less than seeds differ: a draw"
     found = drawn.differences(best.first, other.first, [column])
-    if not isinstance(found, str) and len(ours) == len(theirs) == 1:
-        counts = "more than the choice of contexts explains" if found[column.key].counts else "within chance: a draw"
-        return f"{ahead}, {counts} (one seed)"
+    if not isinstance(found, str):
+        sure = found[column.key].counts and found[column.key].value * column.better > 0
+        seeds = "one seed" if len(ours) == len(theirs) == 1 else "first seeds"
+        return f"{ahead}, {'more than the choice of contexts explains' if sure else 'within chance: a draw'} ({seeds})"
     return f"{ahead}, one seed, no interval"
 
 

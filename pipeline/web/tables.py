@@ -10,6 +10,9 @@ from pipeline.web.names import listed
 from pipeline.web.paired import Difference, Pairs
 from pipeline.web.runs import Run, lookup
 
+COUNTS = {"world.purity.pure"}
+"""Whole numbers among the other ones."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -128,7 +131,7 @@ def cost(runs: Sequence[Run]) -> dict[str, Any]:
             max(memory, default=None),
             run.number("seconds"),
         ]
-        cells = [Cell(value, "" if value is None else f"{value:,.0f}") for value in values]
+        cells = [Cell(value, _whole(value)) for value in values]
         rows.append(Row(run.name, cells, state=run.state))
     kept = [at for at in range(len(heads)) if any(row.cells[at].value is not None for row in rows)]
     for row in rows:
@@ -146,19 +149,24 @@ def numbers(title: str, heads: Sequence[str], runs: Sequence[Run], paths: Sequen
             interval: Interval | None = None
             if bounds and len(bounds) == 2 and bounds[0] is not None and bounds[1] is not None:
                 interval = bounds[0], bounds[1]
-            cells.append(Cell(value, shown(value), shown_interval(interval, value)))
+            said = _whole(value) if path in COUNTS else shown(value)
+            cells.append(Cell(value, said, shown_interval(interval, value)))
         if any(cell.value is not None for cell in cells):
             rows.append(Row(run.name, cells))
     return {"title": title, "heads": list(heads), "rows": rows} if rows else None
+
+
+def _whole(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
 
 
 def _cell(run: Run, column: Column, best: float | None) -> Cell:
     value, exact = column.value(run), column.value_exact(run)
     return Cell(
         value,
-        shown(value),
+        _whole(value) if column.count else shown(value),
         shown_interval(column.interval(run), value),
-        shown(exact),
+        _whole(exact) if column.count else shown(exact),
         shown_interval(column.interval_exact(run), exact),
         _is(value, best, run, column),
         value is not None and not column.compares(run),

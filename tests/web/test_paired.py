@@ -93,3 +93,12 @@ def test_without_resamples_no_difference_is_drawn(tmp_path: Path) -> None:
     page = Page(report.build(runs, tmp_path / "report.html", resamples=0).read_text())
     assert "paired" not in page.ids
     assert "one seed, no interval" in page.text
+
+
+@pytest.mark.usefixtures("numbers")
+def test_a_recipe_with_seeds_and_one_without_are_compared_by_their_first_runs(tmp_path: Path) -> None:
+    runs = [evaluated(tmp_path / "good-0", 1.0, 0.1), evaluated(tmp_path / "bad-0", 1.1, 0.2)]
+    runs.append(make_run(tmp_path / "good-1", {"optim": {"lr": 0.1}, "train": {"seed": 1}}, measured(1.01)))
+    [best] = Page(report.build(runs, tmp_path / "report.html").read_text()).table("L0")[1:]
+    assert best[1][0].startswith("good 0.0314")
+    assert best[1][0].endswith("more than the choice of contexts explains (first seeds)")
