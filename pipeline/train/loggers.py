@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 NOTE = "live.json"
 
-INIT_SECONDS, FINISH_SECONDS = 60.0, 60.0
+INIT_SECONDS, FINISH_SECONDS = 30.0, 60.0
 """How long W&B may take to begin, and to send the rest at the end."""
 
 WANDB_ONLY = ("project", "entity", "group", "tags", "mode")
@@ -59,12 +59,19 @@ def check(options: LogOptions) -> None:
     if found is None or found.origin is None:
         raise UserError(f"log={options.name} needs {options.name}; run: pip install {options.name}")
     if options.name is Logger.wandb and _mode(options) == "online":
-        import wandb
+        _check_login()
 
-        if not wandb.login(prompt=False):
-            raise UserError(
-                "log=wandb: nobody is logged in at W&B; run: wandb login, or add log.mode=offline and send it later"
-            )
+
+def _check_login() -> None:
+    """Whether there is a key; whether it is the right one shows when the run begins, since that takes the network."""
+    import wandb
+
+    fix = "run: wandb login, or add log.mode=offline and send it later"
+    try:
+        if not wandb.login(prompt=False, verify=False):
+            raise UserError(f"log=wandb: nobody is logged in at W&B; {fix}")
+    except wandb.errors.AuthenticationError as error:
+        raise UserError(f"log=wandb: {_line(error)}; {fix}") from error
 
 
 @contextmanager
@@ -146,14 +153,16 @@ class Note:
     def step(self, step: int) -> None:
         self._write(step=step)
 
-    def id(self, name: str) -> str:
-        """Of the run at W&B, made when it is first asked for: the run's name, and what tells it from an earlier run of
-        that name."""
-        known: str | None = self._read().get("id")
-        if known is None:
-            known = f"{re.sub(r'[^0-9A-Za-z]+', '-', name)[:50]}-{secrets.token_hex(4)}"
-            self._write(id=known)
-        return known
+    @property
+    def id(self) -> str | None:
+        """Of the run at W&B."""
+        return self._read().get("id")
+
+    def new_id(self, name: str) -> str:
+        """Of the run's name, and what tells it from other runs of that name."""
+        made = f"{re.sub(r'[^0-9A-Za-z]+', '-', name)[:50]}-{secrets.token_hex(4)}"
+        self._write(id=made)
+        return made
 
     def _read(self) -> dict[str, Any]:
         return self._all().get(self._name, {})
@@ -210,6 +219,7 @@ class Wandb:
 
     def __init__(self, options: LogOptions, directory: Path, name: str, config: dict[str, Any]) -> None:
         self._options, self._directory, self._name, self._config = options, directory, name, config
+        self._note = Note(directory, Logger.wandb)
 
     def begin(self, before: int, done: int) -> int:
         import wandb
@@ -222,11 +232,13 @@ class Wandb:
                 f"log=wandb: {_line(error)}; run: wandb login --relogin, or add log.mode=offline"
             ) from error
         except wandb.errors.CommError as error:
-            logger.warning("log=wandb: W&B cannot be reached, so this goes on offline (%s)", _line(error))
-            mode = "offline"
+            logger.warning("log=wandb: W&B cannot be reached, so this goes on offline: %s", _line(error))
+            # The id that was asked for is taken now, in this process: another run, with all lines from the first on.
+            self._note.new_id(self._name)
+            mode, before = "offline", -1
             self._run = self._init(mode)
         except wandb.Error as error:
-            raise UserError(f"log=wandb: {_line(error)}; mend that, or leave log=wandb out") from error
+            raise UserError(f"log=wandb: {_line(error)}; mend that, or add log.mode=offline") from error
         if mode == "online":
             logger.info("wandb: %s", self._run.url)
             # What it holds, W&B knows better than the note of a process that may have been killed.
@@ -248,7 +260,7 @@ class Wandb:
             group=options.group or (os.path.dirname(self._name) or None),
             tags=options.tags or None,
             name=self._name,
-            id=Note(self._directory, Logger.wandb).id(self._name),
+            id=self._note.id or self._note.new_id(self._name),
             resume="allow",
             mode=mode,
             dir=self._directory,

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 SHORT = ["arch.d_features=33", "train.n_tokens=null", "train.batch_tokens=128", "log.every=3", "train.dead_window=256"]
+SHORT += ["log.report=false"]
 
 
 def killed(how: str, number: int, words: list[str]) -> list[str]:

@@ -21,7 +21,7 @@ from pipeline.train import run as runs
 from pipeline.train.loop import Trainer
 
 SHORT = ["arch.d_features=33", "train.n_steps=20", "train.n_tokens=null", "train.batch_tokens=128", "log.every=3"]
-SHORT += ["train.checkpoint_every=640"]
+SHORT += ["train.checkpoint_every=640", "log.report=false"]
 TOPK = ["+experiment=topk", "activation.k=4", *SHORT]
 
 

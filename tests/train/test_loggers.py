@@ -174,7 +174,7 @@ def test_wandb_offline_holds_every_line_once_over_two_processes(
     (first, before), (second, after) = when_written(tmp_path)
     assert before == {step: numbers(step) for step in range(1, 6)}
     assert after == {step: numbers(step) for step in range(6, 8)}
-    assert first.run_id == second.run_id == Note(tmp_path, "wandb").id("sweep/3")
+    assert first.run_id == second.run_id == Note(tmp_path, "wandb").id
     assert first.run_id.startswith("sweep-3-")
     assert (first.project, first.display_name, first.run_group, list(first.tags)) == ("clt", "sweep/3", "sweep", ["a"])
     config = {item.key: json.loads(item.value_json) for item in first.config.update}
@@ -201,24 +201,31 @@ class FakeWandb:
         self.errors = self
         self.runs: dict[str, dict[int, Line]] = {}
         self.inits: list[Line] = []
-        self.unreachable = self.wrong_key = self.service_died = self.slow = False
+        self.failed_ids: set[str] = set()
+        self.unreachable = self.wrong_key = self.no_project = self.service_died = self.slow = False
         self.logged_in = True
         self.ended: list[int] = []
 
     def Settings(self, **settings: Any) -> Line:
         return settings
 
-    def login(self, prompt: bool) -> bool:
-        assert not prompt
+    def login(self, prompt: bool, verify: bool) -> bool:
+        assert not prompt, "nothing waits for a terminal"
+        assert not verify, "nothing waits for the network"
         return self.logged_in
 
     def init(self, **asked: Any) -> "FakeRun":
         self.inits.append(asked)
-        if asked["mode"] == "online" and self.wrong_key:
-            raise self.AuthenticationError("401 user is not\n logged in")
-        if asked["mode"] == "online" and self.unreachable:
-            raise self.CommError("Run initialization has timed out")
-        return FakeRun(self, asked)
+        assert asked["id"] not in self.failed_ids, "the id is in use"
+        if asked["mode"] == "online":
+            error = self.AuthenticationError("401: a wrong\n key") if self.wrong_key else None
+            error = self.CommError("Run initialization\n has timed out") if self.unreachable else error
+            error = self.Error("no such project") if self.no_project else error
+            if error is not None:
+                self.failed_ids.add(asked["id"])
+                raise error
+        self.last = FakeRun(self, asked)
+        return self.last
 
 
 class FakeRun:
@@ -286,11 +293,17 @@ def test_where_wandb_cannot_be_reached_the_run_goes_on_offline_and_says_so(
     tmp_path: Path, wandb: FakeWandb, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="pipeline")
-    wandb.unreachable = True
     run(tmp_path, ONLINE, range(1, 3))
-    assert [asked["mode"] for asked in wandb.inits] == ["online", "offline"]
-    assert "goes on offline (Run initialization has timed out)" in caplog.text
+    wandb.unreachable = True
+    run(tmp_path, ONLINE, range(3, 4), checkpoint=2)
+    assert [asked["mode"] for asked in wandb.inits] == ["online", "online", "offline"]
+    assert "cannot be reached, so this goes on offline: Run initialization has timed out" in caplog.text
     assert f"wandb sync {tmp_path}/wandb/run-1" in caplog.text
+    assert sorted(wandb.last.lines) == [1, 2, 3], "another run, and all of it"
+    wandb.unreachable = False
+    run(tmp_path, ONLINE, range(4, 5), checkpoint=3)
+    assert wandb.inits[3]["id"] == wandb.inits[2]["id"]
+    assert sorted(wandb.last.lines) == [1, 2, 3, 4]
 
 
 def test_a_failure_in_the_middle_is_said_once_and_stops_nothing(
@@ -317,9 +330,16 @@ def test_what_is_not_sent_at_the_end_is_said_with_the_command_that_sends_it(
     assert f"not everything was sent; the rest is kept: wandb sync {tmp_path}/wandb/run-1" in caplog.text
 
 
-def test_a_wrong_key_is_the_users_to_mend(tmp_path: Path, wandb: FakeWandb) -> None:
-    wandb.wrong_key = True
-    with pytest.raises(UserError, match=r"401 user is not logged in; run: wandb login --relogin"):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("wrong_key", r"log=wandb: 401: a wrong key; run: wandb login --relogin"),
+        ("no_project", r"log=wandb: no such project; mend that, or add log\.mode=offline"),
+    ],
+)
+def test_what_wandb_refuses_is_the_users_to_mend(tmp_path: Path, wandb: FakeWandb, wrong: str, message: str) -> None:
+    setattr(wandb, wrong, True)
+    with pytest.raises(UserError, match=message):
         run(tmp_path, ONLINE, range(1, 3))
 
 
