@@ -47,6 +47,7 @@ from pipeline.stages.options import (
     BenchCacheConfig,
     BenchCodecConfig,
     BenchExtractConfig,
+    BenchShareConfig,
     BenchTrainConfig,
     CompareConfig,
     ConvertConfig,
@@ -69,6 +70,7 @@ Config = (
     | BenchExtractConfig
     | BenchCacheConfig
     | BenchCodecConfig
+    | BenchShareConfig
     | BenchTrainConfig
 )
 
@@ -90,6 +92,7 @@ STAGES = {
     "bench_extract": Stage(BenchExtractConfig, "pipeline.stages.bench_extract"),
     "bench_cache": Stage(BenchCacheConfig, "pipeline.stages.bench_cache"),
     "bench_codec": Stage(BenchCodecConfig, "pipeline.stages.bench_codec"),
+    "bench_share": Stage(BenchShareConfig, "pipeline.stages.bench_share"),
     "bench_train": Stage(BenchTrainConfig, "pipeline.stages.bench_train"),
 }
 
