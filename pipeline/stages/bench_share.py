@@ -16,6 +16,10 @@ The variants take turns, in another order each round; a ratio is the median of t
 long a step takes beside the reading of its batch: with r seconds for a batch to be read and c for a run's step, K runs
 take about K max(r, c) a batch, and sharing max(r, K c). The transcoders here are small, so that reading is what counts
 at 100 MB/s; the table says r and c.
+
+On a machine that others use, computing takes longer and a throttled disk does not. So the last line says what that
+formula gives for the throttled disk with the time that this process computed (all of its threads), as if it had a core
+to itself.
 """
 
 import itertools
@@ -28,7 +32,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import NDArray
@@ -62,6 +66,21 @@ logger = logging.getLogger(__name__)
 
 TARGETS = {"local": 1.0, "throttled": 1 / 3}
 """Time of the shared runs over that of the separate ones."""
+
+
+class Spent(NamedTuple):
+    """Seconds of a variant: those that passed, and those that this process computed."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def since(cls, start: "Spent") -> "Spent":
+        return cls(time.perf_counter() - start.wall, time.process_time() - start.cpu)
+
+    @classmethod
+    def now(cls) -> "Spent":
+        return cls(time.perf_counter(), time.process_time())
 
 
 class _Unsaved(Trainer):
@@ -98,7 +117,7 @@ def _measure(cfg: BenchShareConfig, shape: Shape, n_batches: int, folder: Path) 
     bench, path = cfg.bench, folder / "cache"
     cache = scratch(cfg.cache, shape, path, n_batches)
     n_steps = cache.n_rows // shape.batch_tokens
-    variants: dict[str, Callable[[], float]] = {}
+    variants: dict[str, Callable[[], Spent]] = {}
     for disk, rate in (("local", None), ("throttled", bench.throttle_mb * 1e6)):
         open_cache = partial(_open, path, rate)
         make = partial(_trainers, bench.runs, shape, n_steps, folder)
@@ -107,24 +126,29 @@ def _measure(cfg: BenchShareConfig, shape: Shape, n_batches: int, folder: Path) 
             f"{disk} shared": partial(_shared, make, open_cache),
             f"{disk} reading": partial(_reading, open_cache, shape.batch_tokens, n_steps),
         }
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    spent: dict[str, list[Spent]] = {name: [] for name in variants}
     with Progress(bench.rounds * len(variants), unit="passes", desc="bench") as progress:
         for n in range(bench.rounds):
             turn = n * len(variants) // bench.rounds
             for name in [*list(variants)[turn:], *list(variants)[:turn]]:
-                seconds[name].append(variants[name]())
+                spent[name].append(variants[name]())
                 progress.update(1)
+    seconds = {name: [one.wall for one in values] for name, values in spent.items()}
+    computed = {name: statistics.median(one.cpu for one in values) for name, values in spent.items()}
+    n_bytes = n_steps * _batch_bytes(shape)
     return {
         "shape": shape._asdict(),
         "runs": bench.runs,
         "steps": n_steps,
-        "bytes": n_steps * _batch_bytes(shape),
+        "bytes": n_bytes,
         "throttle_mb": bench.throttle_mb,
         "rounds": bench.rounds,
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "shared_over_separate": {
             disk: _ratio(seconds[f"{disk} shared"], seconds[f"{disk} separate"]) for disk in TARGETS
         },
+        "cpu_seconds": computed,
+        "throttled_by_cpu_time": _expected(computed, n_bytes / (bench.throttle_mb * 1e6), bench.runs),
         "targets": TARGETS,
         "disk": str(disk_of(folder)),
         "threads": torch.get_num_threads(),
@@ -132,6 +156,11 @@ def _measure(cfg: BenchShareConfig, shape: Shape, n_batches: int, folder: Path) 
         "load": os.getloadavg()[0],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _expected(computed: dict[str, float], read: float, n: int) -> float:
+    """Of shared over separate, where `read` seconds of reading run beside the computing."""
+    return max(read, computed["throttled shared"]) / (n * max(read, computed["throttled separate"] / n))
 
 
 def _batch_bytes(shape: Shape) -> int:
@@ -188,26 +217,26 @@ def _loader(cache: Cache, batch_tokens: int) -> Loader:
     return Loader(cache, batch_tokens, 0, Read.readinto)
 
 
-def _separate(make: Callable[[], list[Trainer]], open_cache: Callable[[], Cache], n_steps: int) -> float:
-    total = 0.0
+def _separate(make: Callable[[], list[Trainer]], open_cache: Callable[[], Cache], n_steps: int) -> Spent:
+    parts = []
     for trainer in make():
-        cache, start = open_cache(), time.perf_counter()
+        cache, start = open_cache(), Spent.now()
         with _loader(cache, trainer.plan.batch_tokens) as batches:
             trainer.fit(itertools.islice(batches, n_steps))
-        total += time.perf_counter() - start
-    return total
+        parts.append(Spent.since(start))
+    return Spent(sum(part.wall for part in parts), sum(part.cpu for part in parts))
 
 
-def _shared(make: Callable[[], list[Trainer]], open_cache: Callable[[], Cache]) -> float:
+def _shared(make: Callable[[], list[Trainer]], open_cache: Callable[[], Cache]) -> Spent:
     trainers, cache = make(), open_cache()
     cpu = torch.device("cpu")
     members = [
         Member(n, trainer, Generators(cpu), lambda record: None, lambda: None) for n, trainer in enumerate(trainers)
     ]
-    start = time.perf_counter()
+    start = Spent.now()
     with _loader(cache, trainers[0].plan.batch_tokens) as batches:
         shared.train(members, iter(batches), _directly)
-    return time.perf_counter() - start
+    return Spent.since(start)
 
 
 def _directly(jobs: Sequence[int], work: Callable[[], None]) -> bool:
@@ -215,12 +244,12 @@ def _directly(jobs: Sequence[int], work: Callable[[], None]) -> bool:
     return True
 
 
-def _reading(open_cache: Callable[[], Cache], batch_tokens: int, n_steps: int) -> float:
-    cache, start = open_cache(), time.perf_counter()
+def _reading(open_cache: Callable[[], Cache], batch_tokens: int, n_steps: int) -> Spent:
+    cache, start = open_cache(), Spent.now()
     with _loader(cache, batch_tokens) as batches:
         for _ in itertools.islice(batches, n_steps):
             pass
-    return time.perf_counter() - start
+    return Spent.since(start)
 
 
 def _table(report: dict[str, Any]) -> list[str]:
@@ -241,7 +270,11 @@ def _table(report: dict[str, Any]) -> list[str]:
     batch = 1e3 / steps
     lines.append(
         f"a batch: {batch * seconds['throttled reading']:.1f} ms to read at {report['throttle_mb']:g} MB/s, "
-        f"{batch * seconds['local reading']:.1f} ms on the local disk; a run's step about "
-        f"{batch * seconds['local shared'] / n:.1f} ms"
+        f"{batch * seconds['local reading']:.1f} ms on the local disk; a run's step "
+        f"about {batch * seconds['local shared'] / n:.1f} ms"
+    )
+    lines.append(
+        f"by the time computed, {1e3 / steps * report['cpu_seconds']['throttled shared'] / n:.1f} ms a step: "
+        f"{report['throttled_by_cpu_time']:.3f} of the time at {report['throttle_mb']:g} MB/s with a core to itself"
     )
     return lines

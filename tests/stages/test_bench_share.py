@@ -40,7 +40,14 @@ def test_it_prints_ratios_and_writes_them(
         assert 0 < ratio["q1"] <= ratio["median"] <= ratio["q3"]
     assert report["steps"] >= 2**20 // (300 * 240)
     assert report["seconds"]["throttled reading"] >= report["steps"] * 300 * 240 / 50e6 / 2
-    for what in ("3 runs of ", "over separate", "throttled", "to read at 50 MB/s", "next: clt train -m"):
+    for what in (
+        "3 runs of ",
+        "over separate",
+        "throttled",
+        "to read at 50 MB/s",
+        "a core to itself",
+        "next: clt train -m",
+    ):
         assert what in caplog.text
 
 
@@ -54,6 +61,13 @@ def test_what_is_throttled_takes_its_time_and_gives_the_same_rows(tmp_path: Path
     assert time.perf_counter() - start >= slow.specs["resid_mid"].file_bytes / 1e6
     [same] = fast.bring(shards[0], "resid_mid", fast.buffer("resid_mid"))
     assert np.array_equal(rows.rows, same.rows)
+
+
+def test_what_it_expects_follows_from_the_slower_of_reading_and_computing() -> None:
+    computed = {"throttled separate": 8.0, "throttled shared": 6.0}  # 1 and 6 / 8 a run
+    assert bench_share._expected(computed, 2.0, 8) == pytest.approx(6 / (8 * 2))
+    assert bench_share._expected(computed, 0.5, 8) == pytest.approx(6 / 8)
+    assert bench_share._expected(computed, 10.0, 8) == pytest.approx(1 / 8)
 
 
 @pytest.mark.parametrize(
