@@ -48,6 +48,7 @@ from pipeline.stages.options import (
     BenchCacheConfig,
     BenchCodecConfig,
     BenchExtractConfig,
+    BenchShareConfig,
     BenchTrainConfig,
     CompareConfig,
     ConvertConfig,
@@ -74,6 +75,7 @@ Config = (
     | BenchExtractConfig
     | BenchCacheConfig
     | BenchCodecConfig
+    | BenchShareConfig
     | BenchTrainConfig
 )
 
@@ -97,6 +99,7 @@ STAGES = {
     "bench_extract": Stage(BenchExtractConfig, "pipeline.stages.bench_extract"),
     "bench_cache": Stage(BenchCacheConfig, "pipeline.stages.bench_cache"),
     "bench_codec": Stage(BenchCodecConfig, "pipeline.stages.bench_codec"),
+    "bench_share": Stage(BenchShareConfig, "pipeline.stages.bench_share"),
     "bench_train": Stage(BenchTrainConfig, "pipeline.stages.bench_train"),
 }
 

@@ -183,9 +183,9 @@ def test_jobs_side_by_side_divide_the_cores(cached: Path) -> None:
     pytest.importorskip("joblib")
     two = command(cached, "name=a", "activation.k=3,4", *LAUNCHERS["joblib"])
     share = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert f"[1] activation.k=4, CPU threads: {share}" in two.stderr
+    assert f"[1] job 1: activation.k=4, CPU threads: {share}" in two.stderr
     given = command(cached, "name=b", "activation.k=3,4", *LAUNCHERS["joblib"], threads="3")
-    assert "[1] activation.k=4, CPU threads: 3" in given.stderr
+    assert "[1] job 1: activation.k=4, CPU threads: 3" in given.stderr
 
 
 @pytest.mark.slow
@@ -200,8 +200,8 @@ def test_a_worker_that_is_killed_is_said_in_a_line_and_the_command_goes_on(cache
         "        os.kill(os.getpid(), 9)\n"
         "    threading.Thread(target=watch, daemon=True).start()\n"
     )
-    words = ["name=mine", "activation.k=3,4", "train.n_steps=400", "hydra/launcher=joblib", "hydra.launcher.n_jobs=1"]
-    line = [sys.executable, "-m", "pipeline", "train", "-m", *SHORT, *words, "hydra.launcher.prefer=processes"]
+    words = ["name=mine", "activation.k=3,4", "train.n_steps=2000", *LAUNCHERS["joblib"]]
+    line = [sys.executable, "-m", "pipeline", "train", "-m", *SHORT, *words]
     environment = os.environ | {"PYTHONPATH": f"{cached}:{ROOT}"}
     done = subprocess.run(line, cwd=cached, env=environment, capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr
