@@ -219,12 +219,13 @@ class Transcoder(nn.Module):
         other_rules = torch.is_inference_mode_enabled() or torch.is_autocast_enabled(x.device.type)
         if not self.training or self.activation.compares_layers or other_rules:
             return self.encode_layer(x, layer)
-        shape = (x.shape[0], self.d_features)
+        # Rows begin at whole cache lines: a product with 1,113 columns side by side took 1.4 times as long on a CPU.
+        shape = (x.shape[0], -(-self.d_features // 16) * 16)
         aside = self._aside
         if aside is None or aside.shape != shape or (aside.dtype, aside.device) != (x.dtype, x.device):
             # Kept from step to step: fresh pages cost a CPU more than the selection does.
             self._aside = aside = x.new_empty(shape)
-        return self.encode_layer(x, layer, aside)
+        return self.encode_layer(x, layer, aside[:, : self.d_features])
 
     def decode(self, features: Features, x: Tensor) -> Tensor:
         """features [B, S, F] or sparse, x [B, L, D] -> y_hat [B, L, D]. x is read by a skip path alone."""

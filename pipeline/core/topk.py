@@ -137,7 +137,7 @@ class BatchTopK(Choosing):
 
     def choose(self, pre_acts: Iterable[Tensor], norms: Tensor | None = None) -> Iterator[tuple[Pattern, Tensor]]:
         for layer, h in enumerate(pre_acts):
-            positive = h.relu_() if self.by_norm else h
+            positive = (h.relu_() if self.by_norm else h).contiguous()
             chosen = self._chosen(positive, slice(layer, layer + 1), norms)
             tokens, indices = chosen // self.d_features, chosen % self.d_features
             yield from_pairs(tokens, indices, h.shape[0], self.d_features), positive.view(-1)[chosen]

@@ -278,8 +278,10 @@ def explain_error(model: Transcoder, x: Tensor, dead: Tensor) -> Tensor:
         if not ids.numel():
             continue
         pre_acts = F.linear(read, model.encoders[source][ids], model.b_enc[source][ids].to(read.dtype))
-        values, indices = pre_acts.topk(min(d_model // 2, ids.numel()), dim=1)
-        z = torch.zeros_like(pre_acts).scatter(1, indices, values.relu())
+        z = pre_acts.relu()
+        if ids.numel() > d_model // 2:
+            values, indices = z.topk(d_model // 2, dim=1)
+            z = torch.zeros_like(z).scatter(1, indices, values)
         for target, part in model.write_rows(z, ids, source, read):
             rows[target] = rows[target] + part
     return torch.stack(rows, dim=1)
