@@ -290,9 +290,9 @@ def ablated_logits(lm: LanguageModel, output: Tensor, tokens: Tensor) -> Tensor:
     """The model with every MLP's output replaced by a constant: zeros, or the mean. output [L, D] -> [n, T, V]"""
 
     def mlp(layer: int, resid: Tensor, own: Tensor) -> Tensor:
-        return keep_position_0(own, output[layer].to(own).expand_as(own))
+        return keep_position_0(own, output[layer].to(own).expand_as(resid))
 
-    return lm.logits(tokens, mlp)
+    return lm.logits(tokens, mlp, own_at_0=True)
 
 
 def keep_position_0(own: Tensor, replaced: Tensor) -> Tensor:
