@@ -166,12 +166,21 @@ class ReplacementModel:
         past: Past | None = None,
     ) -> Tensor:
         """tokens int64 [n, T] -> [n, T, V]. `past` (`new_past`): these tokens follow those that it has seen, and join
-        them. Raises UserError for a layer that there is not."""
-        kept, first = None, past is None or past.replaced.get_seq_length() == 0
+        them. Raises UserError for a layer that there is not, for tokens behind the model's last position, and for
+        keep_error where the past has been without."""
+        kept, n_past = None, past.replaced.get_seq_length() if past else 0
+        first = n_past == 0
+        if n_past + tokens.shape[1] > self.lm.n_context:
+            n = n_past + tokens.shape[1]
+            raise UserError(f"{n} tokens in all, model={self.lm.name} has {self.lm.n_context} positions; take fewer")
+        if keep_error and past and past.original.get_seq_length() != n_past:
+            raise UserError("the errors of the past were not kept; give keep_error from its first token on")
         if keep_error:
             original = self.original(tokens, past)
             kept = [*zip(original.mlp_out, self.at_original(original, first).y_hat, strict=True)]
         live = Live(self, _chosen(layers, self.lm.n_layers), kept, first=first)
+        if layers is None and past is None and kept is None and self.site != Site.mlp_out:
+            return self.lm.logits(tokens, live, own_at_0=True)
         return self.lm.logits(tokens, live, past.replaced if past else None)
 
     def new_past(self) -> Past:
@@ -234,12 +243,12 @@ class Live:
     def reconstruct(self, layer: int, x: Tensor, own: Tensor) -> Tensor | None:
         """Choose the layer's features, x [n, T, D], and decode those of all layers so far: y_hat [n, T, D] in float32,
         or None where nobody asks for it."""
-        transcoder, x = self.model.transcoder, x.flatten(0, 1)
+        transcoder, shape, x = self.model.transcoder, x.shape, x.flatten(0, 1)
         if layer >= len(self.features):
             self.features.append(transcoder.layer_features(x, layer))
         if layer not in self.layers and not self.everything:
             return None
-        y_hat = transcoder.decode_layer(sparse(self.features[: layer + 1]), layer, x).float().view(own.shape)
+        y_hat = transcoder.decode_layer(sparse(self.features[: layer + 1]), layer, x).float().view(shape)
         y_hat = keep_position_0(own.float(), y_hat) if self.first else y_hat
         if self.everything:
             self.y_hat.append(y_hat)

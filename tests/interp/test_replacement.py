@@ -283,3 +283,15 @@ def test_error_terms_leave_no_bit_of_the_original_changed(tiny_gpt2: Path, dtype
     found = ReplacementModel(lm, random_clt(), Site.resid_mid).run(tokens(), keep_error=True)
     assert torch.equal(found.logits, found.original_logits)
     assert found.error[:, 1:].abs().mean() > 0.1
+
+
+def test_tokens_that_do_not_fit_a_past_are_refused(lm: LanguageModel) -> None:
+    model = ReplacementModel(lm, random_clt(), Site.mlp_in)
+    past = model.new_past()
+    model.logits(tokens(1, 30), past=past)
+    with pytest.raises(UserError, match=r"41 tokens in all, model=local has 40 positions; take fewer"):
+        model.logits(tokens(1, 11), past=past)
+    with pytest.raises(UserError, match=r"the errors of the past were not kept; give keep_error from its first"):
+        model.logits(tokens(1, 2), keep_error=True, past=past)
+    together = model.logits(torch.cat([tokens(1, 30), tokens(1, 10)], dim=1))
+    torch.testing.assert_close(model.logits(tokens(1, 10), past=past), together[:, 30:], atol=2e-5, rtol=1e-5)
