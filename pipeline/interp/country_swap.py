@@ -87,7 +87,7 @@ def measure(sides: Sides, tells: Tensor, others: Tensor, resamples: int = 0, see
     apart; others [n, L, D]: what the transcoder reads at other tokens."""
     values: Tree = {}
     ci95: Tree = {}
-    pairs = world.swap_pairs()
+    pairs, tells = world.swap_pairs(), tells.to(others.device)
     for relation in dict.fromkeys(p.relation for p in pairs):
         ask = asked(sides, [p for p in pairs if p.relation == relation], seed)
         found, answers = _relation(sides, ask, tells, others, seed)

@@ -53,9 +53,9 @@ class Where(NamedTuple):
     """One feature in each of n contexts."""
 
     context: Tensor
-    """int64 [n]: row of the batch."""
+    """int64 [n], on the CPU: row of the batch."""
     position: Tensor
-    """int64 [n]"""
+    """The same."""
     feature: Tensor
     """int64 [n]"""
     value: Tensor
@@ -182,13 +182,13 @@ def _draw(one: Chosen, scored: Tensor, ids: range) -> Where:
     ]
     entry = entries[picked]
     token = pattern.tokens[entry]
-    return Where(token // length, token % length, pattern.indices[entry], values[entry])
+    return Where(token.cpu() // length, token.cpu() % length, pattern.indices[entry], values[entry])
 
 
 def _effect(after: Tensor, before: Tensor, position: Tensor, scored: Tensor) -> Tensor:
     """Logits [n, T, V] after less before at `position` [n] and the next ones, less their mean over the vocabulary; 0
     where nothing is scored. -> float64 [n, POSITIONS V]"""
-    at = position.cpu()[:, None] + torch.arange(POSITIONS)
+    at = position[:, None] + torch.arange(POSITIONS)
     rows = torch.arange(len(at))[:, None]
     inside = at < scored.shape[1]
     at = at.clamp(max=scored.shape[1] - 1)

@@ -1,7 +1,6 @@
 """The built-in world's facts, held against transcoders that are planted to know them, or not to."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -54,11 +53,10 @@ def knows_capitals(lm: LanguageModel, write_of: int = 0) -> Transcoder:
     return model
 
 
-@pytest.fixture(scope="module")
-def few_documents() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(world_text, "N_DOCUMENTS", 8000)
-        yield
+@pytest.fixture(autouse=True)
+def fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world_text, "N_DOCUMENTS", 8000)
+    monkeypatch.setattr(country_swap, "N_PAIRS", 80)
 
 
 def test_answers_follow_features_that_hold_the_country(lm: LanguageModel) -> None:
@@ -209,7 +207,7 @@ def test_one_feature_for_each_country_is_pure_and_one_for_two_is_half_so() -> No
     assert purity.score(sides, purity.choose(mass), elsewhere, 100)["mean"] == 0
 
 
-def test_the_two_texts_are_held_out_and_share_no_document(lm: LanguageModel, few_documents: Any) -> None:
+def test_the_two_texts_are_held_out_and_share_no_document(lm: LanguageModel) -> None:
     here, there = world_text.halves(lm)
     documents: list[set[str]] = []
     for text in (here, there):
@@ -238,7 +236,7 @@ def test_the_sums_by_country_are_those_of_the_features(tiny: LanguageModel) -> N
     assert len(others) == int((country == C).sum())
 
 
-def test_what_does_not_write_mlp_outputs_has_purity_and_no_swap(lm: LanguageModel, few_documents: Any) -> None:
+def test_what_does_not_write_mlp_outputs_has_purity_and_no_swap(lm: LanguageModel) -> None:
     options = oracle.arch_options("sae", site=Site.resid_mid, target=Target.site)
     model = oracle.transcoder(options, FixedThreshold(torch.ones(4, 11)), 4, 11, lm.d_model, torch.float32)
     values, ci95 = world_truth.measure(lm, model.requires_grad_(False), 4096, resamples=10)
@@ -248,7 +246,8 @@ def test_what_does_not_write_mlp_outputs_has_purity_and_no_swap(lm: LanguageMode
     assert ci95 == {}
 
 
-def test_tasks_are_scored_by_their_answers(lm: LanguageModel) -> None:
+def test_tasks_are_scored_by_their_answers(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world_truth, "tasks", lambda: world.tasks()[:3])
     answer = lm.tokenizer("Paris")["input_ids"][0]
 
     def paris(ids: Tensor) -> Tensor:
