@@ -181,7 +181,7 @@ def _difference(found: Difference | None, column: Column) -> Cell:
     kind = "better" if found.value * column.better > 0 else "worse"
     return Cell(
         found.value,
-        f"{'+' if found.value > 0 else '−'}{shown(abs(found.value))}",
+        ("+" if found.value > 0 else "") + shown(found.value),
         shown_interval(found.interval, found.value),
         kind=kind if found.counts and column.better else "",
     )
