@@ -127,6 +127,11 @@ def test_the_file_of_a_bench_is_a_setting(asked: list[Any]) -> None:
     assert asked == [("bench_train", config.Request(overrides=("bench.shapes=[A]", "to=out/a,b.json")))]
 
 
+def test_the_file_of_a_continuation_is_a_setting(asked: list[Any]) -> None:
+    CliRunner().invoke(app, ["generate", "prompt=a, b", "--json", "out/a,b.json"])
+    assert asked == [("generate", config.Request(overrides=("prompt=a, b", "to=out/a,b.json")))]
+
+
 def test_the_commands_on_caches_are_listed_each_with_examples_that_parse(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

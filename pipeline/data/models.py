@@ -138,10 +138,18 @@ class LanguageModel:
         return torch.stack(found, dim=2)
 
     @torch.inference_mode()
-    def logits(self, tokens: Tensor, mlp: ReplaceMlp | None = None, past: "DynamicCache | None" = None) -> Tensor:
+    def logits(
+        self,
+        tokens: Tensor,
+        mlp: ReplaceMlp | None = None,
+        past: "DynamicCache | None" = None,
+        own_at_0: bool = False,
+    ) -> Tensor:
         """Logits [n, T, V] for tokens int64 [n, T]. `mlp`, if given, replaces the output of every MLP that is read, in
         the order of the layers: each sees the residual stream as the replacements before it left it. `past` holds the
-        keys and values of the tokens that come before these (`new_past`), and those of these afterwards."""
+        keys and values of the tokens that come before these (`new_past`), and those of these afterwards. own_at_0:
+        `mlp` reads no more of an MLP's own output than [:, :1], position 0, so that the MLPs need not run on the others
+        where this can be had; what it is given has that position at least."""
         assert not self.weights.training
         resid: dict[int, Tensor] = {}
 
@@ -152,10 +160,16 @@ class LanguageModel:
             assert mlp is not None
             return mlp(layer, resid.pop(layer), output)
 
+        def shorten(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (inputs[0][:, :1], *inputs[1:])
+
         with ExitStack() as hooks:
             for layer in range(self.n_layers) if mlp is not None else ():
                 hooks.enter_context(self._norms[layer].register_forward_pre_hook(functools.partial(read, layer=layer)))
                 hooks.enter_context(self._outs[layer].register_forward_hook(functools.partial(write, layer=layer)))
+                if own_at_0 and self._sites.mlp is not None:
+                    inside = self._module(self.layers[layer], self._sites.mlp)
+                    hooks.enter_context(inside.register_forward_pre_hook(shorten))
             out = self.weights(tokens.to(self.device), past_key_values=past, use_cache=past is not None)
         logits: Tensor = out.logits
         return logits

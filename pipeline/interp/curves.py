@@ -55,17 +55,17 @@ def measure(
             for key, logits in zip(keys, replaced(model, original, batch.tokens, keys), strict=True):
                 results[key].add(predictions, logits)
             bar.update(batch.n_scored)
-    found: dict[str, Any] = {
-        name: {which: [_numbers(results[key]) for key in points] for which, points in curve.items()} or None
-        for name, curve in curves.items()
-    }
-    return {"n_tokens": n_rows, "n_contexts": len(contexts), **found}
+    found: dict[str, Any] = {"n_tokens": n_rows, "n_contexts": len(contexts)}
+    for name, curve in curves.items():
+        points = {which: [_numbers(results[key]) for key in subsets] for which, subsets in curve.items()}
+        found[name] = points or None
+    return found
 
 
 def plan(n_layers: int, forced: bool) -> Curves:
     """What is replaced at each point of each curve; the same key where the result is the same."""
     layers = range(n_layers)
-    subsets = {
+    subsets: dict[str, list[tuple[int, ...]]] = {
         "only": [(l,) for l in layers],
         "up_to": [tuple(layers[: l + 1]) for l in layers],
         "from": [tuple(layers[l:]) for l in layers],

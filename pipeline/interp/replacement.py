@@ -166,8 +166,15 @@ class ReplacementModel:
         past: Past | None = None,
     ) -> Tensor:
         """tokens int64 [n, T] -> [n, T, V]. `past` (`new_past`): these tokens follow those that it has seen, and join
-        them. Raises UserError for a layer that there is not."""
-        kept, first = None, past is None or past.replaced.get_seq_length() == 0
+        them. Raises UserError for a layer that there is not, for tokens behind the model's last position, and for
+        keep_error where the past has been without."""
+        kept, n_past = None, past.replaced.get_seq_length() if past else 0
+        first = n_past == 0
+        if n_past + tokens.shape[1] > self.lm.n_context:
+            n = n_past + tokens.shape[1]
+            raise UserError(f"{n} tokens in all, model={self.lm.name} has {self.lm.n_context} positions; take fewer")
+        if keep_error and past and past.original.get_seq_length() != n_past:
+            raise UserError("the errors of the past were not kept; give keep_error from its first token on")
         if keep_error:
             original = self.original(tokens, past)
             kept = [*zip(original.mlp_out, self.at_original(original, first).y_hat, strict=True)]
@@ -283,9 +290,9 @@ def ablated_logits(lm: LanguageModel, output: Tensor, tokens: Tensor) -> Tensor:
     """The model with every MLP's output replaced by a constant: zeros, or the mean. output [L, D] -> [n, T, V]"""
 
     def mlp(layer: int, resid: Tensor, own: Tensor) -> Tensor:
-        return keep_position_0(own, output[layer].to(own).expand_as(own))
+        return keep_position_0(own, output[layer].to(own).expand_as(resid))
 
-    return lm.logits(tokens, mlp)
+    return lm.logits(tokens, mlp, own_at_0=True)
 
 
 def keep_position_0(own: Tensor, replaced: Tensor) -> Tensor:

@@ -120,8 +120,8 @@ def _more(
     transcoder, batch, resamples = trained.transcoder, cfg.eval.batch_tokens, cfg.eval.bootstrap
 
     if cfg.eval.curves and replacement.basis(transcoder) is not None:
-        args = (held_out.contexts, held_out.n_rows, batch, cfg.eval.curve_contexts)
-        more["replacement_curves"] = curves.measure(lm, transcoder, *args)
+        rows = (held_out.contexts, held_out.n_rows)
+        more["replacement_curves"] = curves.measure(lm, transcoder, *rows, batch, cfg.eval.curve_contexts)
 
     if cfg.eval.faithfulness:
         n_contexts, length = held_out.contexts.shape

@@ -1,4 +1,4 @@
-"""Removing features from a model and from its replacement: planted cases in which they agree and in which they do not."""
+"""Removing features from a model and its replacement: planted cases in which they agree, and in which they do not."""
 
 from pathlib import Path
 from typing import Any

@@ -18,7 +18,7 @@ from pipeline.core.options import ActivationOptions
 from pipeline.core.sparse import Sparse
 from pipeline.data import models
 from pipeline.data.models import LanguageModel
-from pipeline.data.options import ModelOptions
+from pipeline.data.options import Dtype, ModelOptions
 from pipeline.errors import UserError
 from pipeline.interp.replacement import Basis, ReplacementModel, TeacherForced, ablated_logits, basis, replacement
 from tests import oracle
@@ -275,3 +275,23 @@ def test_prompts_are_texts_or_ids(lm: LanguageModel) -> None:
     assert model.tokens(torch.tensor([5, 6])).tolist() == [[5, 6]]
     whole = model.run(["ab", "ba"])
     torch.testing.assert_close(model.run("ba").logits[0], whole.logits[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [Dtype.float32, Dtype.bfloat16])
+def test_error_terms_leave_no_bit_of_the_original_changed(tiny_gpt2: Path, dtype: Dtype) -> None:
+    lm = models.load(ModelOptions(name="local", path=str(tiny_gpt2), dtype=dtype, device="cpu"))
+    found = ReplacementModel(lm, random_clt(), Site.resid_mid).run(tokens(), keep_error=True)
+    assert torch.equal(found.logits, found.original_logits)
+    assert found.error[:, 1:].abs().mean() > 0.1
+
+
+def test_tokens_that_do_not_fit_a_past_are_refused(lm: LanguageModel) -> None:
+    model = ReplacementModel(lm, random_clt(), Site.mlp_in)
+    past = model.new_past()
+    model.logits(tokens(1, 30), past=past)
+    with pytest.raises(UserError, match=r"41 tokens in all, model=local has 40 positions; take fewer"):
+        model.logits(tokens(1, 11), past=past)
+    with pytest.raises(UserError, match=r"the errors of the past were not kept; give keep_error from its first"):
+        model.logits(tokens(1, 2), keep_error=True, past=past)
+    together = model.logits(torch.cat([tokens(1, 30), tokens(1, 10)], dim=1))
+    torch.testing.assert_close(model.logits(tokens(1, 10), past=past), together[:, 30:], atol=2e-5, rtol=1e-5)

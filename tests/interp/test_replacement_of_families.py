@@ -1,5 +1,7 @@
 """What a replacement must do whatever the transcoder, in every architecture of base models."""
 
+import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -185,6 +187,19 @@ def test_a_continuation_is_the_same_with_and_without_a_kv_cache(case: Case, samp
         torch.testing.assert_close(cached.logits, recomputed.logits, atol=2e-5, rtol=1e-5)
     same = torch.allclose(found["replacement", True].logits[0], found["original", True].logits[0], atol=1e-4)
     assert same == keep_error
+
+
+def test_a_sliding_window_slides_in_the_kv_cache_too(family_model: Callable[[str], Path], tmp_path: Path) -> None:
+    path = Path(shutil.copytree(family_model("Gemma2"), tmp_path / "model"))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"sliding_window": 4}))
+    lm = models.load(ModelOptions(name="tiny", path=str(path), device="cpu"))
+    model, found = ReplacementModel(lm, random_clt(), Site.mlp_in), []
+    for kv_cache in (True, False):
+        options = GenerateOptions(n_tokens=12, kv_cache=kv_cache)
+        found.append(continuation(replacement_steps(model, options), tokens(1, 7), lm, options))
+    assert found[0].tokens == found[1].tokens
+    torch.testing.assert_close(found[0].logits, found[1].logits, atol=2e-5, rtol=1e-5)
 
 
 def test_the_originals_greedy_continuation_is_the_one_of_transformers(case: Case) -> None:
