@@ -139,5 +139,8 @@ def shown(value: float | None, like: float | None = None) -> str:
 
 
 def shown_interval(bounds: Interval | None, like: float | None) -> str:
-    """[low, high], with the digits of the number that it belongs to."""
-    return "" if bounds is None else f"[{shown(bounds[0], like)}, {shown(bounds[1], like)}]"
+    """[low, high], with the digits of the number that it belongs to; of a 0, with those of its wider end."""
+    if bounds is None:
+        return ""
+    like = like or max(bounds, key=abs)
+    return f"[{shown(bounds[0], like)}, {shown(bounds[1], like)}]"

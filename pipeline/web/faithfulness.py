@@ -43,7 +43,7 @@ def of_runs(measured: Sequence[Run]) -> list[dict[str, Any]]:
         ),
         tables.numbers(
             "Removing single features: effect in the replacement against that in the model",
-            [*COMPARED, "cosine by chance"],
+            [*COMPARED, "chance"],
             measured,
             [f"faithfulness.interventions.{path}" for path in [*COMPARED.values(), "replacement.shuffled"]],
         ),

@@ -109,26 +109,23 @@ def settings(groups: Sequence[Group], keys: Sequence[str]) -> dict[str, Any]:
 
 
 def cost(runs: Sequence[Run]) -> dict[str, Any]:
-    """Parameters, tokens, time, memory."""
+    """Parameters, tokens, time."""
     heads = [
         "parameters",
         "features a layer",
         "tokens",
         "seconds",
         "tokens a second",
-        "peak memory, MB",
         "eval, seconds",
     ]
     rows = []
     for run in runs:
-        memory = [at for line in run.timings if (at := line.get("memory_mb")) is not None]
         values = [
             run.parameters,
             lookup(run.final, "arch.d_features") or run.settings.get("arch.d_features"),
             run.tokens(),
             run.seconds(),
             run.tokens_per_second(),
-            max(memory, default=None),
             run.number("seconds"),
         ]
         cells = [Cell(value, _whole(value)) for value in values]
@@ -181,7 +178,7 @@ def _difference(found: Difference | None, column: Column) -> Cell:
     kind = "better" if found.value * column.better > 0 else "worse"
     return Cell(
         found.value,
-        f"{'+' if found.value > 0 else '−'}{shown(abs(found.value))}",
+        ("+" if found.value > 0 else "") + shown(found.value),
         shown_interval(found.interval, found.value),
         kind=kind if found.counts and column.better else "",
     )
