@@ -58,7 +58,7 @@ class HeldOut:
         """
         if self._last[0] == step:
             return self._last[1]
-        start, was_training = time.perf_counter(), model.training
+        start, was_training = time.monotonic(), model.training
         if self._rows is None:
             resid_mid, mlp_out = self._read(self._n)
             self._rows = resid_mid.clone(), mlp_out.clone()  # not the chunks that they are the beginning of
@@ -76,7 +76,7 @@ class HeldOut:
             "n_tokens": firing.n,
         }
         self._last = step, found
-        self._seconds += time.perf_counter() - start
+        self._seconds += time.monotonic() - start
         return found
 
     def take_ms(self) -> float:
