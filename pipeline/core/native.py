@@ -23,7 +23,7 @@ from pipeline.core.pattern import Gated, Pattern
 class _Term(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("order", "tokens", "edges", "weights", "rows")),
-        ("stride", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("stride", "n_tokens")),
     ]
 
 
@@ -81,7 +81,7 @@ def bag_of_tokens(pattern: Pattern, weights: Tensor, rows: Tensor) -> Tensor:
     """weights [nnz], rows [B, D] -> [F, D]"""
     out = rows.new_empty(pattern.n_features, rows.shape[1])
     _call(
-        "clt_bag_of_tokens", *by_feature(pattern), pattern.n_features, weights.contiguous(), rows, rows.stride(0),
+        "clt_bag_of_tokens", *by_feature(pattern), pattern.n_features, weights.contiguous(), rows, *_laid(rows),
         rows.shape[1], out, torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -155,7 +155,7 @@ def adam(
     weights = [term.weights.contiguous() for term in terms]
     held = (_Term * len(terms))(
         *(
-            _Term(*(t.data_ptr() for t in (*by_feature(term.pattern), values, term.rows)), term.rows.stride(0))
+            _Term(*(t.data_ptr() for t in (*by_feature(term.pattern), values, term.rows)), *_laid(term.rows))
             for term, values in zip(terms, weights, strict=True)
         )
     )
@@ -165,6 +165,11 @@ def adam(
         "clt_adam", weight, *moments, n_rows, weight.numel() // max(n_rows, 1), grad, held, len(terms), *doubles,
         decoupled, ctypes.c_double(step), torch.get_num_threads(),
     )  # fmt: skip
+
+
+def _laid(rows: Tensor) -> tuple[int, int]:
+    """How far apart rows lie, and how many there are."""
+    return rows.stride(0), rows.shape[0]
 
 
 def _call(name: str, *arguments: object) -> int:

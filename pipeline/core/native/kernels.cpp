@@ -64,10 +64,11 @@ void clt_row_products(const i64 *order, const i64 *tokens, const i64 *edges, i64
 }
 
 void clt_bag_of_tokens(const i64 *order, const i64 *tokens, const i64 *edges, i64 n_features, const float *weights,
-                       const float *rows, i64 stride, i64 n, float *out, i64 n_threads) {
+                       const float *rows, i64 stride, i64 n_tokens, i64 n, float *out, i64 n_threads) {
+    const Together here(order, edges[n_features], weights, rows, stride, n_tokens, n);
 #pragma omp parallel for schedule(dynamic, 64) num_threads(n_threads) if (n_threads > 1)
     for (i64 i = 0; i < n_features; ++i)
-        sum_tokens(out + i * n, true, order, tokens, edges[i], edges[i + 1], weights, rows, stride, n);
+        sum_tokens(out + i * n, true, tokens, edges[i], edges[i + 1], here.weights.data(), here.rows, here.stride, n);
 }
 
 // For each feature the product of its row with the sum of its tokens' rows, added to `out`. A block of columns at a time,
@@ -180,7 +181,7 @@ void clt_gate(const float *h, i64 n_rows, i64 n, i64 stride, const float *theta,
 struct Term {
     const i64 *order, *tokens, *edges;
     const float *weights, *rows;
-    i64 stride;
+    i64 stride, n_tokens;
 };
 
 // torch.optim.Adam on w [n_features, n] with the gradient sum of the terms + grad (which may be null). With
@@ -191,6 +192,9 @@ void clt_adam(float *w, float *m, float *v, i64 n_features, i64 n, const float *
     const float b1 = beta1, b2 = beta2, to_m = 1 - beta1, to_v = 1 - beta2, tiny = eps;
     const float step_size = lr / (1 - std::pow(beta1, step)), root = 1 / std::sqrt(1 - std::pow(beta2, step));
     const float keep = decoupled ? 1 - lr * decay : 1, pull = decoupled ? 0 : decay;
+    std::vector<Together> lying;
+    for (const Term *t = terms; t < terms + n_terms; ++t)
+        lying.emplace_back(t->order, t->edges[n_features], t->weights, t->rows, t->stride, t->n_tokens, n);
 #pragma omp parallel num_threads(n_threads) if (n_threads > 1)
     {
         std::vector<float> sum(n);
@@ -201,8 +205,8 @@ void clt_adam(float *w, float *m, float *v, i64 n_features, i64 n, const float *
             if (grad) std::memcpy(g, grad + i * n, n * sizeof(float));
             bool fresh = !grad;
             for (i64 t = 0; t < n_terms; ++t, fresh = false)
-                sum_tokens(g, fresh, terms[t].order, terms[t].tokens, terms[t].edges[i], terms[t].edges[i + 1],
-                           terms[t].weights, terms[t].rows, terms[t].stride, n);
+                sum_tokens(g, fresh, terms[t].tokens, terms[t].edges[i], terms[t].edges[i + 1],
+                           lying[t].weights.data(), lying[t].rows, lying[t].stride, n);
             if (fresh) std::memset(g, 0, n * sizeof(float));
             for (i64 d = 0; d < n; ++d) {
                 const float weight = wi[d] * keep, gd = g[d] + pull * weight;

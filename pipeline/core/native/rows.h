@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 typedef int64_t i64;
 
@@ -37,24 +38,42 @@ inline float dot(const float *__restrict x, const float *__restrict y, i64 n) {
     return part[0];
 }
 
-// y = [y +] sum over entries begin..end of weights[order[e]] * rows[tokens[e]]
-inline void sum_tokens(float *y, bool fresh, const i64 *order, const i64 *tokens, i64 begin, i64 end,
-                       const float *weights, const float *rows, i64 stride, i64 n) {
+// y = [y +] sum over entries begin..end of weights[e] * rows[tokens[e]]
+inline void sum_tokens(float *y, bool fresh, const i64 *tokens, i64 begin, i64 end, const float *weights,
+                       const float *rows, i64 stride, i64 n) {
+    const auto row = [&](i64 e) { return rows + tokens[e] * stride; };
     i64 e = begin;
     if (fresh) {
         if (e == end) {
             std::memset(y, 0, n * sizeof(float));
             return;
         }
-        set_row(y, rows + tokens[e] * stride, weights[order[e]], n);
+        set_row(y, row(e), weights[e], n);
         ++e;
     }
     for (; e + 4 <= end; e += 4)
-        add_rows(y, rows + tokens[e] * stride, rows + tokens[e + 1] * stride, rows + tokens[e + 2] * stride,
-                 rows + tokens[e + 3] * stride, weights[order[e]], weights[order[e + 1]], weights[order[e + 2]],
-                 weights[order[e + 3]], n);
-    for (; e < end; ++e) add_row(y, rows + tokens[e] * stride, weights[order[e]], n);
+        add_rows(y, row(e), row(e + 1), row(e + 2), row(e + 3), weights[e], weights[e + 1], weights[e + 2],
+                 weights[e + 3], n);
+    for (; e < end; ++e) add_row(y, row(e), weights[e], n);
 }
+
+// Weights in the order of their features, and rows side by side: what is read many times lies together.
+struct Together {
+    std::vector<float> weights, copied;
+    const float *rows;
+    i64 stride;
+
+    Together(const i64 *order, i64 nnz, const float *scattered, const float *x, i64 x_stride, i64 n_tokens, i64 n)
+        : weights(nnz), rows(x), stride(x_stride) {
+        for (i64 e = 0; e < nnz; ++e) weights[e] = scattered[order[e]];
+        if (stride == n) return;
+        // Rows that lie a power of two apart share a few places of the cache.
+        copied.resize(n_tokens * n);
+        for (i64 b = 0; b < n_tokens; ++b) std::memcpy(copied.data() + b * n, x + b * x_stride, n * sizeof(float));
+        rows = copied.data();
+        stride = n;
+    }
+};
 
 // 8 floats that may lie anywhere; the compiler splits what the processor has no room for.
 typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
