@@ -41,11 +41,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
+from pipeline import progress
 from pipeline.errors import UserError
 from pipeline.stages.options import (
     BenchCacheConfig,
     BenchCodecConfig,
     BenchExtractConfig,
+    BenchShareConfig,
     BenchTrainConfig,
     CompareConfig,
     ConvertConfig,
@@ -68,6 +70,7 @@ Config = (
     | BenchExtractConfig
     | BenchCacheConfig
     | BenchCodecConfig
+    | BenchShareConfig
     | BenchTrainConfig
 )
 
@@ -89,6 +92,7 @@ STAGES = {
     "bench_extract": Stage(BenchExtractConfig, "pipeline.stages.bench_extract"),
     "bench_cache": Stage(BenchCacheConfig, "pipeline.stages.bench_cache"),
     "bench_codec": Stage(BenchCodecConfig, "pipeline.stages.bench_codec"),
+    "bench_share": Stage(BenchShareConfig, "pipeline.stages.bench_share"),
     "bench_train": Stage(BenchTrainConfig, "pipeline.stages.bench_train"),
 }
 
@@ -167,12 +171,12 @@ def launch(stage: str, request: Request) -> int:
         else:
             sweep.interrupted()
         return 130
-    except BrokenExecutor as error:  # of a launcher, whose worker was killed
-        if sweep is None:
+    except RuntimeError as error:
+        if sweep is None or not _is_of_worker(error):
             raise
-        logger.error(f"a worker process is gone: killed, perhaps for want of memory ({' '.join(str(error).split())})")
+        logger.error(f"a job's process is gone, killed perhaps for want of memory or time: {one_line(error, stage)}")
         sweep.interrupted()
-        return 1
+        return 2
     except (UserError, HydraException, OmegaConfBaseException, YAMLError) as error:
         logger.error(one_line(error, stage))
         return 2
@@ -398,8 +402,14 @@ def _of_launcher(words: list[str], sweep: Sweep | None) -> dict[str, str]:
     launchers = _choices(words, "hydra/launcher")
     if sweep is None or sweep.directory is None or not any(name.startswith("submitit") for name in launchers):
         return {}
+    logger.info(f"the jobs write to {sweep.directory}/.submitit/*/*_log.err")
     folder = QuotedString(str(sweep.directory / ".submitit" / "%j"), Quote.single).with_quotes()
     return {"hydra.launcher.submitit_folder": folder}
+
+
+def _is_of_worker(error: RuntimeError) -> bool:
+    """Whether a launcher says that the process of a job has ended before the job."""
+    return isinstance(error, BrokenExecutor) or type(error).__module__.startswith("submitit.")
 
 
 class _Job:
@@ -421,7 +431,8 @@ class _Job:
         settings = HydraConfig.get()
         number = int(settings.job.num) if self.sweep is not None else None
         is_away = os.getpid() != self.parent  # a launcher may run this in a process of its own
-        log_to_stderr(f"job {number}: " if is_away else "")
+        log_to_stderr(f"[{number}] " if is_away else "")
+        progress.bars = progress.bars and not is_away  # several would draw on one terminal
         if self.sweep is not None and number is not None:
             threads = os.environ.get("OMP_NUM_THREADS") if is_away else None
             self.sweep.begin(number, settings.overrides.task, f", CPU threads: {threads}" if threads else "")
@@ -625,7 +636,8 @@ class _Stderr(logging.StreamHandler[TextIO]):
 
     def format(self, record: logging.LogRecord) -> str:
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        return self._prefix + level + super().format(record)
+        text = level + super().format(record)
+        return "\n".join(self._prefix + line for line in text.split("\n"))
 
 
 def complete(stage: str, words: Sequence[str], incomplete: str) -> list[str]:

@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
 
+bars = True
+"""False: plain lines on a terminal too, on which other processes write as well."""
+
 
 class Progress:
     """Shows done, total, rate, time left and the latest fields.
@@ -48,7 +51,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         self._start = self._last_line = self._clock()
-        if sys.stderr.isatty() and logger.isEnabledFor(logging.INFO):
+        if bars and sys.stderr.isatty() and logger.isEnabledFor(logging.INFO):
             from tqdm import tqdm
             from tqdm.contrib.logging import logging_redirect_tqdm
 

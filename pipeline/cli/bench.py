@@ -54,6 +54,21 @@ def bench_codec(
     launch("bench_codec", **locals())
 
 
+@app.command("share")
+def bench_share(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """Time of runs that share a pass over a cache, over that of separate ones, on this disk and on a slow one.
+
+    \b
+    clt bench share                                        8 runs, this disk and 100 MB/s; about three minutes
+    clt bench share bench.runs=4 bench.throttle_mb=400
+    clt bench share bench.d_features=512 bench.mb=64 cache.dir=/data/cache
+    """
+    launch("bench_share", **locals())
+
+
 @app.command("train")
 def bench_train(
     overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,

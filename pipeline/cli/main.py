@@ -69,6 +69,7 @@ def train(
     clt train name=mine                                 continues it with its own settings; resume=true: the newest
     clt train -m name=sweep activation.k=8,16 optim.lr=1e-3,2e-3
                                                         four runs, runs/sweep/0 to runs/sweep/3, one cache
+    clt train -m train.share_pass=true activation.k=8,16  two runs that read each batch once
     clt train arch=tied arch.d_features=16384 --dry-run   parameters, FLOPs, memory, batches; writes nothing
     clt train +experiment=sparse --cfg job              print the configuration, run nothing
     """

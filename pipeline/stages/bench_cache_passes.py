@@ -83,7 +83,7 @@ def reading(path: Path, batch_tokens: int) -> Variants:
 
     def bare(cold: bool) -> float:
         if cold:
-            _forget(files)
+            forget(files)
         else:
             _read_all(files, buffer)
         start = time.perf_counter()
@@ -91,7 +91,7 @@ def reading(path: Path, batch_tokens: int) -> Variants:
 
     def epoch(cold: bool, read: Read, ahead: int) -> float:
         if cold:
-            _forget(files)
+            forget(files)
         opened, start = Cache.open(path), time.perf_counter()
         with Loader(opened, batch_tokens, 0, read, shards_ahead=ahead) as loader:
             if not cold:
@@ -122,7 +122,10 @@ def _consume(loader: Loader, n_batches: int) -> int:
     return sum(site.nbytes for both in sites for site in both if site is not None)
 
 
-def _forget(files: list[Path]) -> None:
+def forget(files: list[Path]) -> None:
+    """Ask the system to keep nothing of the files in memory, where it can be asked."""
+    if not hasattr(os, "posix_fadvise"):
+        return
     gc.collect()  # pages that are mapped are not forgotten
     for file in files:
         with file.open("rb") as stream:

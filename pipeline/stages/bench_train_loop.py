@@ -26,7 +26,7 @@ from pipeline.data.address import cache_place, folder_of
 from pipeline.data.cache import Cache
 from pipeline.data.harvest import Rows, sums
 from pipeline.data.loader import Batch, Loader
-from pipeline.data.options import Targets
+from pipeline.data.options import CacheOptions, Targets
 from pipeline.data.tokens import Split
 from pipeline.data.writer import Writer
 from pipeline.errors import UserError
@@ -151,13 +151,14 @@ def _cache(cfg: BenchTrainConfig, shape: Shape) -> Iterator[tuple[Cache, str]]:
         return
     logger.info("no finished cache under %s/: a scratch one of random rows is made for the trainer", root)
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=existing(folder_of(cfg.cache, "clt bench train"))) as folder:
-        yield _scratch(cfg, shape, Path(folder) / "cache"), "a scratch cache"
+        yield scratch(cfg.cache, shape, Path(folder) / "cache", SCRATCH_BATCHES), "a scratch cache"
 
 
-def _scratch(cfg: BenchTrainConfig, shape: Shape, path: Path) -> Cache:
-    n_contexts = -(-SCRATCH_BATCHES * shape.batch_tokens // (passes.CONTEXT - 1))
+def scratch(options: CacheOptions, shape: Shape, path: Path, n_batches: int) -> Cache:
+    """A cache of random rows, of so many batches."""
+    n_contexts = -(-n_batches * shape.batch_tokens // (passes.CONTEXT - 1))
     sizes = BenchCacheOptions(n_layers=shape.n_layers, d_model=shape.d_model)
-    plan = passes.plan_of(BenchCacheConfig(cfg.cache, sizes), path, n_contexts)
+    plan = passes.plan_of(BenchCacheConfig(options, sizes), path, n_contexts)
     rows = sides.batches(shape._replace(batch_tokens=passes.CONTEXT * 8))[0]
     with Writer(plan) as writer:
         for block in writer.todo:

@@ -183,6 +183,46 @@ class BenchTrainConfig:
 
 
 @dataclass
+class BenchShareOptions:
+    runs: int = 8
+    """Runs that share a pass, or do not."""
+
+    mb: int = 256
+    """Size of the scratch cache's training rows in MB (2^20 bytes), which each pass reads once."""
+
+    n_layers: int = 12
+    """Layers of a row; a row takes n_layers x d_model x 4 bytes."""
+
+    d_model: int = 768
+    """Width of a row."""
+
+    d_features: int = 16
+    """Features a layer of each transcoder, one for each layer."""
+
+    k: int = 4
+    """Active features of a token and layer."""
+
+    batch_tokens: int = 512
+    """Tokens of a step."""
+
+    throttle_mb: float = 100.0
+    """MB (10^6 bytes) a second at which shards come, at most, in the second half of the table."""
+
+    rounds: int = 3
+    """Rounds; each times every variant, one after the other."""
+
+
+@dataclass
+class BenchShareConfig:
+    cache: CacheOptions
+    """Where the scratch cache lies, cache.dir; cache.shard_mb."""
+
+    bench: BenchShareOptions
+    to: str | None = None
+    """The JSON file; null is bench/share.json."""
+
+
+@dataclass
 class BenchCodecOptions:
     rows: int = 400_000
     """Rows of the synthetic channels."""

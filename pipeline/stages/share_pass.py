@@ -125,6 +125,8 @@ def _train(checked: Mapping[int, Checked], attempt: Attempt) -> None:
     members: list[Member] = []
     with ExitStack() as held:
         for job, one in checked.items():
+            if targets is not None:
+                targets.forget()  # of the sample that the run before began from
             attempt([job], partial(_begin, job, one, mlps[0] if mlps else None, targets, members, held))
         while members:
             with train.loader(first.cfg, first.cache, shared.first_step(members)) as batches:

@@ -64,7 +64,7 @@ class Targets:
         place = rows.data_ptr(), rows.shape[0]
         if place not in self._known:
             self._known[place] = self._function(rows)
-        return self._known[place]
+        return self._known[place].clone()  # a trainer may prepare its targets in place
 
     def forget(self) -> None:
         """The next batch comes, perhaps to the same place."""

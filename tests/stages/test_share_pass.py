@@ -13,9 +13,10 @@ import torch
 from pipeline.config import Request, compose, launch
 from pipeline.data.loader import Batch, Loader
 from pipeline.errors import UserError
-from pipeline.stages import share_pass, train
+from pipeline.stages import extract, share_pass, train
 from pipeline.stages.options import TrainConfig
 from pipeline.train import run as runs
+from pipeline.train import shared
 from pipeline.train.loop import Trainer
 from tests.stages.test_resume import PowerCut, before_step, run_files
 
@@ -105,6 +106,49 @@ def test_runs_that_share_a_pass_end_with_the_bytes_of_separate_ones(
     assert together(*jobs).failed == {}
     assert_same(*range(len(jobs)))
     assert read == list(range(12)), "each batch was read once"
+
+
+@pytest.mark.slow
+def test_targets_are_recomputed_once_for_all(
+    tiny_gpt2: Path, english: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["model=local", f"model.path={tiny_gpt2}", "model.dtype=float32", "dataset=text", f"dataset.path={english}"]
+    words += ["dataset.context=24", "dataset.n_tokens=1k", "dataset.held_out=20", "cache.targets=recompute"]
+    extract.run(compose("extract", words))
+    jobs = [[*TOPK, "train.n_steps=3"], [*TOPK, "optim.lr=1e-3", "train.n_steps=3"], [*ACROSS, "train.n_steps=3"]]
+    alone(*jobs)
+    asked: list[int] = []
+    given = shared.Targets.__call__
+
+    def counted(self: shared.Targets, rows: torch.Tensor) -> torch.Tensor:
+        asked.append(len(rows))
+        return given(self, rows)
+
+    monkeypatch.setattr(shared.Targets, "__call__", counted)
+    assert together(*jobs).failed == {}
+    assert_same(0, 1, 2)
+    assert asked.count(128) == 2 * 3
+    assert asked.count(32) >= 3 * 4  # and what AuxK reads of a whole batch
+
+
+def test_what_a_run_does_with_its_targets_is_not_seen_by_the_next() -> None:
+    calls: list[int] = []
+
+    def double(rows: torch.Tensor) -> torch.Tensor:
+        calls.append(len(rows))
+        return 2 * rows
+
+    targets, batch = shared.Targets(double), torch.arange(12.0).view(6, 2)
+    for _ in range(2):
+        found = targets(batch[2:5])
+        assert torch.equal(found, 2 * batch[2:5])
+        found.zero_()
+    assert torch.equal(targets(batch[2:4]), 2 * batch[2:4])
+    assert calls == [3, 2]
+    targets.forget()
+    batch += 1  # the next one, at the same place
+    assert torch.equal(targets(batch[2:5]), 2 * batch[2:5])
 
 
 def test_a_run_that_draws_random_numbers_draws_those_that_it_draws_alone(cached: Path) -> None:
