@@ -7,9 +7,11 @@ from typing import NamedTuple
 from pipeline.arch import init
 from pipeline.arch.base import Transcoder
 from pipeline.arch.cost import flops
+from pipeline.core import products
 from pipeline.core.activations import BatchTopKAcross
 from pipeline.data.cache import Cache
 from pipeline.data.layout import gb, prefix
+from pipeline.data.models import resolve_device
 from pipeline.data.plan import disk_of, free_bytes
 from pipeline.data.tokens import Split
 from pipeline.stages.options import TrainConfig
@@ -24,17 +26,20 @@ logger = logging.getLogger(__name__)
 FLOAT = 4
 """Bytes of a float32, which weights, gradients and moments are."""
 
-# The numbers below were measured on nine runs: resident memory, the cache's mapped files apart (docs/runs.md).
+# The numbers below were measured on a dozen runs: resident memory, the cache's mapped files apart (docs/runs.md).
 
 LIBRARIES = 490 * 10**6
 """Bytes of a process that has loaded all that training uses and read nothing."""
 
-DENSE, SPARSE = 13, 5
+DENSE, SPARSE = 13, 6
 """Tensors of the size of all pre-activations that live at once: in a dense step, and in a step of rules that gate, or
 of any with a loss that reads all pre-activations."""
 
 MEASURED = 5
 """The same while held-out text is measured, in batches of the training's size."""
+
+LEAVES = {"clt", "per_layer", "sae", "skip"}
+"""Architectures whose decoders are read as they are stored, so that gradients can be kept as terms."""
 
 FIRST_COPIES, HELD_OUT_COPIES = 12, 12
 """Rows as float32, so many times, of the sample that weights start from, and of held-out text."""
@@ -55,8 +60,8 @@ class Memory(NamedTuple):
 def memory(cfg: TrainConfig, cache: Cache, plan: Plan, model: Transcoder, needs_pre_acts: bool) -> Memory:
     """Of a run, the libraries apart."""
     in_use, state = _kept(cfg, model)
-    peak = peak_bytes(cfg, model, plan, needs_pre_acts, held_out_rows(cache))
-    return Memory(2 * in_use + state, peak - LIBRARIES - 2 * in_use - state)
+    kept = in_use + gradient_bytes(cfg, model) + state
+    return Memory(kept, peak_bytes(cfg, model, plan, needs_pre_acts, held_out_rows(cache)) - LIBRARIES - kept)
 
 
 def say_together(runs_at_once: Sequence[Memory]) -> None:
@@ -84,7 +89,7 @@ def say(cfg: TrainConfig, cache: Cache, plan: Plan, model: Transcoder, needs_pre
         "FLOPs a token": f"encode {_count(cost.encode)}, decode dense {_count(cost.decode_dense)}{sparse}",
         "FLOPs a step": f"{_count(cost.step * plan.batch_tokens)} forward and backward "
         f"({_count(cost.step)} a token), {_count(cost.step * tokens)} in all; a multiply-add is 2",
-        "memory": f"weights {gb(weights)}, gradients {gb(weights)}, optimiser {gb(state)}; "
+        "memory": f"weights {gb(weights)}, gradients {gb(gradient_bytes(cfg, model))}, optimiser {gb(state)}; "
         f"about {gb(peak)} at the peak, on {cfg.train.device}",
         "disk": f"{gb(needed)}, {gb(free)} free on {disk_of(runs.RUNS)}" + ("" if free >= needed else ": NOT ENOUGH"),
         "run": f"runs/{cfg.name}: {plan.n_steps:,} steps of {plan.batch_tokens:,} tokens, "
@@ -112,16 +117,29 @@ def peak_bytes(cfg: TrainConfig, model: Transcoder, plan: Plan, needs_pre_acts: 
     n_first = max(8192, 4 * model.d_features) if sampled else 0
     start = weights + FIRST_COPIES * n_first * row
     in_use, state = _kept(cfg, model)
-    kept = 2 * in_use + state  # weights, gradients and moments, from the first step on
+    # From the first step on. What the allocator got for the rows of dead features it does not give back.
+    kept = in_use + gradient_bytes(cfg, model) + state + (weights if cfg.loss.aux_k > 0 else 0)
     # As they are stored, as floats, through the norm, scaled, and the reconstruction with its gradient.
     batch = 8 * plan.batch_tokens * row
     step = kept + batch + _features_bytes(cfg, model, plan, needs_pre_acts)
-    # The optimiser's state is laid out as bytes once more; with signsgd the weights at work lie beside the averaged.
-    checkpoint = kept + state + (weights if cfg.optim.name == "signsgd" else 0)
+    # With signsgd the weights at work lie beside the averaged.
+    checkpoint = kept + (weights if cfg.optim.name == "signsgd" else 0)
     ranked = RANKED * held_out * min(FEATURES_AT_ONCE, model.d_features) if model.activation.chooses else 0
     measured = HELD_OUT_COPIES * held_out * row + MEASURED * _pre_acts_bytes(model, min(plan.part_tokens, held_out))
-    end = kept + weights + max(measured, 5 * held_out * row + ranked)
+    end = kept + max(weights, measured, 5 * held_out * row + ranked)  # weights: folded and written
     return LIBRARIES + max(start, step, checkpoint, end)
+
+
+def gradient_bytes(cfg: TrainConfig, model: Transcoder) -> int:
+    """Of those that are written. A sparse step of Adam in float32 keeps terms in place of them (`core/deferred.py`), and
+    torch's kernels make that of one table at a time; a dense layer, and AuxK, write those of all weights."""
+    weights = _kept(cfg, model)[0]
+    adam = cfg.optim.name in ("adam", "adamw") and cfg.optim.clip is None and cfg.train.weights is Precision.float32
+    terms = adam and (products.module() is not None or resolve_device(cfg.train.device).type == "cpu")
+    sparse = model.activation.chooses and cfg.train.sparse is not SparseStep.never and cfg.loss.aux_k == 0
+    if not (terms and sparse and cfg.arch.name in LEAVES):
+        return weights
+    return 0 if products.module() is not None else FLOAT * model.d_features * model.dims.d_model
 
 
 def held_out_rows(cache: Cache) -> int:
@@ -130,7 +148,7 @@ def held_out_rows(cache: Cache) -> int:
 
 
 def _kept(cfg: TrainConfig, model: Transcoder) -> tuple[int, int]:
-    """Bytes of the weights in training, which are also those of the gradients, and of the optimiser's state."""
+    """Bytes of the weights in training, and of the optimiser's state."""
     each = FLOAT // 2 if cfg.train.weights is Precision.bfloat16 else FLOAT
     return each * model.n_parameters, int(OPTIMISERS[cfg.optim.name].state_bytes * model.n_parameters)
 
