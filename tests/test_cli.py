@@ -68,7 +68,7 @@ def test_help_lists_the_commands_that_exist() -> None:
     listed = re.findall(r"^  ([a-z]+)  +\S", help_of().split("Commands:")[1], re.MULTILINE)
     assert set(listed) == {command.split()[0] for command in COMMANDS} | {"cache"}
     benches = re.findall(r"^  ([a-z]+)  +\S", help_of("bench").split("Commands:")[1], re.MULTILINE)
-    assert benches == ["extract", "cache", "codec", "train"]
+    assert benches == ["extract", "cache", "codec", "share", "train"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
