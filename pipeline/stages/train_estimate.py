@@ -131,7 +131,7 @@ def peak_bytes(cfg: TrainConfig, model: Transcoder, plan: Plan, needs_pre_acts: 
 
 
 def gradient_bytes(cfg: TrainConfig, model: Transcoder) -> int:
-    """Of those that are written. A sparse step of Adam in float32 keeps terms in place of them (`core/deferred.py`), and
+    """Of those that are written. A sparse step of Adam in float32 keeps terms in their place (`core/deferred.py`), and
     torch's kernels make that of one table at a time; a dense layer, and AuxK, write those of all weights."""
     weights = _kept(cfg, model)[0]
     adam = cfg.optim.name in ("adam", "adamw") and cfg.optim.clip is None and cfg.train.weights is Precision.float32
