@@ -8,7 +8,7 @@ from pipeline.arch import init
 from pipeline.arch.base import Transcoder
 from pipeline.arch.cost import flops
 from pipeline.core import products
-from pipeline.core.activations import BatchTopKAcross
+from pipeline.core.activations import BatchTopKAcross, JumpReLU
 from pipeline.data.cache import Cache
 from pipeline.data.layout import gb, prefix
 from pipeline.data.models import resolve_device
@@ -31,9 +31,9 @@ FLOAT = 4
 LIBRARIES = 490 * 10**6
 """Bytes of a process that has loaded all that training uses and read nothing."""
 
-DENSE, SPARSE = 13, 6
-"""Tensors of the size of all pre-activations that live at once: in a dense step, and in a step of rules that gate, or
-of any with a loss that reads all pre-activations."""
+DENSE, JUMP, SPARSE = 13, 10, 6
+"""Tensors of the size of all pre-activations that live at once: in a dense step; in the first steps of jumprelu, whose
+layers begin in dense form; in a step of relu, or of any with a loss that reads all pre-activations."""
 
 MEASURED = 5
 """The same while held-out text is measured, in batches of the training's size."""
@@ -131,7 +131,7 @@ def peak_bytes(cfg: TrainConfig, model: Transcoder, plan: Plan, needs_pre_acts: 
 
 
 def gradient_bytes(cfg: TrainConfig, model: Transcoder) -> int:
-    """Of those that are written. Adam in float32 keeps terms in their place in a sparse step (`core/deferred.py`), and
+    """Of those that are written. A sparse step of Adam in float32 keeps terms in their place (`core/deferred.py`), and
     torch's kernels make that of one table at a time; a dense layer, and AuxK, write those of all weights."""
     weights = _kept(cfg, model)[0]
     adam = cfg.optim.name in ("adam", "adamw") and cfg.optim.clip is None and cfg.train.weights is Precision.float32
@@ -162,6 +162,8 @@ def _features_bytes(cfg: TrainConfig, model: Transcoder, plan: Plan, needs_pre_a
     pre_acts = _pre_acts_bytes(model, plan.part_tokens)
     if not model.activation.chooses and cfg.train.sparse is SparseStep.never:
         return DENSE * pre_acts
+    if isinstance(model.activation, JumpReLU):
+        return JUMP * pre_acts
     if needs_pre_acts or not model.activation.chooses:
         return SPARSE * pre_acts
     # Pre-activations are dropped layer by layer, unless layers compete.
