@@ -37,6 +37,7 @@ from pipeline.core import bootstrap
 from pipeline.core.sparse import Chosen
 from pipeline.data.models import LanguageModel
 from pipeline.interp.edits import Sides, chosen, features_of, one_each, written
+from pipeline.progress import Progress
 
 N_INTERVENTIONS = 128
 POSITIONS = 8
@@ -90,10 +91,12 @@ def measure(
     sides, n_layers = Sides(lm, transcoder), transcoder.dims.n_layers
     order = np.random.default_rng(seed).permutation(len(contexts))
     each = -(-n // n_layers)
-    done = [
-        _of_layer(sides, contexts, scored, layer, order, range(layer * each, (layer + 1) * each), batch_tokens, factor)
-        for layer in range(n_layers)
-    ]
+    done = []
+    with Progress(n_layers, "layer", "interventions") as bar:
+        for layer in range(n_layers):
+            own = range(layer * each, (layer + 1) * each)
+            done.append(_of_layer(sides, contexts, scored, layer, order, own, batch_tokens, factor))
+            bar.update(1)
     values: dict[str, Any] = {"n": sum(len(d.context) for d in done), "positions": POSITIONS}
     ci95: dict[str, Any] = {}
     for name in COMPARED:

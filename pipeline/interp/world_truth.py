@@ -13,6 +13,7 @@ from pipeline.data.world import encode_task, tasks
 from pipeline.interp import country_swap, purity, world_text
 from pipeline.interp.edits import Sides
 from pipeline.interp.replacement import basis, no_basis
+from pipeline.progress import Progress
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -32,19 +33,22 @@ def measure(lm: LanguageModel, transcoder: Transcoder, batch_tokens: int, resamp
     return {"country_swap": swap, **values}, {"country_swap": ci95} if ci95 else {}
 
 
-def world_tasks(lm: LanguageModel, replaced: dict[str, Logits]) -> dict[str, Any]:
-    """Accuracy on each task of the built-in world, of the model itself and of each replacement."""
-    runs: dict[str, Logits] = {"original": lm.logits, **replaced}
+def world_tasks(lm: LanguageModel, rules: dict[str, Logits]) -> dict[str, Any]:
+    """Accuracy on each task of the built-in world, of the model itself and of the replacement under each rule."""
+    runs: dict[str, Logits] = {"original": lm.logits, **rules}
+    found = tasks()
     sets = {}
-    for task in tasks():
-        tokens, last, answer = map(torch.from_numpy, encode_task(task, lm.tokenizer, lm.tokenizer.bos_token_id))
-        rows = torch.arange(tokens.shape[0])
-        sets[f"{task.name}/{task.split}"] = {
-            "n": tokens.shape[0],
-            **{
-                name: float((logits(tokens).cpu()[rows, last].argmax(-1) == answer).double().mean())
-                for name, logits in runs.items()
-            },
-        }
+    with Progress(sum(len(task.prompts) for task in found), "prompt", "tasks") as bar:
+        for task in found:
+            tokens, last, answer = map(torch.from_numpy, encode_task(task, lm.tokenizer, lm.tokenizer.bos_token_id))
+            rows = torch.arange(tokens.shape[0])
+            sets[f"{task.name}/{task.split}"] = {
+                "n": tokens.shape[0],
+                **{
+                    name: float((logits(tokens).cpu()[rows, last].argmax(-1) == answer).double().mean())
+                    for name, logits in runs.items()
+                },
+            }
+            bar.update(tokens.shape[0])
     mean = {name: sum(s[name] for s in sets.values()) / len(sets) for name in runs}
     return {"mean": mean, "sets": sets}

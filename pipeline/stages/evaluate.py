@@ -102,7 +102,7 @@ def _measure(
         by_rule[rule]["worst_contexts"] = worst
         if own is None:
             by_rule[rule]["no_replacement"] = OTHER_TOKENS if basis else replacement.no_basis(transcoder.options)
-    more, ci95 = _more(cfg, trained, lm, held_out, replaced)
+    more, ci95 = _more(cfg, trained, lm, held_out, {name: model.logits for name, model in models_of.items()})
     metrics = {**by_rule["threshold"], **_weights(transcoder), **more, "exact": by_rule.get("exact")}
     if ci95:
         metrics["ci95"] = (metrics["ci95"] or {}) | ci95
@@ -110,10 +110,10 @@ def _measure(
 
 
 def _more(
-    cfg: EvalConfig, trained: Trained, lm: LanguageModel, held_out: HeldOut, replaced: dict[str, evaluation.Logits]
+    cfg: EvalConfig, trained: Trained, lm: LanguageModel, held_out: HeldOut, rules: dict[str, evaluation.Logits]
 ) -> tuple[Tree, Tree]:
     """The groups that other files measure, each None where it is not asked for or has no meaning, and their intervals
-    where they have any."""
+    where they have any. rules: the replacement under each rule that can run live."""
     ci95: Tree = {}
     more: Tree = dict.fromkeys(("replacement_curves", "faithfulness", "tasks", "world"))
 
@@ -130,7 +130,7 @@ def _more(
         more["faithfulness"], ci95["faithfulness"] = faithfulness.measure(lm, transcoder, *text, batch, resamples)
 
     if cfg.eval.world and lm.path == BUILTIN:
-        more["tasks"] = world_truth.world_tasks(lm, replaced)
+        more["tasks"] = world_truth.world_tasks(lm, rules)
         more["world"], ci95["world"] = world_truth.measure(lm, transcoder, batch, resamples)
 
     return more, {name: intervals for name, intervals in ci95.items() if intervals}

@@ -31,11 +31,11 @@ FLOAT = 4
 LIBRARIES = 490 * 10**6
 """Bytes of a process that has loaded all that training uses and read nothing."""
 
-DENSE, JUMP, SPARSE = 13, 10, 6
-"""Tensors of the size of all pre-activations that live at once: in a dense step; in the first steps of jumprelu, whose
+DENSE, SPARSE = 13, 6
+"""Tensors of the size of all pre-activations that live at once: in a dense step, and the first ones of jumprelu, whose
 layers begin in dense form; in a step of relu, or of any with a loss that reads all pre-activations."""
 
-MEASURED = 5
+MEASURED = 4
 """The same while held-out text is measured, in batches of the training's size."""
 
 LEAVES = {"clt", "per_layer", "sae", "skip"}
@@ -160,10 +160,9 @@ def _pre_acts_bytes(model: Transcoder, n_tokens: int) -> int:
 def _features_bytes(cfg: TrainConfig, model: Transcoder, plan: Plan, needs_pre_acts: bool) -> int:
     """Pre-activations, features and what autograd keeps of them."""
     pre_acts = _pre_acts_bytes(model, plan.part_tokens)
-    if not model.activation.chooses and cfg.train.sparse is SparseStep.never:
+    dense = not model.activation.chooses and cfg.train.sparse is SparseStep.never
+    if dense or isinstance(model.activation, JumpReLU):
         return DENSE * pre_acts
-    if isinstance(model.activation, JumpReLU):
-        return JUMP * pre_acts
     if needs_pre_acts or not model.activation.chooses:
         return SPARSE * pre_acts
     # Pre-activations are dropped layer by layer, unless layers compete.
