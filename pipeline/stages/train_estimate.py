@@ -35,7 +35,7 @@ DENSE, SPARSE = 13, 6
 """Tensors of the size of all pre-activations that live at once: in a dense step, and the first ones of jumprelu, whose
 layers begin in dense form; in a step of relu, or of any with a loss that reads all pre-activations."""
 
-MEASURED = 4
+MEASURED = 3.7
 """The same while held-out text is measured, in batches of the training's size."""
 
 LEAVES = {"clt", "per_layer", "sae", "skip"}
@@ -125,7 +125,8 @@ def peak_bytes(cfg: TrainConfig, model: Transcoder, plan: Plan, needs_pre_acts: 
     # With signsgd the weights at work lie beside the averaged.
     checkpoint = kept + (weights if cfg.optim.name == "signsgd" else 0)
     ranked = RANKED * held_out * min(FEATURES_AT_ONCE, model.d_features) if model.activation.chooses else 0
-    measured = HELD_OUT_COPIES * held_out * row + MEASURED * _pre_acts_bytes(model, min(plan.part_tokens, held_out))
+    pre_acts = _pre_acts_bytes(model, min(plan.part_tokens, held_out))
+    measured = HELD_OUT_COPIES * held_out * row + int(MEASURED * pre_acts)
     end = kept + max(weights, measured, 5 * held_out * row + ranked)  # weights: folded and written
     return LIBRARIES + max(start, step, checkpoint, end)
 
