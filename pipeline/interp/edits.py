@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from pipeline.arch.base import Transcoder
-from pipeline.arch.options import Site
 from pipeline.core.normalize import MlpNorm
 from pipeline.core.sparse import Chosen, Pattern, Sparse, of_layer
 from pipeline.data.models import LanguageModel
-from pipeline.interp.replacement import keep_position_0
+from pipeline.interp.original import read_original, read_site
+from pipeline.interp.replacement import keep_position_0, sparse
 
 Output = Callable[[int, Tensor], Tensor]
 """(layer, an MLP output [n, T, D]) -> what takes its place."""
@@ -45,15 +45,8 @@ class Sides:
     @torch.inference_mode()
     def state(self, tokens: Tensor) -> State:
         """tokens int64 [n, T]"""
-        x, mlp_out = [], []
-
-        def collect(layer: int, resid: Tensor, own: Tensor) -> Tensor:
-            x.append(self._read(layer, resid, own))
-            mlp_out.append(own)
-            return own
-
-        logits = self.lm.logits(tokens, collect)
-        return State(logits, torch.stack(x, dim=2), torch.stack(mlp_out, dim=2))
+        found = read_original(self.lm, self.transcoder.options.site, self.norm, tokens)
+        return State(found.logits, torch.stack(found.x, dim=2), torch.stack(found.mlp_out, dim=2))
 
     @torch.inference_mode()
     def original(self, tokens: Tensor, edit: Output) -> Tensor:
@@ -67,26 +60,18 @@ class Sides:
         chosen: list[tuple[Pattern, Tensor]] = []
 
         def mlp(layer: int, resid: Tensor, own: Tensor) -> Tensor:
-            x = self._read(layer, resid, own).flatten(0, 1)
+            x = read_site(self.transcoder.options.site, self.norm, layer, resid, own).flatten(0, 1)
             pattern, values = self.transcoder.layer_features(x, layer)
             chosen.append(choose(layer, pattern, values) if choose else (pattern, values))
-            so_far = Sparse([pattern for pattern, _ in chosen], [values for _, values in chosen])
-            y_hat = self.transcoder.decode_layer(so_far, layer, x).view(own.shape).to(own.dtype)
+            y_hat = self.transcoder.decode_layer(sparse(chosen), layer, x).view(own.shape).to(own.dtype)
             return keep_position_0(own, edit(layer, y_hat) if edit else y_hat)
 
         return self.lm.logits(tokens, mlp)
 
-    def _read(self, layer: int, resid: Tensor, own: Tensor) -> Tensor:
-        site = self.transcoder.options.site
-        if site == Site.mlp_out:
-            return own.float()
-        return self.norm.layer(resid, layer) if site == Site.mlp_in else resid.float()
-
 
 def features_of(transcoder: Transcoder, x: Tensor) -> Sparse:
     """Every source's features in sparse form. x [B, L, D]"""
-    found = [transcoder.layer_features(h, source) for source, h in enumerate(transcoder.inputs(x))]
-    return Sparse([pattern for pattern, _ in found], [values for _, values in found])
+    return sparse([transcoder.layer_features(h, source) for source, h in enumerate(transcoder.inputs(x))])
 
 
 def written(transcoder: Transcoder, features: Sparse, x: Tensor) -> Tensor:

@@ -1,10 +1,8 @@
 """What is true in the built-in world, held against a transcoder: tasks, country swaps, purity of features."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pipeline.arch.base import Transcoder
 from pipeline.core.metrics import Tree
@@ -12,10 +10,9 @@ from pipeline.data.models import LanguageModel
 from pipeline.data.world import encode_task, tasks
 from pipeline.interp import country_swap, purity, world_text
 from pipeline.interp.edits import Sides
+from pipeline.interp.evaluation import Logits
 from pipeline.interp.replacement import basis, no_basis
 from pipeline.progress import Progress
-
-Logits = Callable[[Tensor], Tensor]
 
 
 @torch.inference_mode()

@@ -56,6 +56,7 @@ from pipeline.stages import bench_cache_passes as passes
 from pipeline.stages import bench_train_sides as sides
 from pipeline.stages.bench_train_loop import scratch
 from pipeline.stages.bench_train_shapes import Shape
+from pipeline.stages.bench_train_timing import quartiles
 from pipeline.stages.options import BenchShareConfig
 from pipeline.train import shared
 from pipeline.train.loop import Trainer
@@ -145,7 +146,7 @@ def _measure(cfg: BenchShareConfig, shape: Shape, n_batches: int, folder: Path) 
         "rounds": bench.rounds,
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "shared_over_separate": {
-            disk: _ratio(seconds[f"{disk} shared"], seconds[f"{disk} separate"]) for disk in TARGETS
+            disk: quartiles(seconds[f"{disk} shared"], seconds[f"{disk} separate"]) for disk in TARGETS
         },
         "cpu_seconds": computed,
         "throttled_by_cpu_time": _expected(computed, n_bytes / (bench.throttle_mb * 1e6), bench.runs),
@@ -165,11 +166,6 @@ def _expected(computed: dict[str, float], read: float, n: int) -> float:
 
 def _batch_bytes(shape: Shape) -> int:
     return 2 * len(STORED) * shape.batch_tokens * shape.n_layers * shape.d_model
-
-
-def _ratio(mine: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles([one / other for one, other in zip(mine, theirs, strict=True)], n=4)
-    return {"median": median, "q1": low, "q3": high}
 
 
 def _open(path: Path, rate: float | None) -> Cache:

@@ -51,14 +51,14 @@ class Column:
         return run.number(self.path)
 
     def interval(self, run: Run) -> Interval | None:
-        return _interval(run, f"ci95.{self.path}")
+        return interval_at(run, f"ci95.{self.path}")
 
     def value_exact(self, run: Run) -> float | None:
         return run.number(self.exact_path)
 
     def interval_exact(self, run: Run) -> Interval | None:
         path = f"ci95.{self.exact}" if self.exact else f"exact.ci95.{self.path}"
-        return _interval(run, path)
+        return interval_at(run, path)
 
     def compares(self, run: Run) -> bool:
         """Whether the run's number stands beside those of others."""
@@ -67,7 +67,8 @@ class Column:
         return self.among != "mlp_out" or run.settings.get("arch.target", "mlp_out") == "mlp_out"
 
 
-def _interval(run: Run, path: str) -> Interval | None:
+def interval_at(run: Run, path: str) -> Interval | None:
+    """[low, high] at a path of eval/metrics.json; None where it is not whole."""
     bounds = run.numbers(path)
     if bounds is None or len(bounds) != 2 or bounds[0] is None or bounds[1] is None:
         return None

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.web.columns import COLUMNS, Column, Interval, shown, shown_interval
+from pipeline.web.columns import COLUMNS, Column, interval_at, shown, shown_interval
 from pipeline.web.groups import MISSING, Group, described, setting, short_names
 from pipeline.web.names import listed
 from pipeline.web.paired import Difference, Pairs
@@ -142,10 +142,7 @@ def numbers(title: str, heads: Sequence[str], runs: Sequence[Run], paths: Sequen
     for run in runs:
         cells = []
         for path in paths:
-            value, bounds = run.number(path), run.numbers(f"ci95.{path}")
-            interval: Interval | None = None
-            if bounds and len(bounds) == 2 and bounds[0] is not None and bounds[1] is not None:
-                interval = bounds[0], bounds[1]
+            value, interval = run.number(path), interval_at(run, f"ci95.{path}")
             said = _whole(value) if path in COUNTS else shown(value)
             cells.append(Cell(value, said, shown_interval(interval, value)))
         if any(cell.value is not None for cell in cells):
