@@ -64,6 +64,8 @@ class Intervened(NamedTuple):
 
     tokens: Tensor
     """int64 [1, T]"""
+    interventions: Sequence[Sequence[Edit]]
+    """n lists of edits."""
     before: Before
     logits: Tensor
     """[n, T, V]"""
@@ -151,6 +153,7 @@ def intervene(
     ]
     return Intervened(
         tokens,
+        interventions,
         before,
         torch.cat([logits for logits, _ in passes]),
         [concatenated([made.read[layer] for _, made in passes]) for layer in range(model.lm.n_layers)],
