@@ -34,7 +34,7 @@ from pipeline.errors import UserError
 from pipeline.interp.feature_edits import Compiled, Edit, Values
 from pipeline.interp.intervene_options import Hold, InterveneOptions, Model, Response
 from pipeline.interp.original import Prompt, read_site, wide
-from pipeline.interp.replacement import Live, ReplacementModel, keep_position_0, sparse
+from pipeline.interp.replacement import Live, Past, ReplacementModel, keep_position_0, sparse
 
 Read = Callable[[int, Tensor, Tensor], Tensor]
 """(layer, resid [n, T, D], the MLP's own output) -> what the transcoder reads."""
@@ -187,14 +187,16 @@ def batches(
 
 
 @torch.inference_mode()
-def unedited(model: ReplacementModel, tokens: Tensor, options: InterveneOptions) -> Before:
-    """The pass without edits. tokens int64 [n, T]"""
+def unedited(model: ReplacementModel, tokens: Tensor, options: InterveneOptions, past: Past | None = None) -> Before:
+    """The pass without edits. tokens int64 [n, T]; `past` (`model.new_past()`): they follow those that it has seen, and
+    join them."""
+    first = past is None or past.original.get_seq_length() == 0
     if options.model == Model.original or options.keep_error:
-        original = model.original(tokens)
-        live = model.at_original(original)
+        original = model.original(tokens, past)
+        live = model.at_original(original, first)
         return Before(original.logits, live.features, live.y_hat, original.mlp_out)
-    live = Live(model, range(model.lm.n_layers), everything=True)
-    logits = model.lm.logits(tokens, live)
+    live = Live(model, range(model.lm.n_layers), first=first, everything=True)
+    logits = model.lm.logits(tokens, live, past.original if past else None)
     return Before(logits, live.features, live.y_hat, live.y_hat)
 
 
