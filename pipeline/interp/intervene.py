@@ -24,14 +24,18 @@ Frozen attention and norms are those of the pass without edits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pipeline.arch.options import Site
 from pipeline.core.pattern import Pattern
 from pipeline.errors import UserError
+from pipeline.interp import frozen
 from pipeline.interp.feature_edits import Compiled, Edit, Values
+from pipeline.interp.frozen import Gates
 from pipeline.interp.intervene_options import Hold, InterveneOptions, Model, Response
 from pipeline.interp.original import Prompt, read_site, wide
 from pipeline.interp.replacement import Live, Past, ReplacementModel, keep_position_0, sparse
@@ -147,9 +151,10 @@ def intervene(
     tokens = model.tokens(prompt)
     if tokens.shape[0] != 1:
         raise UserError(f"{tokens.shape[0]} prompts; intervene on one at a time")
-    before = unedited(model, tokens, options)
+    before, gates = recorded(model, tokens, options)
     passes = [
-        edited(model, tokens, before, some, options) for some in batches(interventions, tokens.shape[1], options)
+        edited(model, tokens, before, some, options, gates)
+        for some in batches(interventions, tokens.shape[1], options)
     ]
     return Intervened(
         tokens,
@@ -200,6 +205,17 @@ def unedited(model: ReplacementModel, tokens: Tensor, options: InterveneOptions,
     return Before(logits, live.features, live.y_hat, live.y_hat)
 
 
+def recorded(
+    model: ReplacementModel, tokens: Tensor, options: InterveneOptions
+) -> tuple[Before, Gates | None]:
+    """`unedited`, and what of it is to be held; None where nothing is. UserError as `frozen.recording`."""
+    if Hold.frozen not in (options.attention, options.norms):
+        return unedited(model, tokens, options), None
+    with frozen.recording(model.lm) as gates:
+        before = unedited(model, tokens, options)
+    return before, gates
+
+
 @torch.inference_mode()
 def edited(
     model: ReplacementModel,
@@ -207,15 +223,32 @@ def edited(
     before: Before,
     edits: Sequence[Sequence[Edit]],
     options: InterveneOptions,
+    gates: Gates | None = None,
     watch: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Tensor, Edited]:
-    """One pass with the edits of n rows. tokens [1, T] or [n, T] -> (logits [n, T, V], what was made)"""
+    """One pass with the edits of n rows. tokens [1, T] -> (logits [n, T, V], what was made)"""
     n, length = len(edits), tokens.shape[1]
-    if tokens.shape[0] == 1 and n > 1:
-        tokens, before = tokens.expand(n, -1), before.tiled(n)
     compiled = Compiled(edits, length, 0, length, model.transcoder.d_features)
-    made = Edited(model, before, compiled, options, watch=watch)
-    return model.lm.logits(tokens, made), made
+    attention, norms = (one == Hold.frozen for one in (options.attention, options.norms))
+    read = held_read(model, gates) if gates is not None and norms else None
+    made = Edited(model, before.tiled(n) if n > 1 else before, compiled, options, read=read, watch=watch)
+    with frozen.held(model.lm, gates, attention, norms) if gates is not None else nullcontext():
+        return model.lm.logits(tokens.expand(n, -1), made), made
+
+
+def held_read(model: ReplacementModel, gates: Gates) -> Read:
+    """What the transcoder reads where the norms in front of the MLPs are held."""
+    lm = model.lm
+    names = {module: name for name, module in lm.weights.named_modules()}
+    modules = [lm.modules(layer)[0] for layer in lm.layers]
+
+    def read(layer: int, resid: Tensor, own: Tensor) -> Tensor:
+        if model.site != Site.mlp_in:
+            return read_site(model.site, model.norm, layer, resid, own)
+        norm, denominator = gates.norms[names[modules[layer]]]
+        return norm.output(modules[layer], wide(resid), denominator)
+
+    return read
 
 
 def concatenated(parts: Sequence[Values]) -> Values:

@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.interp import intervene_report
 from pipeline.interp.feature_edits import Edit, Where
 from pipeline.interp.intervene import intervene
-from pipeline.interp.intervene_options import InterveneOptions, Model, Response
+from pipeline.interp.intervene_options import Hold, InterveneOptions, Model, Response
 from pipeline.interp.replacement import ReplacementModel
 from tests import oracle
 from tests.families import D_MODEL, N_LAYERS, Plain
@@ -270,6 +270,29 @@ def test_later_features_that_change_are_those_of_the_edited_stream(family: tuple
 def _dense(values: tuple, n: int) -> Tensor:  # type: ignore[type-arg]
     pattern, amounts = values
     return torch.zeros(n, F).index_put((pattern.tokens, pattern.indices), amounts)
+
+
+@pytest.mark.parametrize(("kind", "errors"), MODELS)
+@pytest.mark.parametrize(("attention", "norms"), [(True, False), (False, True), (True, True)])
+def test_attention_and_norms_are_held_at_those_without_the_edit(
+    family: tuple[LanguageModel, Plain], kind: Model, errors: bool, attention: bool, norms: bool
+) -> None:
+    """Between MLP outputs that stand still everything is linear where both are held, and only there."""
+    model = ReplacementModel(family[0], transcoder("clt"), Site.mlp_in)
+    held = {"attention": Hold("frozen" if attention else "live"), "norms": Hold("frozen" if norms else "live")}
+    options = InterveneOptions(model=kind, keep_error=errors, layers=Response.constrained, **held)
+    edits = [[Edit(0, 3, Where((4,)), 1.0, add)] for add in (1.0, -2.0, 0.0)]
+    found = intervene(model, tokens(), edits, options)
+    torch.testing.assert_close(found.logits[2], found.before.logits[0], atol=3e-5, rtol=0)
+    up, down = (logits[-1] for logits in found.logits[:2] - found.logits[2])
+    if model.lm.architecture.startswith("Gemma"):  # undo the soft cap
+        up, down = (
+            30 * ((found.logits[row, -1] / 30).atanh() - (found.logits[2, -1] / 30).atanh()) for row in (0, 1)
+        )
+    assert up.abs().max() > 1e-2
+    assert torch.allclose(down, -2 * up, atol=2e-4) == (attention and norms)
+    live = intervene(model, tokens(), edits, InterveneOptions(model=kind, keep_error=errors, layers=Response.constrained))
+    assert (live.logits[0] - found.logits[0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
