@@ -144,8 +144,8 @@ def intervene(
     interventions: Sequence[Sequence[Edit]],
     options: InterveneOptions | None = None,
 ) -> Intervened:
-    """Make each of n interventions, a list of edits, on one prompt. UserError for a prompt that `ReplacementModel.tokens`
-    refuses or that is several, and for options that mean nothing."""
+    """Make each of n interventions, a list of edits, on one prompt. UserError for a prompt that
+    `ReplacementModel.tokens` refuses or that is several, and for options that mean nothing."""
     options = options or InterveneOptions()
     check(options, model.lm.n_layers)
     tokens = model.tokens(prompt)
@@ -153,8 +153,7 @@ def intervene(
         raise UserError(f"{tokens.shape[0]} prompts; intervene on one at a time")
     before, gates = recorded(model, tokens, options)
     passes = [
-        edited(model, tokens, before, some, options, gates)
-        for some in batches(interventions, tokens.shape[1], options)
+        edited(model, tokens, before, some, options, gates) for some in batches(interventions, tokens.shape[1], options)
     ]
     return Intervened(
         tokens,
@@ -169,11 +168,15 @@ def intervene(
 def check(options: InterveneOptions, n_layers: int) -> None:
     """Raises UserError for settings that mean nothing, before anything is loaded where n_layers is huge."""
     if options.until is not None and options.layers == Response.open:
-        raise UserError(f"intervene.until={options.until} says how far layers are held; add intervene.layers=constrained")
+        raise UserError(
+            f"intervene.until={options.until} says how far layers are held; add intervene.layers=constrained"
+        )
     if options.until is not None and options.until not in range(n_layers):
         raise UserError(f"intervene.until={options.until}: layers are 0 to {n_layers - 1}; name the last held one")
     if options.model == Model.original and not options.keep_error:
-        raise UserError("intervene.keep_error=false leaves errors out of a replacement; add intervene.model=replacement")
+        raise UserError(
+            "intervene.keep_error=false leaves errors out of a replacement; add intervene.model=replacement"
+        )
     if options.top < 1 or options.n_tokens < 0 or options.batch_tokens < 1:
         raise UserError("intervene.top and batch_tokens are at least 1, n_tokens at least 0; give such numbers")
     if options.n_tokens and Hold.frozen in (options.attention, options.norms):
@@ -205,9 +208,7 @@ def unedited(model: ReplacementModel, tokens: Tensor, options: InterveneOptions,
     return Before(logits, live.features, live.y_hat, live.y_hat)
 
 
-def recorded(
-    model: ReplacementModel, tokens: Tensor, options: InterveneOptions
-) -> tuple[Before, Gates | None]:
+def recorded(model: ReplacementModel, tokens: Tensor, options: InterveneOptions) -> tuple[Before, Gates | None]:
     """`unedited`, and what of it is to be held; None where nothing is. UserError as `frozen.recording`."""
     if Hold.frozen not in (options.attention, options.norms):
         return unedited(model, tokens, options), None

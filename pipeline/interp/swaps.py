@@ -41,7 +41,7 @@ def swap(
 
 def _at(before: Before, position: int) -> dict[tuple[int, int], float]:
     """(layer, feature) -> activation, of those that are active at a position of one context."""
-    found = {}
+    found: dict[tuple[int, int], float] = {}
     for layer, (pattern, values) in enumerate(before.features):
         first, last = (int(edge) for edge in pattern.offsets[position : position + 2])
         ids, amounts = pattern.indices[first:last].tolist(), values[first:last].tolist()

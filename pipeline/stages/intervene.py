@@ -62,10 +62,12 @@ def check(cfg: InterveneConfig) -> None:
     """Raises UserError for settings that say too little, before anything is loaded."""
     if cfg.prompt is None:
         raise UserError("there is no prompt; add prompt='some text'")
+    if cfg.swap.features is None and (cfg.swap.from_prompt is not None or cfg.swap.from_at is not None):
+        raise UserError(
+            "swap.from_prompt and swap.from_at say where features come from; add swap.features=all, or some"
+        )
     if cfg.edits is None and cfg.swap.features is None:
         raise UserError("nothing is edited; add edits='1/342@4=0', or swap.features=all swap.from_prompt='other text'")
-    if cfg.swap.features is None and (cfg.swap.from_prompt is not None or cfg.swap.from_at is not None):
-        raise UserError("swap.from_prompt and swap.from_at say where features come from; add swap.features=all, or some")
 
 
 def edits_of(model: ReplacementModel, tokens: Tensor, cfg: InterveneConfig) -> list[Edit]:
@@ -91,7 +93,9 @@ def token_ids(model: ReplacementModel, names: str | None) -> list[int]:
         tried = [model.lm.tokenizer(one, add_special_tokens=False)["input_ids"] for one in (name, f" {name}")]
         single = [ids[0] for ids in tried if len(ids) == 1 and ids[0] != model.lm.tokenizer.unk_token_id]
         if not single:
-            raise UserError(f"tokens={name}: {len(tried[0])} tokens of the model, not one; give a token, or #17 by number")
+            raise UserError(
+                f"tokens={name}: {len(tried[0])} tokens of the model, not one; give a token, or #17 by number"
+            )
         found.append(single[0])
     return found
 
@@ -166,7 +170,9 @@ def _rows(changes: list[Change], texts: list[str], top: int) -> Iterator[str]:
 def _how(cfg: InterveneConfig) -> str:
     """on the original model, later features respond"""
     options = cfg.intervene
-    errors = "" if options.model == Model.original else ", its errors kept" if options.keep_error else ", without errors"
+    errors = (
+        "" if options.model == Model.original else ", its errors kept" if options.keep_error else ", without errors"
+    )
     response = {
         Response.open: "later layers respond",
         Response.constrained: "other features hold their values",

@@ -17,8 +17,8 @@ class InterveneConfig:
 
     edits: str | None = None
     """Edits with commas between them, or a YAML or JSON file with a list of them. One is FEATURE@WHERE=VALUE (set),
-    *FACTOR (scale) or +VALUE (add). FEATURE: LAYER/NUMBER, or the name of a supernode. WHERE: a position, several, a range
-    2:6, last, prompt, new (each generated token) or all, the default."""
+    *FACTOR (scale) or +VALUE (add). FEATURE: LAYER/NUMBER, or the name of a supernode. WHERE: a position, several, a
+    range 2:6, last, prompt, new (each generated token) or all, the default."""
 
     supernodes: str | None = None
     """A JSON or YAML file of named groups of features: {"name": ["0/17", "1/3@4"]}, or a graph's."""

@@ -286,12 +286,12 @@ def test_attention_and_norms_are_held_at_those_without_the_edit(
     torch.testing.assert_close(found.logits[2], found.before.logits[0], atol=3e-5, rtol=0)
     up, down = (logits[-1] for logits in found.logits[:2] - found.logits[2])
     if model.lm.architecture.startswith("Gemma"):  # undo the soft cap
-        up, down = (
-            30 * ((found.logits[row, -1] / 30).atanh() - (found.logits[2, -1] / 30).atanh()) for row in (0, 1)
-        )
+        up, down = (30 * ((found.logits[row, -1] / 30).atanh() - (found.logits[2, -1] / 30).atanh()) for row in (0, 1))
     assert up.abs().max() > 1e-2
     assert torch.allclose(down, -2 * up, atol=2e-4) == (attention and norms)
-    live = intervene(model, tokens(), edits, InterveneOptions(model=kind, keep_error=errors, layers=Response.constrained))
+    live = intervene(
+        model, tokens(), edits, InterveneOptions(model=kind, keep_error=errors, layers=Response.constrained)
+    )
     assert (live.logits[0] - found.logits[0]).abs().max() > 1e-3
 
 

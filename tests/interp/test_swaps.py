@@ -68,7 +68,11 @@ def test_a_swap_that_means_nothing_is_refused(model: ReplacementModel, options: 
         swap(model, "abcde", options, InterveneOptions())
 
 
-EDITS = [Edit(0, 4, where("2,new", 6), -2.0, 1.0), Edit(1, 7, Where((3, 5)), 0.0, 2.0), Edit(2, 1, where("all", 6), 1.0, 1.5)]
+EDITS = [
+    Edit(0, 4, where("2,new", 6), -2.0, 1.0),
+    Edit(1, 7, Where((3, 5)), 0.0, 2.0),
+    Edit(2, 1, where("all", 6), 1.0, 1.5),
+]
 
 
 @pytest.mark.parametrize("response", list(Response), ids=str)
