@@ -229,12 +229,15 @@ class LanguageModel:
         mlp = None if self._sites.mlp is None else self._module(base_layer, self._sites.mlp)
         return self._module(base_layer, self._sites.norm), self._module(base_layer, self._sites.mlp_out), mlp
 
+    def layer_of(self, name: str) -> int | None:
+        """The layer of the base model that a module or parameter of this name (as in `named_modules`) is in."""
+        prefix = f"{self._sites.blocks}."
+        return int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else None
+
     def is_inside_mlp(self, name: str) -> bool:
-        """Whether a module of this name (as in `named_modules`) is an MLP of the base model or a part of one."""
-        if self._sites.mlp is None or not name.startswith(f"{self._sites.blocks}."):
-            return False
-        within = name.removeprefix(f"{self._sites.blocks}.").partition(".")[2]
-        return f"{within}.".startswith(f"{self._sites.mlp}.")
+        """Whether a module of this name is an MLP of the base model or a part of one."""
+        layer = self.layer_of(name)
+        return layer is not None and f"{name}.".startswith(f"{self._sites.blocks}.{layer}.{self._sites.mlp}.")
 
     def weights_hash(self) -> str:
         """sha256 of the weights as they are stored, whatever dtype and device they were loaded to."""
