@@ -44,6 +44,7 @@ from yaml import YAMLError
 
 from pipeline import progress
 from pipeline.errors import UserError
+from pipeline.stages.features_options import FeaturesConfig
 from pipeline.stages.options import (
     BenchCacheConfig,
     BenchCodecConfig,
@@ -69,6 +70,7 @@ Config = (
     | TrainConfig
     | EvalConfig
     | GenerateConfig
+    | FeaturesConfig
     | ConvertConfig
     | CompareConfig
     | ReportConfig
@@ -93,6 +95,7 @@ STAGES = {
     "train": Stage(TrainConfig, "pipeline.stages.train"),
     "eval": Stage(EvalConfig, "pipeline.stages.evaluate"),
     "generate": Stage(GenerateConfig, "pipeline.stages.generate"),
+    "features": Stage(FeaturesConfig, "pipeline.stages.features"),
     "convert": Stage(ConvertConfig, "pipeline.stages.convert"),
     "compare": Stage(CompareConfig, "pipeline.stages.compare"),
     "report": Stage(ReportConfig, "pipeline.stages.report"),
@@ -104,7 +107,7 @@ STAGES = {
 }
 
 TEXT_KEYS = {
-    "name", "run", "to", "prompt",
+    "name", "run", "to", "prompt", "search", "features.ids",
     "model.path", "model.revision", "model.offload_dir", "lm.tokenizer", "cache.dir", "cache.path", "cache.local_dir",
     "train.init_from", "report.baseline", "log.project", "log.entity", "log.group",
     "dataset.name", "dataset.path", "dataset.subset", "dataset.split", "dataset.revision", "dataset.column",

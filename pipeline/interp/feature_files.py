@@ -1,13 +1,15 @@
 """Feature files: what one feature is like, as circuit-tracer's and Neuronpedia's pages read it.
 
     {cantor}.json       one feature; cantor(l, f) = (l + f)(l + f + 1) / 2 + f of layer l and feature f
-    index.json.gz       or all of them packed: by layer {filename, offsets [F + 1]} of layer_L.bin, whose records are the
-    layer_L.bin         length as an unsigned 32-bit number, low byte first, and the JSON under zlib; no bytes: no feature
+    index.json.gz       or all of them packed: by layer {filename, offsets [F + 1]} of layer_L.bin, whose records are
+    layer_L.bin         the length, an unsigned 32-bit number, low byte first, and the JSON under zlib; no bytes where
+                        there is no such feature
 
     {
       "transcoder_id": str, "index": int (the feature in its layer), "layer": int,
       "examples_quantiles": [{"quantile_name": str, "examples": [
-          {"tokens": [str], "tokens_acts_list": [float], "train_token_ind": int (the peak), "is_repeated_datapoint": bool}
+          {"tokens": [str], "tokens_acts_list": [float], "train_token_ind": int (the token that it is shown for),
+           "is_repeated_datapoint": bool, "context": int (of the text)}
       ]}],                                     "Top activations" first
       "top_logits": [str], "bottom_logits": [str], "act_min": float, "act_max": float,
       "quantile_values": [float] (percentiles 1 to 100 of the activations above 0),
