@@ -73,24 +73,28 @@ def about(directory: Path) -> Record | None:
 
 
 def pack(directory: Path, n_features: int, n_layers: int) -> None:
-    """Put the feature files into one file a layer with an index, and remove them."""
-    index: list[Record] = []
-    packed: list[Path] = []
-    for layer in range(n_layers):
-        offsets, name = [0], f"layer_{layer}.bin"
-        with (directory / name).open("wb") as out:
-            for feature in range(n_features):
-                file = directory / f"{cantor(layer, feature)}.json"
-                if file.exists():
-                    record = zlib.compress(file.read_bytes(), 6)
-                    out.write(struct.pack("<I", len(record)) + record)
-                    packed.append(file)
-                offsets.append(out.tell())
-        index.append({"filename": name, "offsets": offsets})
-    sync(directory.glob("layer_*.bin"))
-    write_aside(directory / INDEX, gzip.compress(json.dumps(index).encode(), mtime=0))
-    for file in packed:
-        file.unlink()
+    """Put the feature files into one file a layer with an index, and remove them; stopped on the way, it goes on."""
+    ids = [(layer, feature) for layer in range(n_layers) for feature in range(n_features)]
+    files = {pair: directory / f"{cantor(*pair)}.json" for pair in ids}
+    if not (directory / INDEX).exists():
+        index = [_layer_file(directory / f"layer_{layer}.bin", layer, n_features, files) for layer in range(n_layers)]
+        sync(directory / entry["filename"] for entry in index)
+        write_aside(directory / INDEX, gzip.compress(json.dumps(index).encode(), mtime=0))
+    for file in files.values():
+        file.unlink(missing_ok=True)
+
+
+def _layer_file(to: Path, layer: int, n_features: int, files: dict[tuple[int, int], Path]) -> Record:
+    """Write the records of a layer. -> its entry in the index"""
+    offsets = [0]
+    with to.open("wb") as out:
+        for feature in range(n_features):
+            file = files[layer, feature]
+            if file.exists():
+                record = zlib.compress(file.read_bytes(), 6)
+                out.write(struct.pack("<I", len(record)) + record)
+            offsets.append(out.tell())
+    return {"filename": to.name, "offsets": offsets}
 
 
 def _packed(directory: Path, layer: int, feature: int) -> bytes | None:

@@ -24,7 +24,7 @@ from pipeline.interp.feature_weights import Named
 from pipeline.interp.features import Chosen, Measured
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    import pyarrow as pa  # type: ignore[import-untyped]
 
 LABELLING = 3
 """Most tokens in a label."""

@@ -43,7 +43,7 @@ def search(directory: Path, text: str) -> list[Match]:
         raise UserError(f"{directory} holds no described features; run clt features run={directory.parent} first")
     sums = _sums(tables[0], text.lower())
     found = []
-    from pyarrow import parquet
+    from pyarrow import parquet  # type: ignore[import-untyped]
 
     columns = ["layer", "feature", "label", "act_max"]
     for row in parquet.read_table(tables[1], columns=columns).to_pylist():

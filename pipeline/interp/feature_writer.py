@@ -61,8 +61,8 @@ class Making:
 
     def write(self, group: int, records: Iterable[Record]) -> None:
         """The features of a group."""
-        from pyarrow import Table
-        from pyarrow.parquet import ParquetWriter
+        from pyarrow import Table  # type: ignore[import-untyped]
+        from pyarrow.parquet import ParquetWriter  # type: ignore[import-untyped]
 
         files: list[Path] = []
         tables = [self._work / f"group-{group}.{name}" for name in TABLES]

@@ -230,5 +230,5 @@ def _request(options: FeatureOptions, trained: Trained) -> dict[str, Any]:
         digest = hashlib.file_digest(weights_file, "sha256").hexdigest()
     plain = {name: value for name, value in to_plain(options).items() if name not in NO_EFFECT}
     if options.ids is not None:
-        plain["ids"] = [f"{layer}/{feature}" for layer, feature in named(options.ids)]
+        plain["ids"] = [f"{layer}/{feature}" for layer, feature in sorted(set(named(options.ids)))]
     return {"schema": SCHEMA, "transcoder_sha256": digest, "cache": trained.config["cache"]["key"], "features": plain}

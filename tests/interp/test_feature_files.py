@@ -46,6 +46,8 @@ def test_packed_files_give_the_same(directory: Path) -> None:
         for feature in range(6):
             there = (layer, feature) in {(0, 0), (0, 3), (1, 2), (2, 4)}
             assert feature_files.read(directory, layer, feature) == (some(layer, feature) if there else None)
+    feature_files.pack(directory, n_features=5, n_layers=3)  # stopped as it removed the files: nothing is lost
+    assert feature_files.read(directory, 2, 4) == some(2, 4)
     index = json.loads(gzip.decompress((directory / "index.json.gz").read_bytes()))
     start, stop = index[1]["offsets"][2:4]
     record = (directory / "layer_1.bin").read_bytes()[start:stop]
