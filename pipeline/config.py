@@ -44,6 +44,7 @@ from yaml import YAMLError
 
 from pipeline import progress
 from pipeline.errors import UserError
+from pipeline.stages.features_options import FeaturesConfig
 from pipeline.stages.intervene_options import InterveneConfig
 from pipeline.stages.options import (
     BenchCacheConfig,
@@ -71,6 +72,7 @@ Config = (
     | EvalConfig
     | GenerateConfig
     | InterveneConfig
+    | FeaturesConfig
     | ConvertConfig
     | CompareConfig
     | ReportConfig
@@ -96,6 +98,7 @@ STAGES = {
     "eval": Stage(EvalConfig, "pipeline.stages.evaluate"),
     "generate": Stage(GenerateConfig, "pipeline.stages.generate"),
     "intervene": Stage(InterveneConfig, "pipeline.stages.intervene"),
+    "features": Stage(FeaturesConfig, "pipeline.stages.features"),
     "convert": Stage(ConvertConfig, "pipeline.stages.convert"),
     "compare": Stage(CompareConfig, "pipeline.stages.compare"),
     "report": Stage(ReportConfig, "pipeline.stages.report"),
@@ -108,6 +111,7 @@ STAGES = {
 
 TEXT_KEYS = {
     "name", "run", "to", "prompt", "edits", "supernodes", "tokens", "swap.features", "swap.from_prompt",
+    "search", "features.ids",
     "model.path", "model.revision", "model.offload_dir", "lm.tokenizer", "cache.dir", "cache.path", "cache.local_dir",
     "train.init_from", "report.baseline", "log.project", "log.entity", "log.group",
     "dataset.name", "dataset.path", "dataset.subset", "dataset.split", "dataset.revision", "dataset.column",

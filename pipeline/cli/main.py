@@ -145,6 +145,26 @@ def intervene(
 
 
 @app.command()
+def features(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None, dry_run: DryRun = False,
+) -> None:  # fmt: skip
+    """What features respond to and write, for circuit-tracer, Neuronpedia and Parquet; and which respond to a text.
+
+    \b
+    clt features run=runs/demo                               all of them, into runs/demo/features
+    clt features run=demo features.n=1000 features.choose=most_active --dry-run
+    clt features run=demo features.ids=[0/12,1/7] to=two     layer/feature
+    clt features run=demo features.layers=[0,1] features.split=training features.n_tokens=1M
+    clt features run=demo search=France                      features whose contexts have it
+    clt features run=demo prompt='The capital of France is'  features active at each token
+    """
+    overrides = [*(overrides or []), *(["dry_run=true"] if dry_run else [])]
+    del dry_run
+    launch("features", **locals())
+
+
+@app.command()
 def convert(
     overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
     config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
