@@ -105,6 +105,7 @@ def in_dtype(model: ReplacementModel, dtype: torch.dtype) -> ReplacementModel:
     other.lm = copy.deepcopy(model.lm)
     other.lm.weights.to(dtype)
     other.lm.dtype = dtype
+    other.norm = other.lm.mlp_norm(dtype).to(str(other.lm.device))
     other.transcoder = copy.deepcopy(model.transcoder).to(dtype)
     return other
 
