@@ -48,7 +48,7 @@ KNOWN = {
         "gpt_neox.layers", "post_attention_layernorm", "mlp", "mlp", False, 0.0, "gpt_neox.final_layer_norm"
     ),
 }
-"""What transformer_lens says of the usual ones. Importing it takes over a second, as long as a graph of a small model."""
+"""What transformer_lens says of the usual ones. Importing it takes over a second, as long as a small model's graph."""
 
 
 def sites_of(options: ModelOptions, weights: "PreTrainedModel") -> Sites:
