@@ -17,7 +17,7 @@ from pipeline.interp.global_weights import count, into, out_of, strongest, typic
 from pipeline.interp.replacement import ReplacementModel
 from tests import oracle
 from tests.families import D_MODEL, N_LAYERS
-from tests.interp.test_heads import F, made
+from tests.interp.small_models import F, made
 
 H = 2
 
@@ -119,7 +119,7 @@ def test_counts_are_sums_over_tokens() -> None:
     threshold = FixedThreshold(oracle.normal(L, F, seed=3).abs() * 0.3)
     model = oracle.transcoder(oracle.arch_options("clt"), threshold, dtype=torch.float64)
     x = oracle.normal(B, L, D)
-    a = model(x, True).features
+    a = model(x, True).features.detach()
     layer, feature = 1, int((a[:, 1] > 0).sum(dim=0).argmax())
     found = count(model, x.split(5), layer, feature)
     own = a[:, layer, feature]

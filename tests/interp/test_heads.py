@@ -10,36 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.arch import table
-from pipeline.arch.base import Dims
 from pipeline.arch.options import Site
-from pipeline.core.activations import FixedThreshold
-from pipeline.data import models
-from pipeline.data.options import ModelOptions
 from pipeline.errors import UserError
 from pipeline.interp import attribution, frozen, heads, paths
 from pipeline.interp.graph import Graph, Kind
 from pipeline.interp.graph_options import GraphOptions
 from pipeline.interp.replacement import ReplacementModel
-from tests import oracle
 from tests.families import D_MODEL, FAMILIES, N_LAYERS
 from tests.interp.graphs import random_graph
+from tests.interp.small_models import made
 
-T, F = 6, 11
-
-
-def made(path: Path, arch: str = "clt", site: Site = Site.mlp_in, first: int = 0) -> ReplacementModel:
-    layers = None if first == 0 else [first, N_LAYERS]
-    lm = models.load(ModelOptions(name="tiny", path=str(path), device="cpu", layers=layers))
-    lm.weights.double()
-    lm.dtype = torch.float64
-    n_layers = N_LAYERS - first
-    options = oracle.arch_options(arch, d_features=F, site=site)
-    transcoder = table.build(options, Dims(n_layers, D_MODEL), FixedThreshold(torch.zeros(n_layers, F)))
-    generator = torch.Generator().manual_seed(5)
-    for parameter in transcoder.parameters():
-        parameter.data.normal_(0, 0.4, generator=generator)
-    return ReplacementModel(lm, transcoder.double().eval().requires_grad_(False), site)
+T = 6
 
 
 def graph_of(model: ReplacementModel) -> Graph:
