@@ -44,6 +44,7 @@ from yaml import YAMLError
 
 from pipeline import progress
 from pipeline.errors import UserError
+from pipeline.stages.export_options import ExportConfig, ImportConfig
 from pipeline.stages.options import (
     BenchCacheConfig,
     BenchCodecConfig,
@@ -71,6 +72,8 @@ Config = (
     | GenerateConfig
     | ConvertConfig
     | CompareConfig
+    | ExportConfig
+    | ImportConfig
     | ReportConfig
     | BenchExtractConfig
     | BenchCacheConfig
@@ -95,6 +98,8 @@ STAGES = {
     "generate": Stage(GenerateConfig, "pipeline.stages.generate"),
     "convert": Stage(ConvertConfig, "pipeline.stages.convert"),
     "compare": Stage(CompareConfig, "pipeline.stages.compare"),
+    "export": Stage(ExportConfig, "pipeline.stages.export"),
+    "import": Stage(ImportConfig, "pipeline.stages.import_run"),
     "report": Stage(ReportConfig, "pipeline.stages.report"),
     "bench_extract": Stage(BenchExtractConfig, "pipeline.stages.bench_extract"),
     "bench_cache": Stage(BenchCacheConfig, "pipeline.stages.bench_cache"),
@@ -104,7 +109,7 @@ STAGES = {
 }
 
 TEXT_KEYS = {
-    "name", "run", "to", "prompt",
+    "name", "run", "to", "path", "prompt", "export.model_name", "export.licence", "read.revision",
     "model.path", "model.revision", "model.offload_dir", "lm.tokenizer", "cache.dir", "cache.path", "cache.local_dir",
     "train.init_from", "report.baseline", "log.project", "log.entity", "log.group",
     "dataset.name", "dataset.path", "dataset.subset", "dataset.split", "dataset.revision", "dataset.column",
@@ -520,7 +525,7 @@ def _typed(
             config.name = bases.setdefault(label, _free_name(label))
         if job is not None:
             config.name = f"{config.name}/{job}"
-    elif isinstance(config, PretrainConfig | GenerateConfig | ReportConfig | BenchCodecConfig):
+    elif isinstance(config, PretrainConfig | GenerateConfig | ExportConfig | ReportConfig | BenchCodecConfig):
         pass  # no cache in their settings
     elif config.cache.path is not None:
         raise UserError(f"cache.path names what clt train reads, not clt {stage.replace('_', ' ')}; leave it out")

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-class Format(StrEnum):
-    circuit_tracer = "circuit-tracer"
-    saelens = "saelens"
-    huggingface = "huggingface"
+Format = StrEnum(
+    "Format", {"circuit-tracer": "circuit-tracer", "saelens": "saelens", "huggingface": "huggingface"}
+)
+"""Whose files are written. Hydra names the members of an enum, so they are called what they are."""
 
 
 class StoredDtype(StrEnum):
