@@ -38,7 +38,8 @@ def check(source: Source) -> None:
     layers = source.config["cache"]["request"]["model"]["layers"]
     if layers is not None:
         raise UserError(
-            f"{source.run} covers layers {layers[0]} to {layers[1] - 1} of its model (model.layers), and circuit-tracer "
+            f"{source.run} covers layers {layers[0]} to {layers[1] - 1} of its model (model.layers), and "
+            "circuit-tracer "
             "replaces the MLPs of all; extract and train with model.layers=null"
         )
     if source.arch.skip and not source.own_layer_alone():

@@ -68,7 +68,10 @@ def card(source: Source, options: ExportOptions) -> str:
     config, dataset = source.config, source.config["dataset"]
     base = config["model"]
     name = options.model_name or str(base["path"])
-    header: dict[str, Any] = {"library_name": "clt-pipeline", "tags": ["transcoder", "interpretability", "sparse-coding"]}
+    header: dict[str, Any] = {
+        "library_name": "clt-pipeline",
+        "tags": ["transcoder", "interpretability", "sparse-coding"],
+    }
     header |= {"license": options.licence} if options.licence else {}
     header |= {"base_model": name} if options.model_name or base["revision"] else {}  # a commit: it is of the hub
     header |= {"datasets": [dataset["path"]]} if dataset.get("kind") == "hub" else {}

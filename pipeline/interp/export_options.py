@@ -3,10 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-
-Format = StrEnum(
-    "Format", {"circuit-tracer": "circuit-tracer", "saelens": "saelens", "huggingface": "huggingface"}
-)
+Format = StrEnum("Format", {"circuit-tracer": "circuit-tracer", "saelens": "saelens", "huggingface": "huggingface"})
 """Whose files are written. Hydra names the members of an enum, so they are called what they are."""
 
 

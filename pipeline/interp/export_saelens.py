@@ -29,7 +29,8 @@ def check(source: Source) -> None:
     export_weights.check_features(source, "saelens")
     if not source.own_layer_alone():
         raise UserError(
-            f"{source.run}: arch={source.arch.name} writes several layers, and SAELens has transcoders of one layer alone; "
+            f"{source.run}: arch={source.arch.name} writes several layers, and SAELens has transcoders of "
+            "one layer alone; "
             "use to=circuit-tracer, or train with arch=per_layer or arch.max_reach=0"
         )
     if not _is_sae(source):

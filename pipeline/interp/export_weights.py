@@ -77,7 +77,8 @@ class Source:
         architecture = self.config["model"]["architecture"]
         if self.arch.site == Site.resid_mid and architecture in PARALLEL:
             raise UserError(
-                f"{self.run} reads arch.site=resid_mid, for which {architecture}, whose blocks are parallel, has no hook "
+                f"{self.run} reads arch.site=resid_mid, for which {architecture}, whose blocks are parallel, has "
+                "no hook "
                 "in transformer_lens; train with arch.site=mlp_in"
             )
         return {Site.mlp_in: "mlp.hook_in", Site.resid_mid: "hook_resid_mid", Site.mlp_out: OUTPUT_HOOK}[self.arch.site]
@@ -106,7 +107,8 @@ class Source:
                 W_dec = torch.stack([model.table(layer, target) for target in model.targets(layer)], dim=1)
                 skip = None if model.W_skip is None else model.W_skip[layer]
                 parts = (model.encoders[layer], model.b_enc[layer], W_dec, model.b_dec[layer], self.threshold[layer])
-                yield Layer(*(part.detach() for part in parts), skip)
+                W_enc, b_enc, table, b_dec, threshold = (part.detach() for part in parts)
+                yield Layer(W_enc, b_enc, table, b_dec, threshold, skip)
 
     @contextmanager
     def _open(self) -> Iterator[Any]:
@@ -157,8 +159,6 @@ def model_name(source: Source, given: str | None) -> str:
         return str(directory)
     # transformer_lens knows OpenAI's models without their owner.
     return path.removeprefix("openai-community/")
-
-
 
 
 def about(source: Source, dtype: StoredDtype) -> dict[str, Any]:

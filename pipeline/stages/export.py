@@ -95,7 +95,9 @@ def _is_there(target: Path, about: dict[str, Any]) -> bool:
         raise UserError(
             f"{target} holds another export (other {', '.join(differ)}); choose another path=, or remove it first"
         )
-    changed = [name for name, n in sizes.items() if not (target / name).is_file() or (target / name).stat().st_size != n]
+    changed = [
+        name for name, n in sizes.items() if not (target / name).is_file() or (target / name).stat().st_size != n
+    ]
     if changed:
         raise UserError(f"{target}: {changed[0]} is missing or was changed; remove the directory and export again")
     return True
@@ -117,7 +119,7 @@ def _said(to: Format, source: Source, target: Path) -> str:
         ]
     elif to == "saelens":
         example = target / f"layer_{source.first_layer}"
-        lines += [f'next: python -c \'from sae_lens import SAE; print(SAE.load_from_disk("{example}"))\'']
+        lines += [f"next: python -c 'from sae_lens import SAE; print(SAE.load_from_disk(\"{example}\"))'"]
     else:
         lines += [
             f"read {target / 'README.md'} before you show it to anyone",

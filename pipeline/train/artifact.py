@@ -83,9 +83,7 @@ def save(
     tensors = {**transcoder.weights(), "threshold": threshold, "y_mean": y_mean}
     tensors |= {} if rank_norms is None else {"rank_norms": rank_norms}
     with atomic_directory(run / "final") as aside:
-        save_file(
-            {k: v.detach().float().contiguous().cpu() for k, v in tensors.items()}, aside / WEIGHTS
-        )
+        save_file({k: v.detach().float().contiguous().cpu() for k, v in tensors.items()}, aside / WEIGHTS)
         (aside / "config.json").write_text(json.dumps({"schema": SCHEMA, **config}, indent=2) + "\n")
     return run / "final"
 

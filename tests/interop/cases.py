@@ -1,8 +1,8 @@
 """Tiny random models and transcoders that both sides trace: `python -m tests.interop.cases DIR` makes them all.
 
-    DIR/CASE/model     the base model with its tokenizer, as both versions of transformers can load it
-    DIR/CASE/run       a finished run
-    DIR/CASE/prompt    token ids, JSON
+DIR/CASE/model     the base model with its tokenizer, as both versions of transformers can load it
+DIR/CASE/run       a finished run
+DIR/CASE/prompt    token ids, JSON
 """
 
 import json

@@ -1,10 +1,10 @@
 """What the real circuit-tracer says of the cases: run by the interpreter of its environment, which has none of ours.
 
-    python tests/interop/trace_reference.py DIR/CASE ...   writes DIR/CASE/reference.npz
+python tests/interop/trace_reference.py DIR/CASE ...   writes DIR/CASE/reference.npz
 
-    features [n, 3] (layer, position, index), activations [n], adjacency [N, N] with N = n + L T + T + k in the order of
-    features, errors (layer by layer), tokens, logits; logit_tokens [k], logit_probabilities [k], scores (replacement,
-    completeness), kept_nodes, kept_edges (of pruning at .8 and .98), seconds
+features [n, 3] (layer, position, index), activations [n], adjacency [N, N] with N = n + L T + T + k in the order of
+features, errors (layer by layer), tokens, logits; logit_tokens [k], logit_probabilities [k], scores (replacement,
+completeness), kept_nodes, kept_edges (of pruning at .8 and .98), seconds
 """
 
 import json
