@@ -64,7 +64,9 @@ class LanguageModel:
         self.weights = weights
         self.tokenizer = tokenizer
         self.eos_token_id: int = tokenizer.eos_token_id
-        self.layers = layers_of(options, config.num_hidden_layers)
+        self.n_base_layers: int = config.num_hidden_layers
+        """Those that are not read included."""
+        self.layers = layers_of(options, self.n_base_layers)
         """The layers of the base model that are read and replaced."""
         self.n_layers: int = len(self.layers)
         self.d_model: int = config.hidden_size
@@ -220,6 +222,22 @@ class LanguageModel:
             names.pop()  # the MLP's own output is what is added
         layers = [[self._module(layer, name) for name in names if name is not None] for layer in self.layers]
         return Mlps(layers, self.d_model, self.dtype, self.device, f"model={self.name}")
+
+    def modules(self, base_layer: int) -> tuple[nn.Module, nn.Module, nn.Module | None]:
+        """Of a layer of the base model, read or not: the norm whose input is resid_mid, the module whose output is
+        mlp_out, and the MLP, where it is a module."""
+        mlp = None if self._sites.mlp is None else self._module(base_layer, self._sites.mlp)
+        return self._module(base_layer, self._sites.norm), self._module(base_layer, self._sites.mlp_out), mlp
+
+    def layer_of(self, name: str) -> int | None:
+        """The layer of the base model that a module or parameter of this name (as in `named_modules`) is in."""
+        prefix = f"{self._sites.blocks}."
+        return int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else None
+
+    def is_inside_mlp(self, name: str) -> bool:
+        """Whether a module of this name is an MLP of the base model or a part of one."""
+        layer = self.layer_of(name)
+        return layer is not None and f"{name}.".startswith(f"{self._sites.blocks}.{layer}.{self._sites.mlp}.")
 
     def weights_hash(self) -> str:
         """sha256 of the weights as they are stored, whatever dtype and device they were loaded to."""
