@@ -44,6 +44,7 @@ from yaml import YAMLError
 
 from pipeline import progress
 from pipeline.errors import UserError
+from pipeline.stages.export_options import ExportConfig, ImportConfig
 from pipeline.stages.features_options import FeaturesConfig
 from pipeline.stages.graph_options import GraphConfig
 from pipeline.stages.intervene_options import InterveneConfig
@@ -77,6 +78,8 @@ Config = (
     | FeaturesConfig
     | ConvertConfig
     | CompareConfig
+    | ExportConfig
+    | ImportConfig
     | ReportConfig
     | BenchExtractConfig
     | BenchCacheConfig
@@ -84,6 +87,11 @@ Config = (
     | BenchShareConfig
     | BenchTrainConfig
 )
+
+WithoutCache = (
+    PretrainConfig | GenerateConfig | GraphConfig | InterveneConfig | ExportConfig | ReportConfig | BenchCodecConfig
+)
+"""Those with no cache in their settings."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,8 @@ STAGES = {
     "features": Stage(FeaturesConfig, "pipeline.stages.features"),
     "convert": Stage(ConvertConfig, "pipeline.stages.convert"),
     "compare": Stage(CompareConfig, "pipeline.stages.compare"),
+    "export": Stage(ExportConfig, "pipeline.stages.export"),
+    "import": Stage(ImportConfig, "pipeline.stages.import_run"),
     "report": Stage(ReportConfig, "pipeline.stages.report"),
     "bench_extract": Stage(BenchExtractConfig, "pipeline.stages.bench_extract"),
     "bench_cache": Stage(BenchCacheConfig, "pipeline.stages.bench_cache"),
@@ -113,8 +123,8 @@ STAGES = {
 }
 
 TEXT_KEYS = {
-    "name", "run", "to", "prompt", "edits", "supernodes", "tokens", "swap.features", "swap.from_prompt",
-    "search", "features.ids", "graph.feature", "graph.slug",
+    "name", "run", "to", "path", "prompt", "edits", "supernodes", "tokens", "swap.features", "swap.from_prompt",
+    "search", "features.ids", "graph.feature", "graph.slug", "export.model_name", "export.licence", "read.revision",
     "model.path", "model.revision", "model.offload_dir", "lm.tokenizer", "cache.dir", "cache.path", "cache.local_dir",
     "train.init_from", "report.baseline", "log.project", "log.entity", "log.group",
     "dataset.name", "dataset.path", "dataset.subset", "dataset.split", "dataset.revision", "dataset.column",
@@ -530,10 +540,8 @@ def _typed(
             config.name = bases.setdefault(label, _free_name(label))
         if job is not None:
             config.name = f"{config.name}/{job}"
-    elif isinstance(
-        config, PretrainConfig | GenerateConfig | GraphConfig | InterveneConfig | ReportConfig | BenchCodecConfig
-    ):
-        pass  # no cache in their settings
+    elif isinstance(config, WithoutCache):
+        pass
     elif config.cache.path is not None:
         raise UserError(f"cache.path names what clt train reads, not clt {stage.replace('_', ' ')}; leave it out")
     return config

@@ -209,6 +209,36 @@ def compare(
 
 
 @app.command()
+def export(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """Write a finished transcoder for circuit-tracer, for SAELens, or as a folder for the Hugging Face hub.
+
+    \b
+    clt export run=runs/demo to=circuit-tracer            into runs/demo/export/circuit-tracer
+    clt export run=demo to=huggingface path=out/demo export.licence=mit
+    clt export run=demo to=circuit-tracer export.dtype=bfloat16
+    """
+    launch("export", **locals())
+
+
+@app.command("import")
+def import_run(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """Make a finished run of a directory of circuit-tracer or SAELens, for eval, generate and graph.
+
+    \b
+    clt import path=out/clt model=world name=theirs         into runs/theirs
+    clt import path=mntss/clt-gemma-2-2b-426k model=gemma-2-2b name=published
+    clt import path=out/clt model=gpt2 dataset=text dataset.path=book.txt name=theirs
+    """
+    launch("import", **locals())
+
+
+@app.command()
 def report(
     overrides: Runs = None, cfg: ShowCfg = None, resolve: Resolve = False,
     config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
