@@ -31,6 +31,8 @@ class Sites(NamedTuple):
     """RMSNorm; else LayerNorm."""
     gain_offset: float
     """Added to the norm's weight: 1 in Gemma, which stores gain - 1."""
+    final_norm: str
+    """The norm in front of the unembedding."""
 
 
 def sites_of(options: ModelOptions, weights: "PreTrainedModel") -> Sites:
@@ -38,7 +40,8 @@ def sites_of(options: ModelOptions, weights: "PreTrainedModel") -> Sites:
     front of each MLP or without a module whose output is what the MLP adds."""
     architecture = weights.config.architectures[0]
     adapter = _adapter(options, weights, architecture)
-    block = adapter.get_component_mapping()["blocks"]
+    components = adapter.get_component_mapping()
+    block = components["blocks"]
     added = (block.hook_aliases.get("hook_mlp_out") or "").removesuffix(".hook_out")
     if "ln2" not in block.submodules or not added:
         why = f"{architecture} has no norm of its own in front of the MLP to read the residual at"
@@ -52,6 +55,7 @@ def sites_of(options: ModelOptions, weights: "PreTrainedModel") -> Sites:
         mlp=block.submodules["mlp"].name if "mlp" in block.submodules else None,
         is_rms=bool(cfg.uses_rms_norm),
         gain_offset=float(bool(getattr(cfg, "rmsnorm_uses_offset", False))),
+        final_norm=components["ln_final"].name,
     )
 
 

@@ -209,6 +209,19 @@ class LanguageModel:
                     raise UserError(f"model={self.name}: {found} is no plain LayerNorm or RMSNorm; use another model")
         return norm
 
+    def read_out(self, direction: Tensor) -> Tensor:
+        """What directions of the residual stream [n, D] add to the logits, [n, V] in float32: through the gain of the
+        final norm, in front of which a LayerNorm takes the mean off, and the unembedding. The norm's denominator, which
+        depends on the rest of the stream, its bias, and a soft cap of the logits are left out."""
+        norm = _float_copy(self.weights.get_submodule(self._sites.final_norm))
+        weight = getattr(norm, "weight", None)
+        gain = torch.ones(self.d_model) if weight is None else weight.detach() + self._sites.gain_offset
+        direction = direction.float().cpu()
+        if not self._sites.is_rms:
+            direction = direction - direction.mean(dim=-1, keepdim=True)
+        unembedding = self.weights.get_output_embeddings().weight.detach()
+        return ((direction * gain).to(unembedding.device) @ unembedding.float().T).cpu()
+
     def mlps(self) -> Mlps:
         """The norm and the MLP of each layer that is read (in Gemma-2 the norm behind it too): this model's own
         modules, on its device, so that their arithmetic is its own. Raises UserError where an MLP is no module."""
@@ -229,12 +242,15 @@ class LanguageModel:
         mlp = None if self._sites.mlp is None else self._module(base_layer, self._sites.mlp)
         return self._module(base_layer, self._sites.norm), self._module(base_layer, self._sites.mlp_out), mlp
 
+    def layer_of(self, name: str) -> int | None:
+        """The layer of the base model that a module or parameter of this name (as in `named_modules`) is in."""
+        prefix = f"{self._sites.blocks}."
+        return int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else None
+
     def is_inside_mlp(self, name: str) -> bool:
-        """Whether a module of this name (as in `named_modules`) is an MLP of the base model or a part of one."""
-        if self._sites.mlp is None or not name.startswith(f"{self._sites.blocks}."):
-            return False
-        within = name.removeprefix(f"{self._sites.blocks}.").partition(".")[2]
-        return f"{within}.".startswith(f"{self._sites.mlp}.")
+        """Whether a module of this name is an MLP of the base model or a part of one."""
+        layer = self.layer_of(name)
+        return layer is not None and f"{name}.".startswith(f"{self._sites.blocks}.{layer}.{self._sites.mlp}.")
 
     def weights_hash(self) -> str:
         """sha256 of the weights as they are stored, whatever dtype and device they were loaded to."""

@@ -98,7 +98,7 @@ def recording(lm: LanguageModel) -> Iterator[Gates]:
     gates, names = Gates(), {module: name for name, module in lm.weights.named_modules()}
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
-        eager = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+        eager = sys.modules[type(module).__module__].eager_attention_forward
         out, gates.patterns[names[module]] = eager(module, query, key, value, mask, **options)
         return out, gates.patterns[names[module]]
 

@@ -26,9 +26,9 @@ reconstruction as a constant: where nothing is changed, the logits are the origi
 whose second term is then exactly 0, so that no rounding can push a feature over its threshold.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -39,10 +39,22 @@ from pipeline.core.normalize import MlpNorm
 from pipeline.core.sparse import Pattern, Sparse, from_pairs
 from pipeline.data.models import LanguageModel
 from pipeline.errors import UserError
-from pipeline.interp.original import Original, Prompt, prompt_tokens, read_original, read_site
+from pipeline.interp.original import Original, Prompt, prompt_tokens, read_original, read_site, wide
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
+
+
+Choice = Callable[[int, Pattern, Tensor], tuple[Pattern, Tensor]]
+"""(layer, pattern over n T tokens, values [nnz]) -> the features that take their place."""
+
+
+class Reads(Protocol):
+    """What a transcoder in the MLPs' place needs to know."""
+
+    transcoder: Transcoder
+    site: Site
+    norm: MlpNorm
 
 
 class Basis(StrEnum):
@@ -212,17 +224,19 @@ class Live:
 
     def __init__(
         self,
-        model: ReplacementModel,
+        model: Reads,
         layers: Collection[int],
         kept: list[tuple[Tensor, Tensor]] | None = None,
         first: bool = True,
         everything: bool = False,
         known: Sequence[tuple[Pattern, Tensor]] = (),
+        choose: Choice | None = None,
     ) -> None:
         """kept: for each layer the original's mlp_out and y_hat [n, T, D], for error terms. first: the tokens begin a
         context. everything: compute what no replaced layer needs too. known: the features of the first layers, where
-        they were computed before."""
+        they were computed before. choose: what each layer's features are edited by, whose result is decoded."""
         self.model, self.layers, self.kept, self.first, self.everything = model, layers, kept, first, everything
+        self.choose = choose
         self.last = max(layers, default=-1)
         self.features: list[tuple[Pattern, Tensor]] = list(known)
         self.y_hat: list[Tensor] = []
@@ -238,18 +252,20 @@ class Live:
         if self.kept is None:
             return y_hat.to(own.dtype)
         mlp_out, at_original = self.kept[layer]
-        return (mlp_out.float() + (y_hat - at_original)).to(own.dtype)
+        return (wide(mlp_out) + (y_hat - at_original)).to(own.dtype)
 
     def reconstruct(self, layer: int, x: Tensor, own: Tensor) -> Tensor | None:
         """Choose the layer's features, x [n, T, D], and decode those of all layers so far: y_hat [n, T, D] in float32,
         or None where nobody asks for it."""
         transcoder, shape, x = self.model.transcoder, x.shape, x.flatten(0, 1)
         if layer >= len(self.features):
-            self.features.append(transcoder.layer_features(x, layer))
+            found = transcoder.layer_features(x, layer)
+            self.features.append(self.choose(layer, *found) if self.choose else found)
         if layer not in self.layers and not self.everything:
             return None
-        y_hat = transcoder.decode_layer(sparse(self.features[: layer + 1]), layer, x).float().view(shape)
-        y_hat = keep_position_0(own.float(), y_hat) if self.first else y_hat
+        y_hat = transcoder.decode_layer(sparse(self.features[: layer + 1]), layer, x)
+        y_hat = wide(y_hat).view(shape)
+        y_hat = keep_position_0(wide(own), y_hat) if self.first else y_hat
         if self.everything:
             self.y_hat.append(y_hat)
         return y_hat

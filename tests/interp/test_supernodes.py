@@ -98,11 +98,12 @@ def test_decoders_are_compared_where_both_features_write() -> None:
 
 
 def test_merging_averages_over_the_pairs_of_two_groups() -> None:
-    likeness = torch.tensor([[1, 0.9, 0.7, -9], [0.9, 1, 0.4, -9], [0.7, 0.4, 1, -9], [-9, -9, -9, 1.0]])
-    assert merged(likeness, 0.54) == [[0, 1, 2], [3]]  # .55 is the mean of .7 and .4
-    assert merged(likeness, 0.56) == [[0, 1], [2], [3]]
+    likeness = torch.tensor([[1, 0.9, 0.7, 0.54], [0.9, 1, 0.5, 0.54], [0.7, 0.5, 1, 0.0], [0.54, 0.54, 0.0, 1.0]])
+    assert merged(likeness, 0.61) == [[0, 1], [2], [3]]  # .6 is the mean of .7 and .5
+    assert merged(likeness, 0.37) == [[0, 1, 2], [3]]  # .36 is the mean of .54, .54 and 0
+    assert merged(likeness, 0.35) == [[0, 1, 2, 3]]
     likeness[1, 2] = likeness[2, 1] = -torch.inf
-    assert merged(likeness, 0.1) == [[0, 1], [2], [3]], "never with an item that one of them may not be with"
+    assert merged(likeness, 0.1) == [[0, 1, 3], [2]], "never with an item that one of them may not be with"
 
 
 def slow_sum(graph: Graph, targets: list[int], parts: list[float], sources: list[int], kept: Tensor) -> float:
