@@ -10,7 +10,7 @@ const rowNames_ = ["tokens", ...Array.from({ length: data.n_layers }, (_, l) => 
 const tokenIds = data.tokens.map((_, p) => (graph.nodes.find((node) => node.kind === "token" && node.position === p) || { id: "" }).id);
 const store = "clt graph " + data.key;
 const initialGroups = JSON.stringify(data.supernodes);
-const defaults = { n: data.thresholds.node, e: data.thresholds.edge, d: 70, l: "auto", w: "weight", o: 0, h: "" };
+const defaults = { n: data.thresholds.node, e: data.thresholds.edge, d: 70, l: "auto", w: "weight", o: 0, h: "bias" }; // biases reach everything: on demand
 const state = { ...defaults, selected: [], pinned: new Set(), groups: [] };
 let pruned, items = [], edges = [], itemOf = new Map(), placed, hovered = null;
 
@@ -178,7 +178,9 @@ function paint() {
   const names = rowNames(placed, rowNames_), keys = tokenIds.map((id) => (id ? "n" + byId.get(id).i : ""));
   const axis = tokenAxis(placed, texts, keys, focus);
   picture.append(names, axis);
+  const first = !$("picture");
   $("frame").replaceChildren(picture);
+  if (first) $("frame").scrollLeft = placed.width; // the outputs stand at the end
   follow();
 }
 

@@ -8,7 +8,6 @@ a browser. What a target reads beyond that is kept as its sum, so that each acco
 import base64
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -192,7 +191,7 @@ def _example(example: Mapping[str, Any], strings: Strings) -> tuple[list[int], l
 
 
 def _named(given: Mapping[str, Any], with_output: bool) -> str:
-    """The token or two at which the top contexts are highest; for later layers, what the feature raises most as well."""
+    """Its label, or the token or two at which its top contexts peak; of later layers, what it raises most as well."""
     name = str(given.get("label") or ", ".join(top_tokens_of(given, 2)))
     output = str(next(iter(given.get("top_logits") or []), "")).strip()
     return f"{name} → {output}" if with_output and name and output else name

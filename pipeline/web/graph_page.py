@@ -54,9 +54,9 @@ def page(
 
 def _title(graph: Graph) -> str:
     """The prompt, without the special token that begins it."""
-    if prompt := graph.meta.get("prompt"):
-        return str(prompt)
-    return "".join(text for text in graph.texts if not SPECIAL.fullmatch(text)).strip() or "".join(graph.texts)
+    prompt = str(graph.meta.get("prompt") or "".join(graph.texts))
+    begun = SPECIAL.match(prompt)
+    return (prompt[begun.end() :].strip() if begun else prompt) or prompt
 
 
 def _facts(graph: Graph, data: Mapping[str, Any]) -> dict[str, str]:

@@ -126,7 +126,7 @@ $("labels").addEventListener("change", (event) => { state.l = event.target.value
 $("width").addEventListener("change", (event) => { state.w = event.target.value; draw(); });
 $("only").addEventListener("change", (event) => { state.o = event.target.checked ? 1 : 0; draw(); });
 for (const kind of KINDS.filter((one) => one !== "logit" && graph.nodes.some((node) => node.kind === one)))
-  $("legend").append(html("button", { "data-kind": kind, title: "show or hide", onclick: () => {
+  $("legend").append(html("button", { "data-kind": kind, title: "show or hide; what is hidden still counts in every sum", onclick: () => {
     const off = new Set(String(state.h).split(" ").filter(Boolean));
     if (!off.delete(kind)) off.add(kind);
     state.h = [...off].join(" ");
