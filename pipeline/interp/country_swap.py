@@ -128,7 +128,7 @@ def _swapped(sides: Sides, ask: Asked, output: Tensor) -> Tensor:
         out[:, ask.at] = output[:, layer].to(out.dtype)
         return out
 
-    return sides.original(ask.tokens[ask.source], put)[:, -1].argmax(-1)
+    return sides.original(ask.tokens[ask.source], put, last=True)[:, -1].argmax(-1)
 
 
 def _replaced(sides: Sides, ask: Asked, tells: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,7 +141,7 @@ def _replaced(sides: Sides, ask: Asked, tells: Tensor) -> tuple[Tensor, Tensor]:
         seen.append((pattern, values))
         return pattern, values
 
-    unswapped = sides.replaced(ask.tokens, choose=read)[:, -1].argmax(-1)
+    unswapped = sides.replaced(ask.tokens, choose=read, last=True)[:, -1].argmax(-1)
 
     def swap(layer: int, pattern: Pattern, values: Tensor) -> tuple[Pattern, Tensor]:
         theirs, amounts = seen[layer]
@@ -156,7 +156,7 @@ def _replaced(sides: Sides, ask: Asked, tells: Tensor) -> tuple[Tensor, Tensor]:
         mixed = torch.cat([values[stays], amounts[wanted][entry]])
         return from_pairs(tokens[order], indices[order], pattern.n_tokens, pattern.n_features), mixed[order]
 
-    return sides.replaced(ask.tokens[ask.source], choose=swap)[:, -1].argmax(-1), unswapped
+    return sides.replaced(ask.tokens[ask.source], choose=swap, last=True)[:, -1].argmax(-1), unswapped
 
 
 def _kept(features: Sparse, mask: Tensor) -> Sparse:

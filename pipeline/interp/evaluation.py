@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Logits = Callable[[Tensor], Tensor]
+Models = dict[str, ReplacementModel | TeacherForced]
+"""By rule."""
 
 
 class HeldOut(NamedTuple):
@@ -86,9 +88,7 @@ def fit(model: Transcoder, held_out: HeldOut, batches: Iterator[Tensor]) -> Fit:
     return Fit(firing, reconstruction)
 
 
-def replacements(
-    lm: LanguageModel, models: dict[str, ReplacementModel | TeacherForced], y_mean: Tensor
-) -> dict[str, Logits]:
+def replacements(lm: LanguageModel, models: Models, y_mean: Tensor) -> dict[str, Logits]:
     """What takes the MLPs' place, by name: the transcoders, and zero and mean ablation as baselines."""
     return {
         **{name: model.logits for name, model in models.items()},

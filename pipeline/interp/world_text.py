@@ -50,7 +50,7 @@ def inputs(sides: Sides, text: Text, batch_tokens: int) -> Iterator[tuple[Tensor
     """(what the transcoder reads [B, L, D], country [B]) of all tokens but the first ones, a batch at a time."""
     size = max(1, batch_tokens // text.tokens.shape[1])
     for tokens, country in zip(text.tokens.split(size), text.country.split(size), strict=True):
-        x = sides.state(tokens).x[:, 1:].flatten(0, 1)
+        x = sides.inputs(tokens)[:, 1:].flatten(0, 1)
         yield x, country[:, 1:].flatten().to(x.device)
 
 

@@ -7,6 +7,7 @@ clt eval run=runs/demo dataset=text dataset.path=other.txt
 import json
 import logging
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -81,7 +82,7 @@ def _measure(
     exact, transcoder = trained.exact(), trained.transcoder
     basis = replacement.basis(transcoder)
     fits = {"threshold": evaluation.fit(transcoder, held_out, iter(torch.arange(held_out.n_rows).split(batch)))}
-    models_of = {} if basis is None else {"threshold": replacement.replacement(lm, transcoder)}
+    models_of: evaluation.Models = {} if basis is None else {"threshold": replacement.replacement(lm, transcoder)}
     if exact is not None:
         fits["exact"] = evaluation.fit(exact, held_out, shuffled_batches(held_out.n_rows, batch, seed=0))
         if basis is not None and exact.activation.per_token:
@@ -102,7 +103,7 @@ def _measure(
         by_rule[rule]["worst_contexts"] = worst
         if own is None:
             by_rule[rule]["no_replacement"] = OTHER_TOKENS if basis else replacement.no_basis(transcoder.options)
-    more, ci95 = _more(cfg, trained, lm, held_out, {name: model.logits for name, model in models_of.items()})
+    more, ci95 = _more(cfg, trained, lm, held_out, models_of)
     metrics = {**by_rule["threshold"], **_weights(transcoder), **more, "exact": by_rule.get("exact")}
     if ci95:
         metrics["ci95"] = (metrics["ci95"] or {}) | ci95
@@ -110,10 +111,10 @@ def _measure(
 
 
 def _more(
-    cfg: EvalConfig, trained: Trained, lm: LanguageModel, held_out: HeldOut, rules: dict[str, evaluation.Logits]
+    cfg: EvalConfig, trained: Trained, lm: LanguageModel, held_out: HeldOut, models_of: evaluation.Models
 ) -> tuple[Tree, Tree]:
     """The groups that other files measure, each None where it is not asked for or has no meaning, and their intervals
-    where they have any. rules: the replacement under each rule that can run live."""
+    where they have any. models_of: the replacement under each rule that can run live."""
     ci95: Tree = {}
     more: Tree = dict.fromkeys(("replacement_curves", "faithfulness", "tasks", "world"))
 
@@ -130,7 +131,8 @@ def _more(
         more["faithfulness"], ci95["faithfulness"] = faithfulness.measure(lm, transcoder, *text, batch, resamples)
 
     if cfg.eval.world and lm.path == BUILTIN:
-        more["tasks"] = world_truth.world_tasks(lm, rules)
+        rules = {name: partial(model.logits, last=True) for name, model in models_of.items()}
+        more["tasks"] = world_truth.world_tasks(lm, rules, batch)
         more["world"], ci95["world"] = world_truth.measure(lm, transcoder, batch, resamples)
 
     return more, {name: intervals for name, intervals in ci95.items() if intervals}
