@@ -151,9 +151,9 @@ class LanguageModel:
         """Logits [n, T, V] for tokens int64 [n, T]. `mlp`, if given, replaces the output of every MLP that is read, in
         the order of the layers: each sees the residual stream as the replacements before it left it. `past` holds the
         keys and values of the tokens that come before these (`new_past`), and those of these afterwards. own_at_0:
-        the layers where `mlp` reads no more of an MLP's own output than [:, :1], position 0, so that these MLPs need not
-        run on the others where this can be had; what it is given has that position at least. last: only the last position's logits,
-        [n, 1, V]."""
+        the layers where `mlp` reads no more of an MLP's own output than [:, :1], position 0, so that these MLPs need
+        not run on the others where this can be had; what it is given has that position at least. last: only the last
+        position's logits, [n, 1, V]."""
         assert not self.weights.training
         resid: dict[int, Tensor] = {}
 

@@ -39,6 +39,7 @@ from pipeline.data.world import SwapPair
 from pipeline.interp.edits import Sides, features_of, written
 from pipeline.interp.replacement import Basis, basis
 from pipeline.interp.world_text import Mass
+from pipeline.progress import Progress
 
 N_PAIRS = 240
 """Of a relation, drawn from all ordered pairs of countries with different answers."""
@@ -88,12 +89,15 @@ def measure(sides: Sides, tells: Tensor, others: Tensor, resamples: int = 0, see
     values: Tree = {}
     ci95: Tree = {}
     pairs, tells = world.swap_pairs(), tells.to(others.device)
-    for relation in dict.fromkeys(p.relation for p in pairs):
-        ask = asked(sides, [p for p in pairs if p.relation == relation], seed)
-        found, answers = _relation(sides, ask, tells, others, seed)
-        values[relation] = found | {name: _scores(given, ask) for name, given in answers.items()}
-        if resamples:
-            ci95[relation] = {name: _intervals(given, ask, resamples) for name, given in answers.items()}
+    relations = list(dict.fromkeys(p.relation for p in pairs))
+    with Progress(len(relations), "relation", "country swap") as bar:
+        for relation in relations:
+            ask = asked(sides, [p for p in pairs if p.relation == relation], seed)
+            found, answers = _relation(sides, ask, tells, others, seed)
+            values[relation] = found | {name: _scores(given, ask) for name, given in answers.items()}
+            if resamples:
+                ci95[relation] = {name: _intervals(given, ask, resamples) for name, given in answers.items()}
+            bar.update(1)
     return values, ci95
 
 

@@ -179,8 +179,8 @@ class ReplacementModel:
         last: bool = False,
     ) -> Tensor:
         """tokens int64 [n, T] -> [n, T, V]; last: [n, 1, V], the last position's. `past` (`new_past`): these tokens
-        follow those that it has seen, and join them. Raises UserError for a layer that there is not, for tokens behind the model's last position, and for
-        keep_error where the past has been without."""
+        follow those that it has seen, and join them. Raises UserError for a layer that there is not, for tokens behind
+        the model's last position, and for keep_error where the past has been without."""
         kept, n_past = None, past.replaced.get_seq_length() if past else 0
         first = n_past == 0
         if n_past + tokens.shape[1] > self.lm.n_context:

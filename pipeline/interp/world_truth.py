@@ -1,6 +1,6 @@
 """What is true in the built-in world, held against a transcoder: tasks, country swaps, purity of features."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ def measure(lm: LanguageModel, transcoder: Transcoder, batch_tokens: int, resamp
     return {"country_swap": swap, **values}, {"country_swap": ci95} if ci95 else {}
 
 
-def world_tasks(lm: LanguageModel, rules: dict[str, Logits], batch_tokens: int) -> dict[str, Any]:
+def world_tasks(lm: LanguageModel, rules: Mapping[str, Logits], batch_tokens: int) -> dict[str, Any]:
     """Accuracy on each task of the built-in world, of the model itself and of the replacement under each rule. rules:
     contexts int64 [n, T] -> logits of their last position [n, 1, V]"""
     runs: dict[str, Logits] = {"original": partial(lm.logits, last=True), **rules}
