@@ -79,9 +79,7 @@ def check(model: ReplacementModel, graph: Graph, n: int = 50, batch_tokens: int 
             measured[name] = _measured(model, graph, sources, options, batch_tokens)
             bar.update(1)
     later = _later(graph, sources)
-    numbers = {
-        name: _numbers(measured[name], direct if name == "direct" else total, later) for name in EXPERIMENTS
-    }
+    numbers = {name: _numbers(measured[name], direct if name == "direct" else total, later) for name in EXPERIMENTS}
     return {
         "n": len(sources),
         "n_features": n_features,
