@@ -18,9 +18,11 @@ others are compared by, over all pairs of a source and a later target, and over 
 
     r2      1 - sum (measured - predicted)^2 / sum measured^2: nothing is fitted
     slope   sum predicted measured / sum measured^2: 1 is the same size
+    cosine  of all predicted and all measured effects: 1 whatever the size
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -40,11 +42,11 @@ from pipeline.interp.replacement import ReplacementModel
 from pipeline.plain import from_plain
 from pipeline.progress import Progress
 
-HELD = {"attention": Hold.frozen, "norms": Hold.frozen}
+HELD = InterveneOptions(Model.replacement, attention=Hold.frozen, norms=Hold.frozen)
 EXPERIMENTS = {
-    "direct": InterveneOptions(Model.replacement, layers=Response.constrained, **HELD),
-    "frozen": InterveneOptions(Model.replacement, layers=Response.gates, **HELD),
-    "gates": InterveneOptions(Model.replacement, **HELD),
+    "direct": replace(HELD, layers=Response.constrained),
+    "frozen": replace(HELD, layers=Response.gates),
+    "gates": HELD,
     "norms": InterveneOptions(Model.replacement, attention=Hold.frozen),
     "live": InterveneOptions(Model.replacement),
 }
@@ -202,12 +204,13 @@ def _compared(measured: Tensor, expected: Tensor) -> dict[str, Any]:
     """None where nothing is changed at all."""
     measured, expected = measured.double(), expected.double()
     if not len(measured) or not measured.any():
-        return {"n": len(measured), "r2": None, "slope": None, "error": None}
-    total = measured.square().sum()
+        return {"n": len(measured), "r2": None, "slope": None, "cosine": None, "error": None}
+    total, both = measured.square().sum(), (measured * expected).sum()
     return {
         "n": len(measured),
         "r2": float(1 - (measured - expected).square().sum() / total),
-        "slope": float((measured * expected).sum() / total),
+        "slope": float(both / total),
+        "cosine": float(both / (total * expected.square().sum()).sqrt().clamp(min=1e-300)),
         "error": float((measured - expected).abs().max() / measured.abs().max()),
     }
 
@@ -234,8 +237,8 @@ def table(found: dict[str, Any], texts: Sequence[str], labels: Sequence[str], to
     """The check for people. texts: of each token; labels: of each output."""
     cut = f"; {found['n_cut']} features that a limit cut stay as they are" if found["n_cut"] else ""
     yield f"{found['n']} of {found['n_features']} features ablated, one at a time, errors held{cut}"
-    yield "                                                   features                 outputs"
-    yield "predicted total effect against measured        R2    slope   error      R2    slope   error"
+    yield f"{'':44}{'features':36}outputs"
+    yield f"{'predicted effect against measured':42}" + "   ".join(["     R2   slope  cosine    error"] * 2)
     lines = {
         "direct": "all other features held (direct effect)",
         "frozen": "attention, norms and gates held",
@@ -260,5 +263,5 @@ def table(found: dict[str, Any], texts: Sequence[str], labels: Sequence[str], to
 
 def _cell(one: dict[str, Any]) -> str:
     if one["r2"] is None:
-        return "    no effect        "
-    return f"{one['r2']:7.4f} {one['slope']:7.4f} {one['error']:8.1e}"
+        return f"{'no effect':>32}"
+    return f"{one['r2']:7.3f} {one['slope']:7.3f} {one['cosine']:7.3f} {one['error']:8.1e}"
