@@ -44,6 +44,7 @@ from yaml import YAMLError
 
 from pipeline import progress
 from pipeline.errors import UserError
+from pipeline.stages.circuit_options import CircuitsConfig, WeightsConfig
 from pipeline.stages.features_options import FeaturesConfig
 from pipeline.stages.graph_options import GraphConfig
 from pipeline.stages.intervene_options import InterveneConfig
@@ -75,6 +76,8 @@ Config = (
     | GraphConfig
     | InterveneConfig
     | FeaturesConfig
+    | WeightsConfig
+    | CircuitsConfig
     | ConvertConfig
     | CompareConfig
     | ReportConfig
@@ -102,6 +105,8 @@ STAGES = {
     "graph": Stage(GraphConfig, "pipeline.stages.graph"),
     "intervene": Stage(InterveneConfig, "pipeline.stages.intervene"),
     "features": Stage(FeaturesConfig, "pipeline.stages.features"),
+    "weights": Stage(WeightsConfig, "pipeline.stages.weights"),
+    "circuits": Stage(CircuitsConfig, "pipeline.stages.circuits"),
     "convert": Stage(ConvertConfig, "pipeline.stages.convert"),
     "compare": Stage(CompareConfig, "pipeline.stages.compare"),
     "report": Stage(ReportConfig, "pipeline.stages.report"),
@@ -112,9 +117,20 @@ STAGES = {
     "bench_train": Stage(BenchTrainConfig, "pipeline.stages.bench_train"),
 }
 
+WITHOUT_CACHE = (
+    PretrainConfig,
+    GenerateConfig,
+    GraphConfig,
+    InterveneConfig,
+    CircuitsConfig,
+    ReportConfig,
+    BenchCodecConfig,
+)
+"""Commands that have no `cache.` settings."""
+
 TEXT_KEYS = {
     "name", "run", "to", "prompt", "edits", "supernodes", "tokens", "swap.features", "swap.from_prompt",
-    "search", "features.ids", "graph.feature", "graph.slug",
+    "search", "feature", "graphs", "features.ids", "graph.feature", "graph.slug",
     "model.path", "model.revision", "model.offload_dir", "lm.tokenizer", "cache.dir", "cache.path", "cache.local_dir",
     "train.init_from", "report.baseline", "log.project", "log.entity", "log.group",
     "dataset.name", "dataset.path", "dataset.subset", "dataset.split", "dataset.revision", "dataset.column",
@@ -531,9 +547,16 @@ def _typed(
         if job is not None:
             config.name = f"{config.name}/{job}"
     elif isinstance(
-        config, PretrainConfig | GenerateConfig | GraphConfig | InterveneConfig | ReportConfig | BenchCodecConfig
+        config,
+        PretrainConfig
+        | GenerateConfig
+        | GraphConfig
+        | InterveneConfig
+        | CircuitsConfig
+        | ReportConfig
+        | BenchCodecConfig,
     ):
-        pass  # no cache in their settings
+        pass
     elif config.cache.path is not None:
         raise UserError(f"cache.path names what clt train reads, not clt {stage.replace('_', ' ')}; leave it out")
     return config
