@@ -189,19 +189,20 @@ class LanguageModel:
         listed = named if isinstance(named, list) else [] if named is None else [named]
         return frozenset({self.eos_token_id, *listed})
 
-    def mlp_norm(self) -> MlpNorm:
-        """The norm in front of each MLP that is read, in float32 on the CPU, with weights as this model rounds them.
+    def mlp_norm(self, dtype: torch.dtype = torch.float32) -> MlpNorm:
+        """The norm in front of each MLP that is read, in float32 (or float64) on the CPU, with weights as this model
+        rounds them.
 
         Its formula is checked against the module itself, so that an architecture with another kind of norm is refused
         (UserError) rather than misread.
         """
-        modules = [_float_copy(norm) for norm in self._norms]
-        zeros, ones = torch.zeros(self.d_model), torch.ones(self.d_model)
+        modules = [_float_copy(norm).to(dtype) for norm in self._norms]
+        zeros, ones = torch.zeros(self.d_model, dtype=dtype), torch.ones(self.d_model, dtype=dtype)
         weights, biases = ([getattr(module, name, None) for module in modules] for name in ("weight", "bias"))
         gain = torch.stack([ones if w is None else w.detach() + self._sites.gain_offset for w in weights])
         bias = torch.stack([zeros if b is None else b.detach() for b in biases])
         norm = MlpNorm("rms" if self._sites.is_rms else "layer", gain, bias, _eps(modules[0]))
-        probe = torch.linspace(-2, 3, 2 * self.d_model).view(2, self.d_model).sin()
+        probe = torch.linspace(-2, 3, 2 * self.d_model, dtype=dtype).view(2, self.d_model).sin()
         for layer, module in enumerate(modules):
             with torch.no_grad():
                 if not torch.allclose(norm.layer(probe, layer), module(probe), rtol=1e-4, atol=1e-5):
