@@ -44,6 +44,7 @@ from yaml import YAMLError
 
 from pipeline import progress
 from pipeline.errors import UserError
+from pipeline.stages.circuit_options import CircuitsConfig, WeightsConfig
 from pipeline.stages.export_options import ExportConfig, ImportConfig
 from pipeline.stages.features_options import FeaturesConfig
 from pipeline.stages.graph_options import GraphConfig
@@ -76,6 +77,8 @@ Config = (
     | GraphConfig
     | InterveneConfig
     | FeaturesConfig
+    | WeightsConfig
+    | CircuitsConfig
     | ConvertConfig
     | CompareConfig
     | ExportConfig
@@ -89,7 +92,14 @@ Config = (
 )
 
 WithoutCache = (
-    PretrainConfig | GenerateConfig | GraphConfig | InterveneConfig | ExportConfig | ReportConfig | BenchCodecConfig
+    PretrainConfig
+    | GenerateConfig
+    | GraphConfig
+    | InterveneConfig
+    | CircuitsConfig
+    | ExportConfig
+    | ReportConfig
+    | BenchCodecConfig
 )
 """Those with no cache in their settings."""
 
@@ -110,6 +120,8 @@ STAGES = {
     "graph": Stage(GraphConfig, "pipeline.stages.graph"),
     "intervene": Stage(InterveneConfig, "pipeline.stages.intervene"),
     "features": Stage(FeaturesConfig, "pipeline.stages.features"),
+    "weights": Stage(WeightsConfig, "pipeline.stages.weights"),
+    "circuits": Stage(CircuitsConfig, "pipeline.stages.circuits"),
     "convert": Stage(ConvertConfig, "pipeline.stages.convert"),
     "compare": Stage(CompareConfig, "pipeline.stages.compare"),
     "export": Stage(ExportConfig, "pipeline.stages.export"),
@@ -124,7 +136,8 @@ STAGES = {
 
 TEXT_KEYS = {
     "name", "run", "to", "path", "prompt", "edits", "supernodes", "tokens", "swap.features", "swap.from_prompt",
-    "search", "features.ids", "graph.feature", "graph.slug", "export.model_name", "export.licence", "read.revision",
+    "search", "feature", "graphs", "features.ids", "graph.feature", "graph.slug",
+    "export.model_name", "export.licence", "read.revision",
     "model.path", "model.revision", "model.offload_dir", "lm.tokenizer", "cache.dir", "cache.path", "cache.local_dir",
     "train.init_from", "report.baseline", "log.project", "log.entity", "log.group",
     "dataset.name", "dataset.path", "dataset.subset", "dataset.split", "dataset.revision", "dataset.column",

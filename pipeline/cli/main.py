@@ -185,6 +185,35 @@ def features(
 
 
 @app.command()
+def weights(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """What a feature reads and feeds whatever the prompt: virtual weights, along the residual stream and through heads.
+
+    \b
+    clt weights run=demo feature=1/299
+    clt weights run=demo feature=1/299 weights.n=50 to=weights.parquet
+    clt weights run=demo feature=0/12 weights.count=false   without text: by the weights alone
+    """
+    launch("weights", **locals())
+
+
+@app.command()
+def circuits(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """Features and edges that recur in the graphs of many prompts.
+
+    \b
+    clt circuits graphs=runs/demo/graphs
+    clt circuits graphs=runs/demo/graphs circuits.least=5 to=common.json
+    """
+    launch("circuits", **locals())
+
+
+@app.command()
 def convert(
     overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
     config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,

@@ -112,7 +112,7 @@ def typical(lm: LanguageModel, tokens: Tensor) -> Gates:
 @torch.no_grad()
 def into(model: ReplacementModel, gates: Gates, layer: int, feature: int) -> Iterator[tuple[str, Tensor]]:
     """V of every feature as a source of one, path by path. gates: `typical`. -> (path, [S, F])"""
-    _check(model, layer, feature)
+    check_feature(model, layer, feature)
     transcoder = model.transcoder
     last = model.lm.layers[layer]
     names, at_once = _paths(gates, last + 1)
@@ -131,7 +131,7 @@ def into(model: ReplacementModel, gates: Gates, layer: int, feature: int) -> Ite
 @torch.no_grad()
 def out_of(model: ReplacementModel, gates: Gates, layer: int, feature: int) -> Iterator[tuple[str, Tensor]]:
     """V of every feature as a target of one, path by path. -> (path, [S, F])"""
-    _check(model, layer, feature)
+    check_feature(model, layer, feature)
     transcoder, lm = model.transcoder, model.lm
     names, at_once = _paths(gates, lm.n_base_layers)
     added = torch.zeros(lm.n_layers, 2, lm.d_model, dtype=transcoder.b_dec.dtype, device=transcoder.b_dec.device)
@@ -229,7 +229,8 @@ def _two(lm: LanguageModel) -> Tensor:
     return torch.zeros(1, 2, dtype=torch.int64, device=lm.device)
 
 
-def _check(model: ReplacementModel, layer: int, feature: int) -> None:
+def check_feature(model: ReplacementModel, layer: int, feature: int) -> None:
+    """UserError for a transcoder without virtual weights and for a feature that there is not."""
     transcoder = model.transcoder
     check_linear(transcoder)
     n_layers, d_features = transcoder.n_sources, transcoder.d_features
