@@ -40,6 +40,7 @@ from pipeline.data.world import SwapPair
 from pipeline.interp.edits import Sides, features_of, written
 from pipeline.interp.replacement import Basis, basis
 from pipeline.interp.world_text import Mass
+from pipeline.progress import Progress
 
 N_PAIRS = 240
 """Of a relation, drawn from all ordered pairs of countries with different answers."""
@@ -89,12 +90,15 @@ def measure(sides: Sides, tells: Tensor, others: Tensor, resamples: int = 0, see
     values: Tree = {}
     ci95: Tree = {}
     pairs, tells = world.swap_pairs(), tells.to(others.device)
-    for relation in dict.fromkeys(p.relation for p in pairs):
-        ask = asked(sides, [p for p in pairs if p.relation == relation], seed)
-        found, answers = _relation(sides, ask, tells, others, seed)
-        values[relation] = found | {name: _scores(given, ask) for name, given in answers.items()}
-        if resamples:
-            ci95[relation] = {name: _intervals(given, ask, resamples) for name, given in answers.items()}
+    relations = list(dict.fromkeys(p.relation for p in pairs))
+    with Progress(len(relations), "relation", "country swap") as bar:
+        for relation in relations:
+            ask = asked(sides, [p for p in pairs if p.relation == relation], seed)
+            found, answers = _relation(sides, ask, tells, others, seed)
+            values[relation] = found | {name: _scores(given, ask) for name, given in answers.items()}
+            if resamples:
+                ci95[relation] = {name: _intervals(given, ask, resamples) for name, given in answers.items()}
+            bar.update(1)
     return values, ci95
 
 
@@ -129,7 +133,7 @@ def _swapped(sides: Sides, ask: Asked, output: Tensor) -> Tensor:
         out[:, ask.at] = output[:, layer].to(out.dtype)
         return out
 
-    return sides.original(ask.tokens[ask.source], put)[:, -1].argmax(-1)
+    return sides.original(ask.tokens[ask.source], put, last=True)[:, -1].argmax(-1)
 
 
 def _replaced(sides: Sides, ask: Asked, tells: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,7 +146,7 @@ def _replaced(sides: Sides, ask: Asked, tells: Tensor) -> tuple[Tensor, Tensor]:
         seen.append((pattern, values))
         return pattern, values
 
-    unswapped = sides.replaced(ask.tokens, choose=read)[:, -1].argmax(-1)
+    unswapped = sides.replaced(ask.tokens, choose=read, last=True)[:, -1].argmax(-1)
 
     def swap(layer: int, pattern: Pattern, values: Tensor) -> tuple[Pattern, Tensor]:
         theirs, amounts = seen[layer]
@@ -157,7 +161,7 @@ def _replaced(sides: Sides, ask: Asked, tells: Tensor) -> tuple[Tensor, Tensor]:
         mixed = torch.cat([values[stays], amounts[wanted][entry]])
         return from_pairs(tokens[order], indices[order], pattern.n_tokens, pattern.n_features), mixed[order]
 
-    return sides.replaced(ask.tokens[ask.source], choose=swap)[:, -1].argmax(-1), unswapped
+    return sides.replaced(ask.tokens[ask.source], choose=swap, last=True)[:, -1].argmax(-1), unswapped
 
 
 def _kept(features: Sparse, mask: Tensor) -> Sparse:

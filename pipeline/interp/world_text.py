@@ -14,6 +14,7 @@ from pipeline.data.models import LanguageModel
 from pipeline.data.tokens import Split, split_of
 from pipeline.data.world import facts
 from pipeline.interp.edits import Sides, chosen, features_of
+from pipeline.progress import Progress
 
 SEED = 7
 N_DOCUMENTS = 40_000
@@ -51,12 +52,15 @@ def country_ids(lm: LanguageModel) -> Tensor:
     return torch.tensor(ids).squeeze(1)
 
 
-def inputs(sides: Sides, text: Text, batch_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(what the transcoder reads [B, L, D], country [B]) of all tokens but the first ones, a batch at a time."""
+def inputs(sides: Sides, text: Text, batch_tokens: int, desc: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """(what the transcoder reads [B, L, D], country [B]) of all tokens but the first ones, a batch at a time. desc:
+    what a progress bar calls it."""
     size = max(1, batch_tokens // text.tokens.shape[1])
-    for tokens, country in zip(text.tokens.split(size), text.country.split(size), strict=True):
-        x = sides.state(tokens).x[:, 1:].flatten(0, 1)
-        yield x, country[:, 1:].flatten().to(x.device)
+    with Progress(text.tokens[:, 1:].numel(), "tok", desc) as bar:
+        for tokens, country in zip(text.tokens.split(size), text.country.split(size), strict=True):
+            x = sides.inputs(tokens)[:, 1:].flatten(0, 1)
+            yield x, country[:, 1:].flatten().to(x.device)
+            bar.update(len(x))
 
 
 class Mass(NamedTuple):
@@ -81,7 +85,7 @@ def mass(sides: Sides, text: Text, batch_tokens: int) -> tuple[Mass, Tensor]:
     activation, fires = torch.zeros(2, transcoder.n_sources, size, dtype=torch.float64)
     n_tokens, others, n_others = torch.zeros(n_columns, dtype=torch.float64), [], 0
     step = max(1, text.tokens[:, 1:].numel() // (2 * N_OTHERS))
-    for x, country in inputs(sides, text, batch_tokens):
+    for x, country in inputs(sides, text, batch_tokens, "countries"):
         n_tokens += torch.bincount(country.cpu(), minlength=n_columns)
         if n_others < N_OTHERS:
             others.append(x[country == n_columns - 1][::step])
