@@ -126,6 +126,26 @@ def generate(
 
 
 @app.command()
+def graph(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+    validate: Annotated[bool, typer.Option("--validate", help="Check the graph against ablations.")] = False,
+) -> None:  # fmt: skip
+    """What made a prompt's next token: an attribution graph, as numbers, as JSON and as a page for a browser.
+
+    \b
+    clt graph prompt='The capital of France is'           into runs/NAME/graphs
+    clt graph run=runs/demo prompt='The capital of France is' graph.difference=[Paris,Berlin]
+    clt graph run=demo prompt='Anna lives in' graph.targets=[Berlin] graph.slug=anna graph.max_feature_nodes=200
+    clt graph run=demo prompt='Anna lives in' graph.feature=2/731@3
+    clt graph run=demo prompt='The capital of France is' --validate
+    """
+    overrides = [*(overrides or []), *(["validate=true"] if validate else [])]
+    del validate
+    launch("graph", **locals())
+
+
+@app.command()
 def intervene(
     overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
     config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
