@@ -45,6 +45,7 @@ from yaml import YAMLError
 from pipeline import progress
 from pipeline.errors import UserError
 from pipeline.stages.features_options import FeaturesConfig
+from pipeline.stages.intervene_options import InterveneConfig
 from pipeline.stages.options import (
     BenchCacheConfig,
     BenchCodecConfig,
@@ -70,6 +71,7 @@ Config = (
     | TrainConfig
     | EvalConfig
     | GenerateConfig
+    | InterveneConfig
     | FeaturesConfig
     | ConvertConfig
     | CompareConfig
@@ -95,6 +97,7 @@ STAGES = {
     "train": Stage(TrainConfig, "pipeline.stages.train"),
     "eval": Stage(EvalConfig, "pipeline.stages.evaluate"),
     "generate": Stage(GenerateConfig, "pipeline.stages.generate"),
+    "intervene": Stage(InterveneConfig, "pipeline.stages.intervene"),
     "features": Stage(FeaturesConfig, "pipeline.stages.features"),
     "convert": Stage(ConvertConfig, "pipeline.stages.convert"),
     "compare": Stage(CompareConfig, "pipeline.stages.compare"),
@@ -107,7 +110,8 @@ STAGES = {
 }
 
 TEXT_KEYS = {
-    "name", "run", "to", "prompt", "search", "features.ids",
+    "name", "run", "to", "prompt", "edits", "supernodes", "tokens", "swap.features", "swap.from_prompt",
+    "search", "features.ids",
     "model.path", "model.revision", "model.offload_dir", "lm.tokenizer", "cache.dir", "cache.path", "cache.local_dir",
     "train.init_from", "report.baseline", "log.project", "log.entity", "log.group",
     "dataset.name", "dataset.path", "dataset.subset", "dataset.split", "dataset.revision", "dataset.column",
@@ -523,7 +527,7 @@ def _typed(
             config.name = bases.setdefault(label, _free_name(label))
         if job is not None:
             config.name = f"{config.name}/{job}"
-    elif isinstance(config, PretrainConfig | GenerateConfig | ReportConfig | BenchCodecConfig):
+    elif isinstance(config, PretrainConfig | GenerateConfig | InterveneConfig | ReportConfig | BenchCodecConfig):
         pass  # no cache in their settings
     elif config.cache.path is not None:
         raise UserError(f"cache.path names what clt train reads, not clt {stage.replace('_', ' ')}; leave it out")

@@ -126,6 +126,25 @@ def generate(
 
 
 @app.command()
+def intervene(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write it here too; the same as to=FILE.")] = None,
+) -> None:  # fmt: skip
+    """Edit features on a prompt (set =, scale *, add +, swap) and see what changes: next token, later features.
+
+    \b
+    clt intervene prompt='The capital of France is' edits=0/342@4=0 tokens=Paris
+    clt intervene run=demo prompt='Anna lives in' edits='0/17@-1*2,2/5@all=3' intervene.layers=constrained
+    clt intervene prompt='The capital of France is' swap.features=all swap.at=4 swap.from_prompt='The capital of Japan'
+    clt intervene prompt='Anna' edits=1/8@new+2.5 intervene.n_tokens=20 intervene.model=replacement
+    """
+    overrides = [*(overrides or []), *([f"to={json}"] if json else [])]
+    del json
+    launch("intervene", **locals())
+
+
+@app.command()
 def features(
     overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
     config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None, dry_run: DryRun = False,
