@@ -61,6 +61,7 @@ from pipeline.stages.options import (
     ReportConfig,
     TrainConfig,
 )
+from pipeline.stages.plot_options import PlotConfig
 from pipeline.stages.sweep import Sweep
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ Config = (
     | GenerateConfig
     | InterveneConfig
     | FeaturesConfig
+    | PlotConfig
     | ConvertConfig
     | CompareConfig
     | ReportConfig
@@ -99,6 +101,7 @@ STAGES = {
     "generate": Stage(GenerateConfig, "pipeline.stages.generate"),
     "intervene": Stage(InterveneConfig, "pipeline.stages.intervene"),
     "features": Stage(FeaturesConfig, "pipeline.stages.features"),
+    "plot": Stage(PlotConfig, "pipeline.stages.plot"),
     "convert": Stage(ConvertConfig, "pipeline.stages.convert"),
     "compare": Stage(CompareConfig, "pipeline.stages.compare"),
     "report": Stage(ReportConfig, "pipeline.stages.report"),
@@ -111,7 +114,7 @@ STAGES = {
 
 TEXT_KEYS = {
     "name", "run", "to", "prompt", "edits", "supernodes", "tokens", "swap.features", "swap.from_prompt",
-    "search", "features.ids",
+    "search", "features.ids", "plot.features", "plot.token",
     "model.path", "model.revision", "model.offload_dir", "lm.tokenizer", "cache.dir", "cache.path", "cache.local_dir",
     "train.init_from", "report.baseline", "log.project", "log.entity", "log.group",
     "dataset.name", "dataset.path", "dataset.subset", "dataset.split", "dataset.revision", "dataset.column",
