@@ -64,6 +64,7 @@ from pipeline.stages.options import (
     ReportConfig,
     TrainConfig,
 )
+from pipeline.stages.plot_options import PlotConfig
 from pipeline.stages.sweep import Sweep
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ Config = (
     | FeaturesConfig
     | WeightsConfig
     | CircuitsConfig
+    | PlotConfig
     | ConvertConfig
     | CompareConfig
     | ExportConfig
@@ -122,6 +124,7 @@ STAGES = {
     "features": Stage(FeaturesConfig, "pipeline.stages.features"),
     "weights": Stage(WeightsConfig, "pipeline.stages.weights"),
     "circuits": Stage(CircuitsConfig, "pipeline.stages.circuits"),
+    "plot": Stage(PlotConfig, "pipeline.stages.plot"),
     "convert": Stage(ConvertConfig, "pipeline.stages.convert"),
     "compare": Stage(CompareConfig, "pipeline.stages.compare"),
     "export": Stage(ExportConfig, "pipeline.stages.export"),
@@ -136,7 +139,7 @@ STAGES = {
 
 TEXT_KEYS = {
     "name", "run", "to", "path", "prompt", "edits", "supernodes", "tokens", "swap.features", "swap.from_prompt",
-    "search", "feature", "graphs", "features.ids", "graph.feature", "graph.slug",
+    "search", "feature", "graphs", "features.ids", "graph.feature", "graph.slug", "plot.features", "plot.token",
     "export.model_name", "export.licence", "read.revision",
     "model.path", "model.revision", "model.offload_dir", "lm.tokenizer", "cache.dir", "cache.path", "cache.local_dir",
     "train.init_from", "report.baseline", "log.project", "log.entity", "log.group",

@@ -214,6 +214,27 @@ def circuits(
 
 
 @app.command()
+def plot(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+    png: Annotated[bool, typer.Option("--png", help="Also write the picture as an image.")] = False,
+) -> None:  # fmt: skip
+    """A picture of features, as a page that opens without a network. Labels come from clt features.
+
+    \b
+    clt plot kind=heatmap run=demo prompt='The capital of France is'  tokens x features
+    clt plot kind=tokens run=demo prompt='Anna lives in Rome'         the text, coloured by each feature
+    clt plot kind=embedding run=demo --png                            maps of what features write
+    clt plot kind=correlation run=demo                                across layers
+    clt plot kind=ranking run=demo prompt='The capital of France is' plot.by=effect plot.token=Paris
+    clt plot kind=token_probability run=demo prompt='The capital of France is' plot.features=[0/321]
+    """
+    overrides = [*(overrides or []), *(["plot.png=true"] if png else [])]
+    del png
+    launch("plot", **locals())
+
+
+@app.command()
 def convert(
     overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
     config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
