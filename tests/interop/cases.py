@@ -76,6 +76,8 @@ OTHERS = [
 SKIPS = [Case("gpt2", arch("skip")), Case("meta", arch("skip"), is_jump=False)]
 SILENT = Case("gpt2", arch("clt"), bias=-1000.0)
 """No feature is ever active."""
+SPARSE = Case("gpt2", arch("clt"), bias=-3.5)
+"""Features at two positions, none at the last one."""
 
 
 def make_model(family: str, path: Path, sizes: Sizes = SMALL) -> None:

@@ -22,7 +22,7 @@ from pipeline.interp.graph_json import document
 from pipeline.interp.graph_options import GraphOptions
 from pipeline.train import artifact
 from tests.interop import compare
-from tests.interop.cases import CLTS, OTHERS, SILENT, SKIPS, SMALL, Case, make
+from tests.interop.cases import CLTS, OTHERS, SILENT, SKIPS, SMALL, SPARSE, Case, make
 
 pytestmark = pytest.mark.interop
 
@@ -52,11 +52,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All cases, and what the other side made of them."""
     folder = tmp_path_factory.mktemp("interop")
     jobs = []
-    for case in (*TRACED, SILENT):
+    for case in (*TRACED, SILENT, SPARSE):
         place = make(case, folder)
         np.save(place / "inputs.npy", inputs().numpy())
         jobs += [{"do": "trace", "place": str(place)}]
-        jobs += [{"do": "outputs", "place": str(place)}] if case is not SILENT else []
+        jobs += [{"do": "outputs", "place": str(place)}] if case in TRACED else []
         jobs += [{"do": "saelens", "place": str(place)}] if (place / "saelens").exists() else []
     done = theirs(jobs, folder / "jobs.json")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -135,8 +135,11 @@ def test_graph_files_are_valid_and_readable_for_their_front_end(folder: Path, ca
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_a_prompt_that_activates_nothing_is_traced_here_and_raises_there(folder: Path) -> None:
-    graph = attribution.trace(*compare.opened(folder / str(SILENT)), GraphOptions())
-    assert graph.kind.count(Kind.feature) == 0
+@pytest.mark.parametrize(("case", "n_features"), [(SILENT, 0), (SPARSE, 2)], ids=["none", "none at the last position"])
+def test_a_prompt_with_few_features_is_traced_here_and_raises_there(folder: Path, case: Case, n_features: int) -> None:
+    graph = attribution.trace(*compare.opened(folder / str(case)), GraphOptions())
+    features = graph.of(Kind.feature)
+    assert graph.kind.count(Kind.feature) == n_features
+    assert not (graph.position[features] == len(graph.texts) - 1).any()
     assert float(graph.imbalance().max()) <= 1e-5
-    assert (folder / str(SILENT) / "failed.txt").exists()
+    assert (folder / str(case) / "failed.txt").exists()
