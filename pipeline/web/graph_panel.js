@@ -18,7 +18,7 @@ function number(value, digits = 3) {
   if (value === null || value === undefined) return "";
   const size = Math.abs(value);
   const text = size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(1) : String(Number(value.toPrecision(digits)));
-  return text.replace("-", "−");
+  return text.replaceAll("-", "−");
 }
 const signed = (value) => (value > 0 ? "+" : "") + number(value);
 function percent(value) {
