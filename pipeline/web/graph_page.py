@@ -65,8 +65,8 @@ def _facts(graph: Graph) -> dict[str, str]:
 
 
 def _scores(graph: Graph) -> list[tuple[str, float | None, str]]:
-    scores = graph_scores.scores(graph)
-    theirs = graph_scores.scores(graph_scores.reference(graph))
+    told = graph.meta.get("scores") or graph_scores.report(graph)
+    scores, theirs = (graph_scores.Scores(**told[nodes]) for nodes in ("all_nodes", "circuit_tracer"))
     return [
         ("replacement", scores.replacement, "Influence of tokens, of that of tokens and errors together"),
         ("completeness", scores.completeness, "Share of the inputs that are no errors, weighted by influence"),

@@ -76,8 +76,10 @@ function context(example, strings, most, peakOf) {
   example[0].forEach((word, at) => {
     const act = example[1][at];
     const share = act > 0 ? Math.sqrt(Math.min(1, act / most)) : 0;
-    const span = html("span", act > 0 ? { class: "on" + (at === peakOf ? " peak" : ""), style: `--a:${(0.1 + 0.75 * share).toFixed(2)}`, title: number(act) } : {}, seenToken(strings[word]));
-    line.append(span);
+    // The blank before a word is not coloured: it may end up at the end of a line.
+    const [, blank, rest] = /^( *)([^]*)$/.exec(seenToken(strings[word]));
+    if (at > 0) line.append(blank);
+    line.append(html("span", act > 0 ? { class: "on" + (at === peakOf ? " peak" : ""), style: `--a:${(0.1 + 0.75 * share).toFixed(2)}`, title: number(act) } : {}, rest || "␣"));
   });
   return line;
 }

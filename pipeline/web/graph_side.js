@@ -117,6 +117,9 @@ function controls() {
   $("labels").value = state.l;
   $("width").value = state.w;
   $("only").checked = Boolean(Number(state.o));
+  $("groups-count").textContent = String(state.groups.length);
+  $("collapsed").checked = state.groups.some((one) => !one.open);
+  $("collapsed").disabled = !state.groups.length;
   $("pins").textContent = String(state.pinned.size);
   const off = String(state.h).split(" ");
   document.querySelectorAll("#legend button").forEach((button) => button.setAttribute("aria-pressed", String(!off.includes(button.dataset.kind))));
@@ -127,6 +130,11 @@ $("n").max = data.thresholds.most;
 $("labels").addEventListener("change", (event) => { state.l = event.target.value; draw(); });
 $("width").addEventListener("change", (event) => { state.w = event.target.value; draw(); });
 $("only").addEventListener("change", (event) => { state.o = event.target.checked ? 1 : 0; draw(); });
+$("collapsed").addEventListener("change", (event) => {
+  for (const one of state.groups) one.open = !event.target.checked;
+  state.selected = state.selected.filter((key) => !isGroup(key));
+  draw();
+});
 for (const kind of KINDS.filter((one) => one !== "logit" && graph.nodes.some((node) => node.kind === one)))
   $("legend").append(html("button", { "data-kind": kind, title: "show or hide; what is hidden still counts in every sum", onclick: () => {
     const off = new Set(String(state.h).split(" ").filter(Boolean));
