@@ -115,7 +115,7 @@ function makeItems() {
     if (itemOf.has(node.i)) continue;
     const item = { key: "n" + node.i, kind: node.kind, node, members: [node.i], row: row(node), column: node.position + 1, influence: node.influence,
       radius: node.kind === "logit" ? 5.5 : node.kind === "token" ? 4.5 : node.kind === "feature" ? radius(node.influence) : Math.min(radius(node.influence), 5.5),
-      labelled: node.kind === "feature" || node.kind === "logit", label: node.kind === "logit" ? `${plainToken(node.label)}  ${percent(node.probability)}` : label(node) };
+      labelled: node.kind === "feature" || node.kind === "logit", label: node.kind === "logit" ? `${plainToken(node.label)}  ${node.probability ? percent(node.probability) : number(node.value)}` : label(node) };
     items.push(item);
     itemOf.set(node.i, item);
   }
@@ -147,7 +147,7 @@ function makeEdges() {
 }
 
 function draw() {
-  pruned = prune(graph, state.n, state.e);
+  if (!pruned || pruned.at !== `${state.n} ${state.e}`) pruned = { ...prune(graph, state.n, state.e), at: `${state.n} ${state.e}` };
   state.selected = state.selected.filter(exists);
   makeItems();
   makeEdges();
@@ -177,7 +177,7 @@ function paint() {
   picture.append(group);
   const names = rowNames(placed, rowNames_), keys = tokenIds.map((id) => (id ? "n" + byId.get(id).i : ""));
   const axis = tokenAxis(placed, texts, keys, focus);
-  picture.append(names, axis);
+  picture.append(names, svg("g", { transform: `translate(0 ${placed.plot})` }, axis));
   const first = !$("picture");
   $("frame").replaceChildren(picture);
   if (first) $("frame").scrollLeft = placed.width; // the outputs stand at the end
@@ -189,7 +189,7 @@ function follow() {
   const frame = $("frame"), picture = $("picture");
   if (!picture) return;
   picture.querySelector(".row-names").setAttribute("transform", `translate(${frame.scrollLeft} 0)`);
-  const low = Math.min(placed.plot, frame.scrollTop + frame.clientHeight - placed.axis);
+  const low = Math.min(0, frame.scrollTop + frame.clientHeight - placed.axis - placed.plot);
   picture.querySelector(".axis").setAttribute("transform", `translate(0 ${low})`);
 }
 

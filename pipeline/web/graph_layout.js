@@ -150,6 +150,7 @@ function fill(cell, room) {
       if (!line || line.width + item.width > room + 0.5) cell.lines.push((line = { items: [], width: 0, height }));
       line.items.push(item);
       line.width += item.width;
+      if (item.box) line.height = Math.max(line.height, LINE + 5);
     }
   };
   flow(cell.labelled, LINE);
