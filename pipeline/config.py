@@ -511,6 +511,7 @@ class _Job:
         config = _typed(self.stage, cfg, dict(settings.runtime.choices), number, self.bases, base)
         config = _with_jobs(config, [*words, *self.searchpath])
         config = _with_own_settings(config, words)
+        _number(config, number)
         if type(config) is TrainConfig and config.train.share_pass and number is not None:
             if is_away or settings.runtime.choices.get("hydra/launcher") != "basic":
                 raise UserError(
@@ -561,6 +562,16 @@ def _typed(
     elif config.cache.path is not None:
         raise UserError(f"cache.path names what clt train reads, not clt {stage.replace('_', ' ')}; leave it out")
     return config
+
+
+def _number(config: Config, job: int | None) -> None:
+    """What a job of a sweep writes where `to=` says, beside what the others do: out.json -> out-0.json."""
+    to = getattr(config, "to", None)
+    if job is None or not to:
+        return
+    place = Path(to)
+    is_file = place.suffix in (".json", ".html")
+    config.to = str(place.with_stem(f"{place.stem}-{job}") if is_file else place.with_name(f"{place.name}-{job}"))  # type: ignore[union-attr]
 
 
 def _with_jobs(config: Config, words: Sequence[str]) -> Config:
