@@ -130,7 +130,7 @@ WITHOUT_CACHE = (
 
 TEXT_KEYS = {
     "name", "run", "to", "prompt", "edits", "supernodes", "tokens", "swap.features", "swap.from_prompt",
-    "search", "feature", "graphs", "features.ids", "graph.feature", "graph.slug",
+    "search", "feature", "graphs", "features.ids", "graph.feature", "graph.slug", "graph.scan",
     "model.path", "model.revision", "model.offload_dir", "lm.tokenizer", "cache.dir", "cache.path", "cache.local_dir",
     "train.init_from", "report.baseline", "log.project", "log.entity", "log.group",
     "dataset.name", "dataset.path", "dataset.subset", "dataset.split", "dataset.revision", "dataset.column",
