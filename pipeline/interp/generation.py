@@ -132,12 +132,12 @@ def edited_steps(model: ReplacementModel, edits: Sequence[Edit], n_prompt: int, 
         n_past = past.replaced.get_seq_length()
         before = unedited(model, tokens, options, past)
         compiled = Compiled([edits], n_prompt, n_past, tokens.shape[1], model.transcoder.d_features)
-        return model.lm.logits(tokens, Edited(model, before, compiled, options, first=n_past == 0), past.replaced)
+        return Edited(model, before, compiled, options, first=n_past == 0).logits(tokens, past.replaced)
 
     def again(tokens: Tensor) -> Tensor:
         length = tokens.shape[1]
         compiled = Compiled([edits], n_prompt, 0, length, model.transcoder.d_features)
-        return model.lm.logits(tokens, Edited(model, unedited(model, tokens, options), compiled, options))
+        return Edited(model, unedited(model, tokens, options), compiled, options).logits(tokens)
 
     return follow if options.kv_cache else recomputing(again)
 

@@ -8,6 +8,7 @@ runs/NAME/graphs/
     SLUG.json               what pruning keeps of it, for circuit-tracer's front end and Neuronpedia
     SLUG.supernodes.json    groups of features, which may be edited
     SLUG.html               a page
+    SLUG.check.json         with --validate: predicted effects against measured ones (`interp/graph_check.py`)
     graph-metadata.json     the list of the JSON files
 """
 
@@ -22,11 +23,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.errors import UserError
-from pipeline.files import write_aside
+from pipeline.files import write_aside, write_report
 from pipeline.interp import (
     attribution,
     feature_files,
     graph,
+    graph_check,
     graph_json,
     graph_scores,
     graph_targets,
@@ -39,7 +41,6 @@ from pipeline.interp.graph_json import Supernode
 from pipeline.interp.graph_plan import Clock
 from pipeline.interp.graph_scores import Pruned
 from pipeline.interp.replacement import ReplacementModel
-from pipeline.interp.supernodes import TopTokens
 from pipeline.stages.generate import remarks
 from pipeline.stages.graph_options import GraphConfig
 from pipeline.train import artifact
@@ -86,7 +87,16 @@ def run(cfg: GraphConfig) -> Path:
     page = write(shown, directory, folder, name)
     clock("files")
     seconds = {"load": clock.seconds["load"], **traced.meta["seconds"], "files": clock.seconds["files"]}
-    for line in [*lines(shown), *costs(seconds), *files(folder, name, shown, cfg, directory)]:
+    for line in lines(shown):
+        logger.info(line)
+    if cfg.validate:
+        found = graph_check.check(model, traced)
+        clock("validate")
+        seconds["validate"] = clock.seconds["validate"]
+        write_report(folder / f"{name}.check.json", found)
+        for line in graph_check.table(found, traced.texts, traced.labels):
+            logger.info(line)
+    for line in [*costs(seconds), *files(folder, name, shown, cfg, directory)]:
         logger.info(line)
     return page
 
@@ -119,15 +129,15 @@ def prepared(traced: Graph, model: ReplacementModel, run: Path, file: Path, cfg:
     labels = {place: str(record["label"]) for place, record in known.items() if record.get("label")}
 
     def top_tokens(layer: int, index: int) -> list[str]:
-        return supernodes.top_tokens_of(known.get((layer, index))) or list(promoted(layer, index))
-
-    lm = model.lm
-    promoted: TopTokens = supernodes.promoted(
-        model.transcoder, lambda row: lm.read_out(row[None])[0], lambda token: lm.tokenizer.decode([token])
-    )
+        return supernodes.top_tokens_of(known.get((layer, index)))
 
     def make() -> list[Supernode]:
-        return supernodes.labelled(traced, supernodes.find(traced, pruned, model.transcoder), top_tokens)
+        lm = model.lm
+        promoted = supernodes.promoted_by(
+            traced, model.transcoder, lambda row: lm.read_out(row[None])[0], lambda token: lm.tokenizer.decode([token])
+        )
+        groups = supernodes.find(traced, pruned, model.transcoder)
+        return supernodes.labelled(traced, groups, top_tokens, promoted)
 
     groups = supernodes.kept_or_made(supernodes.file_of(file.parent, file.name), traced, make)
     return Shown(traced, pruned, groups, labels)
@@ -179,7 +189,8 @@ def costs(seconds: dict[str, float]) -> Iterator[str]:
 
 def files(folder: Path, name: str, shown: Shown, cfg: GraphConfig, run: Path) -> Iterator[str]:
     """Where everything is, and what comes next."""
-    for end, what in (("safetensors", "the whole graph"), ("json", "pruned"), ("supernodes.json", "groups")):
+    ends = {"safetensors": "the whole graph", "json": "pruned", "supernodes.json": "groups, to edit"}
+    for end, what in {**ends, **({"check.json": "predicted and measured"} if cfg.validate else {})}.items():
         yield f"{folder / name}.{end}  {what}"
     yield f"{folder / name}.html  open it in a browser"
     features = [path.nodes[-2] for path in top_paths.strongest(shown.graph, 1)]

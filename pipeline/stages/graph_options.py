@@ -26,5 +26,9 @@ class GraphConfig:
     prompt: str | None = None
     """What is explained, tokenised as the run's text was."""
 
+    validate: bool = False
+    """Ablate the features of most influence, one by one, and compare what the graph predicts with what happens.
+    `--validate` sets it."""
+
     device: str = "auto"
     """Where the base model and the transcoder run: auto, cpu, cuda or cuda:N."""
