@@ -7,6 +7,7 @@ a browser. What a target reads beyond that is kept as its sum, so that each acco
 
 import base64
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -64,16 +65,17 @@ def payload(
     strings = Strings()
     found = _features(graph, ids, influence, features, strings, labels)
     names = {f"{l}/{i}": text for (l, i), text in labels.items()} | {key: one["label"] for key, one in found.items()}
+    groups = [[label, *nodes] for label, nodes in supernodes]
     return {
-        "key": _key(graph),
+        "key": _key(graph, groups),
         "tokens": graph.texts,
         "n_layers": graph.n_layers,
         "n_active": graph.n_active,
         "nodes": _nodes(graph, ids, influence, names),
         "edges": _edges(graph.edges[ids][:, ids]),
-        "influence_total": float(influence.sum()),
+        "influence_total": float(influence.sort(descending=True).values.cumsum(dim=0)[-1]),
         "thresholds": {"node": min(nodes_share, most), "edge": edges_share, "most": most},
-        "supernodes": [[label, *nodes] for label, nodes in supernodes],
+        "supernodes": groups,
         "features": found,
         "strings": list(strings.numbers),
         "n_left_out": graph.n_nodes - len(ids),
@@ -181,6 +183,7 @@ def _feature(given: Mapping[str, Any], strings: Strings) -> dict[str, Any]:
         "frequency": given.get("activation_frequency"),
         "range": [_number(given.get("act_min") or 0.0), _number(given.get("act_max") or 0.0)],
         "histogram": [int(count) for count in _binned(given.get("histogram") or [])],
+        "norms": [_number(norm) for norm in given.get("decoder_norms") or []],
         "top": [strings(str(word)) for word in (given.get("top_logits") or [])[:8]],
         "bottom": [strings(str(word)) for word in (given.get("bottom_logits") or [])[:8]],
         "contexts": [
@@ -219,7 +222,7 @@ def _short(values: Tensor, digits: int = 5) -> list[float | None]:
     return [None if math.isnan(value) else float(f"{value:.{digits}g}") for value in values.tolist()]
 
 
-def _key(graph: Graph) -> str:
-    """What browsers keep groups under: the same for the same prompt and run."""
-    said = "|".join([str(graph.meta.get("run", "")), *graph.texts, str(graph.n_nodes)])
+def _key(graph: Graph, groups: Sequence[Sequence[str]]) -> str:
+    """What browsers keep groups under: another one where the prompt, the run or the groups that are given differ."""
+    said = json.dumps([str(graph.meta.get("run", "")), graph.texts, graph.n_nodes, groups])
     return hashlib.sha256(said.encode()).hexdigest()[:16]

@@ -105,6 +105,12 @@ function histogram(counts, low, high, activation) {
   return plot;
 }
 
+function norms(values) {
+  const most = Math.max(...values), plot = html("p", { class: "norms" });
+  values.forEach((norm, layer) => plot.append(html("span", { title: `layer ${layer}: ${number(norm)}` }, html("i", { style: `height:${(26 * norm / most).toFixed(1)}px` }), String(layer))));
+  return plot;
+}
+
 function featurePart(feature, strings, node) {
   const part = html("section", { class: "feature-data" }, html("h3", {}, "Top contexts", html("small", {}, feature.frequency === null ? "" : `active on ${percent(feature.frequency)} of tokens`)));
   const more = html("div", { hidden: true });
@@ -121,6 +127,7 @@ function featurePart(feature, strings, node) {
     const words = (list, kind) => html("p", { class: "words " + kind }, ...list.map((word) => html("span", {}, plainToken(strings[word]))));
     part.append(html("h3", {}, "Raises and lowers the outputs"), words(feature.top, "positive"), words(feature.bottom, "negative"));
   }
+  if (feature.norms.some((norm) => norm > 0)) part.append(html("h3", {}, "Writes to layers", html("small", {}, "norm of its decoder")), norms(feature.norms));
   if (feature.histogram.length) part.append(html("h3", {}, "Activations", html("small", {}, "counts on a log scale; the line is this prompt's")), histogram(feature.histogram, feature.range[0], feature.range[1], node.activation));
   return part;
 }

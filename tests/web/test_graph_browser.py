@@ -67,7 +67,7 @@ def test_a_page_opens_without_network_or_complaint(browser: Browser, tmp_path: P
     assert browser.value("document.querySelectorAll('#picture .axis text').length") == len(texts)
 
 
-@pytest.mark.parametrize(("nodes", "edges"), [(0.8, 0.98), (0.5, 0.9), (0.95, 1.0), (0.3, 0.5), (0.0, 0.0)])
+@pytest.mark.parametrize(("nodes", "edges"), [(0.8, 0.98), (0.5, 0.9), (0.95, 1.0), (0.3, 0.5), (0.9, 0.8), (0.0, 0.0)])
 def test_the_page_prunes_as_python_does(browser: Browser, tmp_path: Path, nodes: float, edges: float) -> None:
     graph = make_graph(LONG[:12], seed=5)
     opened(browser, graph, tmp_path)
