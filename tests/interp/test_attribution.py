@@ -26,6 +26,8 @@ from tests import oracle
 from tests.families import D_MODEL, FAMILIES, N_LAYERS
 
 F, T = 13, 7
+SMALL = 0.0006
+"""GB in which these graphs fit, and batches of 64 do not."""
 DOUBLE = GraphOptions(dtype=Precision.float64)
 ARCHS: dict[str, tuple[str, dict[str, Any]]] = {
     "clt": ("clt", {}),
@@ -368,7 +370,7 @@ def test_little_memory_makes_small_batches_and_too_little_is_refused(
 ) -> None:
     model, ids = model_of(gpt2), tokens()
     caplog.set_level("INFO")
-    small = trace(model, ids, GraphOptions(memory_gb=0.0009))
+    small = trace(model, ids, GraphOptions(memory_gb=SMALL))
     assert ": 64 targets at a time" not in caplog.messages[0]
     assert "targets at a time" in caplog.messages[0]
     torch.testing.assert_close(small.edges, trace(model, ids).edges, rtol=1e-4, atol=1e-5)
