@@ -298,6 +298,20 @@ def test_doubling_every_bias_adds_the_bias_nodes(gpt2: LanguageModel) -> None:
     assert float(added.abs().min()) > 0
 
 
+def test_an_unembeddings_bias_belongs_behind_the_last_layer(tiny_gpt2: Path) -> None:
+    lm, ids = opened(tiny_gpt2), tokens()
+    options = GraphOptions(dtype=Precision.float64, targets=["a", "b"])
+    before = trace(model_of(lm), ids, options)
+    bias = torch.randn(lm.vocab_size, generator=torch.Generator().manual_seed(4))
+    lm.weights.get_output_embeddings().bias = torch.nn.Parameter(bias)
+    added = trace(model_of(lm), ids, options).edges - before.edges
+    node, outputs = before.of(Kind.bias).stop - 1, before.of(Kind.logit)
+    assert int(before.layer[node]) == N_LAYERS
+    expected = torch.zeros_like(before.edges)
+    expected[outputs, node] = (bias - bias.mean())[before.index[outputs]].double()
+    torch.testing.assert_close(added, expected)
+
+
 def test_layers_that_are_not_read_are_errors(tiny_gpt2: Path) -> None:
     lm = opened(tiny_gpt2, layers=[1, 2])
     graph = check_ablations(model_of(lm, random(n_layers=1)), tokens(), every=1)
