@@ -15,8 +15,9 @@ GPT-2 small the head is a third of the forward pass.
 import copy
 import functools
 import hashlib
+import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,6 +78,7 @@ class LanguageModel:
         self.device = _input_device(weights)
         self.dtype = next(weights.parameters()).dtype
         self._sites = sites_of(options, weights)
+        self._keeps_some_logits = "logits_to_keep" in inspect.signature(weights.forward).parameters
         self._norms = [self._module(layer, self._sites.norm) for layer in self.layers]
         self._outs = [self._module(layer, self._sites.mlp_out) for layer in self.layers]
 
@@ -145,13 +147,15 @@ class LanguageModel:
         tokens: Tensor,
         mlp: ReplaceMlp | None = None,
         past: "DynamicCache | None" = None,
-        own_at_0: bool = False,
+        own_at_0: Collection[int] = (),
+        last: bool = False,
     ) -> Tensor:
         """Logits [n, T, V] for tokens int64 [n, T]. `mlp`, if given, replaces the output of every MLP that is read, in
         the order of the layers: each sees the residual stream as the replacements before it left it. `past` holds the
         keys and values of the tokens that come before these (`new_past`), and those of these afterwards. own_at_0:
-        `mlp` reads no more of an MLP's own output than [:, :1], position 0, so that the MLPs need not run on the others
-        where this can be had; what it is given has that position at least."""
+        the layers where `mlp` reads no more of an MLP's own output than [:, :1], position 0, so that these MLPs need
+        not run on the others where this can be had; what it is given has that position at least. last: only the last
+        position's logits, [n, 1, V]."""
         assert not self.weights.training
         resid: dict[int, Tensor] = {}
 
@@ -169,12 +173,13 @@ class LanguageModel:
             for layer in range(self.n_layers) if mlp is not None else ():
                 hooks.enter_context(self._norms[layer].register_forward_pre_hook(functools.partial(read, layer=layer)))
                 hooks.enter_context(self._outs[layer].register_forward_hook(functools.partial(write, layer=layer)))
-                if own_at_0 and self._sites.mlp is not None:
+                if layer in own_at_0 and self._sites.mlp is not None:
                     inside = self._module(self.layers[layer], self._sites.mlp)
                     hooks.enter_context(inside.register_forward_pre_hook(shorten))
-            out = self.weights(tokens.to(self.device), past_key_values=past, use_cache=past is not None)
+            only = {"logits_to_keep": 1} if last and self._keeps_some_logits else {}
+            out = self.weights(tokens.to(self.device), past_key_values=past, use_cache=past is not None, **only)
         logits: Tensor = out.logits
-        return logits
+        return logits[:, -1:] if last else logits
 
     def new_past(self) -> "DynamicCache":
         """What `logits` keeps of tokens that it has seen, so that the next ones cost no more than themselves: empty."""

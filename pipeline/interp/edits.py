@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from pipeline.arch.base import Transcoder
+from pipeline.arch.options import Site
 from pipeline.core.normalize import MlpNorm
 from pipeline.core.sparse import Chosen, Pattern, Sparse, of_layer
 from pipeline.data.models import LanguageModel
-from pipeline.interp.original import read_original
+from pipeline.interp.original import read_original, read_site
 from pipeline.interp.replacement import Choice, Live, keep_position_0, sparse
 
 Output = Callable[[int, Tensor], Tensor]
@@ -46,21 +47,32 @@ class Sides:
         return State(found.logits, torch.stack(found.x, dim=2), torch.stack(found.mlp_out, dim=2))
 
     @torch.inference_mode()
-    def original(self, tokens: Tensor, edit: Output) -> Tensor:
-        """Logits [n, T, V] of the model with its MLP outputs edited; what comes later is live."""
-        return self.lm.logits(tokens, lambda layer, resid, own: keep_position_0(own, edit(layer, own)))
+    def inputs(self, tokens: Tensor) -> Tensor:
+        """`state(tokens).x` alone: without the head."""
+        resid_mid, mlp_out = self.lm.collect(tokens)
+        layers = zip(resid_mid.unbind(2), mlp_out.unbind(2), strict=True)
+        return torch.stack([read_site(self.site, self.norm, i, *layer) for i, layer in enumerate(layers)], dim=2)
 
     @torch.inference_mode()
-    def replaced(self, tokens: Tensor, edit: Output | None = None, choose: Choice | None = None) -> Tensor:
+    def original(self, tokens: Tensor, edit: Output, last: bool = False) -> Tensor:
+        """Logits [n, T, V] of the model with its MLP outputs edited; what comes later is live. last: the last
+        position's, [n, 1, V]."""
+        return self.lm.logits(tokens, lambda layer, resid, own: keep_position_0(own, edit(layer, own)), last=last)
+
+    @torch.inference_mode()
+    def replaced(
+        self, tokens: Tensor, edit: Output | None = None, choose: Choice | None = None, last: bool = False
+    ) -> Tensor:
         """Logits [n, T, V] of the live replacement with each layer's features edited by `choose`, or its
-        reconstructions by `edit`; later features are live."""
+        reconstructions by `edit`; later features are live. last: the last position's, [n, 1, V]."""
         live = Live(self, range(self.lm.n_layers), choose=choose)
 
         def mlp(layer: int, resid: Tensor, own: Tensor) -> Tensor:
             y_hat = live(layer, resid, own)
             return keep_position_0(own, edit(layer, y_hat)) if edit else y_hat
 
-        return self.lm.logits(tokens, mlp)
+        unread = () if self.site == Site.mlp_out else range(self.lm.n_layers)
+        return self.lm.logits(tokens, mlp, own_at_0=unread, last=last)
 
 
 def features_of(transcoder: Transcoder, x: Tensor) -> Sparse:

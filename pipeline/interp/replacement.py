@@ -176,10 +176,11 @@ class ReplacementModel:
         layers: Collection[int] | None = None,
         keep_error: bool = False,
         past: Past | None = None,
+        last: bool = False,
     ) -> Tensor:
-        """tokens int64 [n, T] -> [n, T, V]. `past` (`new_past`): these tokens follow those that it has seen, and join
-        them. Raises UserError for a layer that there is not, for tokens behind the model's last position, and for
-        keep_error where the past has been without."""
+        """tokens int64 [n, T] -> [n, T, V]; last: [n, 1, V], the last position's. `past` (`new_past`): these tokens
+        follow those that it has seen, and join them. Raises UserError for a layer that there is not, for tokens behind
+        the model's last position, and for keep_error where the past has been without."""
         kept, n_past = None, past.replaced.get_seq_length() if past else 0
         first = n_past == 0
         if n_past + tokens.shape[1] > self.lm.n_context:
@@ -191,9 +192,9 @@ class ReplacementModel:
             original = self.original(tokens, past)
             kept = [*zip(original.mlp_out, self.at_original(original, first).y_hat, strict=True)]
         live = Live(self, _chosen(layers, self.lm.n_layers), kept, first=first)
-        if layers is None and past is None and kept is None and self.site != Site.mlp_out:
-            return self.lm.logits(tokens, live, own_at_0=True)
-        return self.lm.logits(tokens, live, past.replaced if past else None)
+        # Error terms cancel exactly where each position 0 was computed in the same way.
+        unread = live.unread() if past is None and kept is None else ()
+        return self.lm.logits(tokens, live, past.replaced if past else None, unread, last)
 
     def new_past(self) -> Past:
         """Empty."""
@@ -254,6 +255,10 @@ class Live:
         mlp_out, at_original = self.kept[layer]
         return (wide(mlp_out) + (y_hat - at_original)).to(own.dtype)
 
+    def unread(self) -> Collection[int]:
+        """The layers whose MLPs need not run, but at position 0 (`LanguageModel.logits`)."""
+        return () if self.model.site == Site.mlp_out else self.layers
+
     def reconstruct(self, layer: int, x: Tensor, own: Tensor) -> Tensor | None:
         """Choose the layer's features, x [n, T, D], and decode those of all layers so far: y_hat [n, T, D] in float32,
         or None where nobody asks for it."""
@@ -280,10 +285,11 @@ class TeacherForced:
         self.norm: MlpNorm = lm.mlp_norm().to(str(lm.device))
 
     @torch.inference_mode()
-    def logits(self, tokens: Tensor, layers: Collection[int] | None = None) -> Tensor:
-        """tokens int64 [n, T] -> [n, T, V]. Raises UserError for a layer that there is not."""
+    def logits(self, tokens: Tensor, layers: Collection[int] | None = None, last: bool = False) -> Tensor:
+        """tokens int64 [n, T] -> [n, T, V]; last: [n, 1, V], the last position's. Raises UserError for a layer that
+        there is not."""
         original = read_original(self.lm, self.site, self.norm, tokens)
-        return put_back(self.lm, self.y_hat(original), tokens, layers)
+        return put_back(self.lm, self.y_hat(original), tokens, layers, last)
 
     @torch.inference_mode()
     def y_hat(self, original: Original) -> Tensor:
@@ -293,14 +299,17 @@ class TeacherForced:
 
 
 @torch.inference_mode()
-def put_back(lm: LanguageModel, y_hat: Tensor, tokens: Tensor, layers: Collection[int] | None = None) -> Tensor:
-    """The model with y_hat [n, T, L, D] in place of the MLP outputs of these layers (null: all). -> [n, T, V]"""
+def put_back(
+    lm: LanguageModel, y_hat: Tensor, tokens: Tensor, layers: Collection[int] | None = None, last: bool = False
+) -> Tensor:
+    """The model with y_hat [n, T, L, D] in place of the MLP outputs of these layers (null: all). -> [n, T, V]; last:
+    [n, 1, V]"""
     replaced = _chosen(layers, lm.n_layers)
 
     def mlp(layer: int, resid: Tensor, own: Tensor) -> Tensor:
         return keep_position_0(own, y_hat[:, :, layer].to(own.dtype)) if layer in replaced else own
 
-    return lm.logits(tokens, mlp)
+    return lm.logits(tokens, mlp, own_at_0=replaced, last=last)
 
 
 @torch.inference_mode()
@@ -310,7 +319,7 @@ def ablated_logits(lm: LanguageModel, output: Tensor, tokens: Tensor) -> Tensor:
     def mlp(layer: int, resid: Tensor, own: Tensor) -> Tensor:
         return keep_position_0(own, output[layer].to(own).expand_as(resid))
 
-    return lm.logits(tokens, mlp, own_at_0=True)
+    return lm.logits(tokens, mlp, own_at_0=range(lm.n_layers))
 
 
 def keep_position_0(own: Tensor, replaced: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ a browser. What a target reads beyond that is kept as its sum, so that each acco
 
 import base64
 import hashlib
+import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -63,18 +63,19 @@ def payload(
     influence = graph_scores.influence(graph)
     ids, most = chosen(graph, influence, max(nodes_share, MOST_SHARE))
     strings = Strings()
-    found = _features(graph, ids, influence, features, strings)
-    names = {key: feature["label"] for key, feature in found.items()} | {f"{l}/{i}": t for (l, i), t in labels.items()}
+    found = _features(graph, ids, influence, features, strings, labels)
+    names = {f"{l}/{i}": text for (l, i), text in labels.items()} | {key: one["label"] for key, one in found.items()}
+    groups = [[label, *nodes] for label, nodes in supernodes]
     return {
-        "key": _key(graph),
+        "key": _key(graph, groups),
         "tokens": graph.texts,
         "n_layers": graph.n_layers,
         "n_active": graph.n_active,
         "nodes": _nodes(graph, ids, influence, names),
         "edges": _edges(graph.edges[ids][:, ids]),
-        "influence_total": float(influence.sum()),
+        "influence_total": float(influence.sort(descending=True).values.cumsum(dim=0)[-1]),
         "thresholds": {"node": min(nodes_share, most), "edge": edges_share, "most": most},
-        "supernodes": [[label, *nodes] for label, nodes in supernodes],
+        "supernodes": groups,
         "features": found,
         "strings": list(strings.numbers),
         "n_left_out": graph.n_nodes - len(ids),
@@ -146,7 +147,12 @@ def _edges(edges: Tensor) -> dict[str, Any]:
 
 
 def _features(
-    graph: Graph, ids: Tensor, influence: Tensor, read: FeatureData | None, strings: Strings
+    graph: Graph,
+    ids: Tensor,
+    influence: Tensor,
+    read: FeatureData | None,
+    strings: Strings,
+    labels: Mapping[tuple[int, int], str],
 ) -> dict[str, dict[str, Any]]:
     """By "layer/index", of the features of these nodes that have data, the most influential first."""
     if read is None:
@@ -162,19 +168,22 @@ def _features(
         tried.add((layer, index))
         given = read(layer, index)
         if given is not None:
-            found[f"{layer}/{index}"] = _feature(given, strings, 2 * layer >= graph.n_layers)
+            found[f"{layer}/{index}"] = _feature(given, strings)
+            name = labels.get((layer, index), "")
+            mine = name and name != given.get("label")
+            found[f"{layer}/{index}"]["label"] = name if mine else _named(given, 2 * layer >= graph.n_layers)
         if len(found) == MOST_FEATURES:
             break
     return found
 
 
-def _feature(given: Mapping[str, Any], strings: Strings, with_output: bool) -> dict[str, Any]:
+def _feature(given: Mapping[str, Any], strings: Strings) -> dict[str, Any]:
     groups = given.get("examples_quantiles") or []
     return {
-        "label": _named(given, with_output),
         "frequency": given.get("activation_frequency"),
         "range": [_number(given.get("act_min") or 0.0), _number(given.get("act_max") or 0.0)],
         "histogram": [int(count) for count in _binned(given.get("histogram") or [])],
+        "norms": [_number(norm) for norm in given.get("decoder_norms") or []],
         "top": [strings(str(word)) for word in (given.get("top_logits") or [])[:8]],
         "bottom": [strings(str(word)) for word in (given.get("bottom_logits") or [])[:8]],
         "contexts": [
@@ -192,7 +201,7 @@ def _example(example: Mapping[str, Any], strings: Strings) -> tuple[list[int], l
 
 
 def _named(given: Mapping[str, Any], with_output: bool) -> str:
-    """The token or two at which the top contexts are highest; for later layers, what the feature raises most as well."""
+    """Its label, or the token or two at which its top contexts peak; of later layers, what it raises most as well."""
     name = str(given.get("label") or ", ".join(top_tokens_of(given, 2)))
     output = str(next(iter(given.get("top_logits") or []), "")).strip()
     return f"{name} → {output}" if with_output and name and output else name
@@ -213,7 +222,7 @@ def _short(values: Tensor, digits: int = 5) -> list[float | None]:
     return [None if math.isnan(value) else float(f"{value:.{digits}g}") for value in values.tolist()]
 
 
-def _key(graph: Graph) -> str:
-    """What browsers keep groups under: the same for the same prompt and run."""
-    said = "|".join([str(graph.meta.get("run", "")), *graph.texts, str(graph.n_nodes)])
+def _key(graph: Graph, groups: Sequence[Sequence[str]]) -> str:
+    """What browsers keep groups under: another one where the prompt, the run or the groups that are given differ."""
+    said = json.dumps([str(graph.meta.get("run", "")), graph.texts, graph.n_nodes, groups])
     return hashlib.sha256(said.encode()).hexdigest()[:16]

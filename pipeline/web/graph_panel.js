@@ -18,7 +18,7 @@ function number(value, digits = 3) {
   if (value === null || value === undefined) return "";
   const size = Math.abs(value);
   const text = size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(1) : String(Number(value.toPrecision(digits)));
-  return text.replace("-", "−");
+  return text.replaceAll("-", "−");
 }
 const signed = (value) => (value > 0 ? "+" : "") + number(value);
 function percent(value) {
@@ -76,8 +76,10 @@ function context(example, strings, most, peakOf) {
   example[0].forEach((word, at) => {
     const act = example[1][at];
     const share = act > 0 ? Math.sqrt(Math.min(1, act / most)) : 0;
-    const span = html("span", act > 0 ? { class: "on" + (at === peakOf ? " peak" : ""), style: `--a:${(0.1 + 0.75 * share).toFixed(2)}`, title: number(act) } : {}, seenToken(strings[word]));
-    line.append(span);
+    // The blank before a word is not coloured: it may end up at the end of a line.
+    const [, blank, rest] = /^( *)([^]*)$/.exec(seenToken(strings[word]));
+    if (at > 0) line.append(blank);
+    line.append(html("span", act > 0 ? { class: "on" + (at === peakOf ? " peak" : ""), style: `--a:${(0.1 + 0.75 * share).toFixed(2)}`, title: number(act) } : {}, rest || "␣"));
   });
   return line;
 }
@@ -103,6 +105,12 @@ function histogram(counts, low, high, activation) {
   return plot;
 }
 
+function norms(values) {
+  const most = Math.max(...values), plot = html("p", { class: "norms" });
+  values.forEach((norm, layer) => plot.append(html("span", { title: `layer ${layer}: ${number(norm)}` }, html("i", { style: `height:${(26 * norm / most).toFixed(1)}px` }), String(layer))));
+  return plot;
+}
+
 function featurePart(feature, strings, node) {
   const part = html("section", { class: "feature-data" }, html("h3", {}, "Top contexts", html("small", {}, feature.frequency === null ? "" : `active on ${percent(feature.frequency)} of tokens`)));
   const more = html("div", { hidden: true });
@@ -119,6 +127,7 @@ function featurePart(feature, strings, node) {
     const words = (list, kind) => html("p", { class: "words " + kind }, ...list.map((word) => html("span", {}, plainToken(strings[word]))));
     part.append(html("h3", {}, "Raises and lowers the outputs"), words(feature.top, "positive"), words(feature.bottom, "negative"));
   }
+  if (feature.norms.some((norm) => norm > 0)) part.append(html("h3", {}, "Writes to layers", html("small", {}, "norm of its decoder")), norms(feature.norms));
   if (feature.histogram.length) part.append(html("h3", {}, "Activations", html("small", {}, "counts on a log scale; the line is this prompt's")), histogram(feature.histogram, feature.range[0], feature.range[1], node.activation));
   return part;
 }

@@ -38,9 +38,11 @@ function readGraph(data) {
   return { nodes, source, target, weight, start, leaving, total, flow, influenceTotal: data.influence_total };
 }
 
-// The value at which the sum of what is at least as large reaches the share of `all`.
-function cutoff(values, share, all) {
+// The value at which the sum of what is at least as large reaches the share of `all`, by default the sum of all, added
+// up in the same order as the parts.
+function cutoff(values, share, all = null) {
   const sorted = Float64Array.from(values).sort().reverse();
+  all ??= sorted.reduce((a, b) => a + b, 0);
   let sum = 0;
   for (const value of sorted) {
     sum += value;
@@ -74,7 +76,7 @@ function prune(graph, nodeShare, edgeShare) {
   const least = cutoff(nodes.map((node) => node.influence), nodeShare, graph.influenceTotal);
   const keep = Uint8Array.from(nodes, (node) => ((node.influence > 0 && node.influence >= least) || ALWAYS.has(node.kind) ? 1 : 0));
   const scores = edgeScores(graph, keep);
-  const weakest = cutoff(scores, edgeShare, scores.reduce((a, b) => a + b, 0));
+  const weakest = cutoff(scores, edgeShare);
   const edges = Uint8Array.from(scores, (score) => (score > 0 && score >= weakest ? 1 : 0));
   for (let changed = true; changed; ) {
     changed = false;

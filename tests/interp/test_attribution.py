@@ -270,6 +270,15 @@ def test_in_single_precision_sums_hold_too(family: LanguageModel) -> None:
         assert float(graph.imbalance().max()) < 1e-5
 
 
+@pytest.mark.slow
+def test_sums_hold_for_every_node_of_twenty_prompts(family: LanguageModel) -> None:
+    model, generator = model_of(family, site=Site.mlp_in), torch.Generator().manual_seed(5)
+    for seed in range(20):
+        ids = tokens(int(torch.randint(2, 30, (), generator=generator)), seed)
+        assert float(trace(model, ids).imbalance().max()) < 1e-5
+        assert float(trace(model, ids, DOUBLE).imbalance().max()) < 1e-12
+
+
 def test_doubling_every_bias_adds_the_bias_nodes(gpt2: LanguageModel) -> None:
     model, ids = model_of(gpt2, random("skip"), Site.mlp_in), tokens()
     graph, held = trace(model, ids, DOUBLE), Held(model, ids)
