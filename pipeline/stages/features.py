@@ -24,6 +24,7 @@ from pipeline.data.cache import Cache
 from pipeline.data.models import LanguageModel
 from pipeline.errors import UserError
 from pipeline.interp import feature_activity, feature_files, feature_sums, feature_writer, features, opening
+from pipeline.interp.feature_ids import named
 from pipeline.interp.feature_options import Choose, FeatureOptions
 from pipeline.interp.feature_records import Records, weights
 from pipeline.interp.feature_text import FeatureText, Words
@@ -157,13 +158,7 @@ def choose(options: FeatureOptions, trained: Trained, text: FeatureText) -> Chos
     """The features that the options name. Raises UserError for those that there are not."""
     n_sources, d_features = trained.transcoder.n_sources, trained.transcoder.d_features
     if options.ids is not None:
-        pairs = named(options.ids)
-        wrong = [f"{layer}/{feature}" for layer, feature in pairs if layer >= n_sources or feature >= d_features]
-        if wrong:
-            raise UserError(
-                f"features.ids: there is no {', '.join(wrong[:5])}; layers go from 0 to {n_sources - 1}, features from "
-                f"0 to {d_features - 1}"
-            )
+        pairs = named(options.ids, "features.ids", n_sources, d_features)
         identity = np.unique([layer * d_features + feature for layer, feature in pairs])
         return Chosen(*np.divmod(identity, d_features))
     layers = range(n_sources) if options.layers is None else sorted(set(options.layers))
@@ -182,23 +177,6 @@ def choose(options: FeatureOptions, trained: Trained, text: FeatureText) -> Chos
             active = features.counts(trained.transcoder, text, every, progress.update)
         identity = identity[np.argsort(-active, kind="stable")[:n]]
     return Chosen(*np.divmod(np.sort(identity), d_features))
-
-
-def named(ids: str) -> list[tuple[int, int]]:
-    """[0/12,1/7], or a file with one on each line -> (layer, feature) pairs. Raises UserError."""
-    is_list = ids.startswith("[") and ids.endswith("]")
-    if not is_list and "/" in ids and not Path(ids).exists():
-        is_list = all(part.strip().replace("/", "").isdigit() for part in ids.split(","))
-    if not is_list and not Path(ids).is_file():
-        raise UserError(f"features.ids={ids} is no file and no list; write [0/12,1/7] (layer/feature)")
-    entries = ids.strip("[]").split(",") if is_list else Path(ids).read_text().split()
-    found = []
-    for entry in entries:
-        layer, slash, feature = entry.strip().partition("/")
-        if not (slash and layer.isdecimal() and feature.isdecimal()):
-            raise UserError(f"features.ids: {entry.strip()!r} is no feature; write layer/feature, such as 0/12")
-        found.append((int(layer), int(feature)))
-    return found
 
 
 @torch.inference_mode()
@@ -230,5 +208,5 @@ def _request(options: FeatureOptions, trained: Trained) -> dict[str, Any]:
         digest = hashlib.file_digest(weights_file, "sha256").hexdigest()
     plain = {name: value for name, value in to_plain(options).items() if name not in NO_EFFECT}
     if options.ids is not None:
-        plain["ids"] = [f"{layer}/{feature}" for layer, feature in sorted(set(named(options.ids)))]
+        plain["ids"] = [f"{layer}/{feature}" for layer, feature in sorted(set(named(options.ids, "features.ids")))]
     return {"schema": SCHEMA, "transcoder_sha256": digest, "cache": trained.config["cache"]["key"], "features": plain}

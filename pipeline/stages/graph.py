@@ -41,7 +41,6 @@ from pipeline.interp.graph_json import Supernode
 from pipeline.interp.graph_plan import Clock
 from pipeline.interp.graph_scores import Pruned
 from pipeline.interp.replacement import ReplacementModel
-from pipeline.interp.supernodes import TopTokens
 from pipeline.stages.generate import remarks
 from pipeline.stages.graph_options import GraphConfig
 from pipeline.train import artifact
@@ -130,15 +129,15 @@ def prepared(traced: Graph, model: ReplacementModel, run: Path, file: Path, cfg:
     labels = {place: str(record["label"]) for place, record in known.items() if record.get("label")}
 
     def top_tokens(layer: int, index: int) -> list[str]:
-        return supernodes.top_tokens_of(known.get((layer, index))) or list(promoted(layer, index))
-
-    lm = model.lm
-    promoted: TopTokens = supernodes.promoted(
-        model.transcoder, lambda row: lm.read_out(row[None])[0], lambda token: lm.tokenizer.decode([token])
-    )
+        return supernodes.top_tokens_of(known.get((layer, index)))
 
     def make() -> list[Supernode]:
-        return supernodes.labelled(traced, supernodes.find(traced, pruned, model.transcoder), top_tokens)
+        lm = model.lm
+        promoted = supernodes.promoted_by(
+            traced, model.transcoder, lambda row: lm.read_out(row[None])[0], lambda token: lm.tokenizer.decode([token])
+        )
+        groups = supernodes.find(traced, pruned, model.transcoder)
+        return supernodes.labelled(traced, groups, top_tokens, promoted)
 
     groups = supernodes.kept_or_made(supernodes.file_of(file.parent, file.name), traced, make)
     return Shown(traced, pruned, groups, labels)
