@@ -32,7 +32,8 @@ from pipeline.stages.plot_options import PlotConfig
 from pipeline.train import artifact
 from pipeline.train import run as runs
 from pipeline.train.artifact import Trained
-from pipeline.web import images, plot_effects as drawn_effects, plot_maps, plot_page, plot_tokens
+from pipeline.web import images, plot_maps, plot_page, plot_tokens
+from pipeline.web import plot_effects as drawn_effects
 from pipeline.web.panels import Figure
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ LABELLED = 36
 """Features that carry their label on a map."""
 IN_TABLE = 100
 """Most features in the table below the picture."""
-FOLLOWED = (4, 2)
+FOLLOWED = (2, 4)
 """Tokens of token_probability: the most likely ones, and those that change most."""
 
 
@@ -130,8 +131,8 @@ def run(cfg: PlotConfig) -> Path:
     facts = {"run": str(directory), "model": subject.lm.name, **drawn.facts}
     facts |= {} if cfg.prompt is None else {"prompt": cfg.prompt}
     described = _described(directory, drawn.features)
-    if not described:
-        logger.warning("%s/features does not describe these features: no labels; run clt features first", directory)
+    if feature_files.about(directory / "features") is None:
+        logger.warning("%s holds no described features, so none has a label; run clt features first", directory)
     title = TITLES[cfg.kind]
     text = plot_page.page(title, drawn.figure, drawn.caption, facts, described)
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +161,7 @@ def heatmap(subject: Subject) -> Drawn:
     values = found.table(features, len(subject.texts)).tolist()
     figure = plot_tokens.heatmap(subject.texts, [subject.name(f) for f in features], [l for l, _ in features], values)
     caption = "Activations at each token (layer/feature and its most activating tokens). Lines part the layers; the "
-    caption += "features are those that write most at some token: activation x decoder norm."
+    caption += "features are those that write most at each token: activation x decoder norm."
     return Drawn(figure, caption, features, _counted(found))
 
 
@@ -169,7 +170,9 @@ def tokens(subject: Subject) -> Drawn:
     features = subject.shown(found)
     values = found.table(features, len(subject.texts)).tolist()
     figure = plot_tokens.coloured(subject.texts, [subject.name(f) for f in features], [l for l, _ in features], values)
-    caption = "The text once for each feature. Colour is full at the feature's highest activation in this text; point at "
+    caption = (
+        "The text once for each feature. Colour is full at the feature's highest activation in this text; point at "
+    )
     caption += "a token for the number."
     return Drawn(figure, caption, features, _counted(found))
 
@@ -184,11 +187,12 @@ def embedding(subject: Subject) -> Drawn:
         plot_embedding.rows(transcoder, features), subject.options.perplexity, subject.options.seed
     )
     names = [subject.name(feature) for feature in features]
-    known = [i for i, name in enumerate(names) if " " in name]
+    known = [i for i, name in enumerate(names) if any(letter.isalpha() for letter in name)]
     labelled = []
     for one in maps:
-        which = [known[i] for i in plot_embedding.spread(one.points[known], LABELLED)]
-        labelled.append((which, [names[i].partition(" ")[2] for i in which]))
+        texts = [names[i].partition(" ")[2] for i in known]
+        which = plot_embedding.legible(one.points[known], texts, LABELLED)
+        labelled.append(([known[i] for i in which], [texts[i] for i in which]))
     points = [(one.name, one.said, one.points.tolist()) for one in maps]
     figure = plot_maps.embedding(points, [layer for layer, _ in features], names, labelled)
     caption = "Each point is a feature: its decoder rows, concatenated over target layers and scaled to length 1. Near "
@@ -204,13 +208,17 @@ def correlation(subject: Subject) -> Drawn:
         only = subject.active().strongest(subject.n)
     found = plot_data.correlations(subject.transcoder, text, only, subject.n)
     if not found.features:
-        raise UserError(f"none of these features is active on {plot_data.LEAST_ACTIVE} tokens; name others or more tokens")
+        raise UserError(
+            f"none of these features is active on {plot_data.LEAST_ACTIVE} tokens; name others or more tokens"
+        )
     best = [[None if np.isnan(value) else round(value, 4) for value in row] for row in found.best.tolist()]
     names = [subject.name(feature) for feature in found.features]
     layers = [layer for layer, _ in found.features]
     figure = plot_maps.correlation(best, names, layers, found.matrix.tolist())
     caption = "Pearson correlations of activations over tokens of the evaluation split. Left: for each feature of the "
-    caption += "row's layer its highest correlation with a feature of the column's, averaged over features active on at "
+    caption += (
+        "row's layer its highest correlation with a feature of the column's, averaged over features active on at "
+    )
     caption += f"least {plot_data.LEAST_ACTIVE} tokens. Right: single features. Correlation is no cause: see clt graph."
     return Drawn(figure, caption, found.features, {"tokens": f"{text.n_rows:,}"})
 
@@ -225,7 +233,9 @@ def ranking(subject: Subject) -> Drawn:
         places = [one for one in places if subject.only is None or one[0] in subject.only][: subject.n]
         values = [float(found.importance[i]) for _, _, i in places]
         title = "activation x decoder norm"
-        caption = "How much each active feature writes: activation x norm of its decoder rows, all target layers together."
+        caption = (
+            "How much each active feature writes: activation x norm of its decoder rows, all target layers together."
+        )
         rows = [(feature, position) for feature, position, _ in places]
     else:
         model = opening.opened(subject.trained, subject.lm)
@@ -237,8 +247,12 @@ def ranking(subject: Subject) -> Drawn:
         rows, values = [(one.feature, one.position) for one in effects], [one.effect for one in effects]
         facts["token"] = name
         title = f"effect on the logit of {name} (less the mean logit)"
-        caption = "The logit behind the last token with each feature minus without it: one ablation each in the original "
-        caption += f"model, other features {subject.options.response}; of the {plot_effects.CANDIDATES * subject.n} active "
+        caption = (
+            "The logit behind the last token with each feature minus without it: one ablation each in the original "
+        )
+        caption += (
+            f"model, other features {subject.options.response}; of the {plot_effects.CANDIDATES * subject.n} active "
+        )
         caption += "features that write most, those with the largest effect."
     if not rows:
         raise UserError("none of these features is active on the prompt; name others or another prompt")
@@ -254,21 +268,25 @@ def token_probability(subject: Subject) -> Drawn:
     features = subject.only
     if features is None:
         token = subject.followed(logits)
-        effects = plot_effects.effects(model, _of(subject), found, token, 4 * subject.n, options.response)
-        features = list(dict.fromkeys(one.feature for one in effects))[: subject.n]
+        effects = plot_effects.effects(model, _of(subject), found, token, 3 * subject.n, options.response)
+        features = list(dict.fromkeys(one.feature for one in effects))
     factors = sorted(set(options.factors))
     turned = plot_effects.turned(model, _of(subject), found, features, factors, options.response)
     if not turned:
         raise UserError("none of these features is active on the prompt; name others or another prompt")
+    if subject.only is None:
+        turned = plot_effects.moving(turned, subject.n)
     followed = plot_effects.followed(turned, logits.softmax(dim=-1), *FOLLOWED)
     if options.token is not None and (token := subject.followed(logits)) not in followed:
         followed = [token, *followed]
     panels = []
     for one in turned:
         where = ", ".join(subject.texts[position].strip() for position in one.positions)
-        panels.append((f"{subject.name(one.feature)}  @ {where}", one.probabilities[:, followed].T.tolist()))
+        panels.append((f"{subject.name(one.feature)}, at: {where}", one.probabilities[:, followed].T.tolist()))
     figure = drawn_effects.token_probability(factors, [subject.words(token).strip() for token in followed], panels)
-    caption = "Probabilities behind the last token when a feature's activation is multiplied wherever it is active: 1 is "
+    caption = (
+        "Probabilities behind the last token when a feature's activation is multiplied wherever it is active: 1 is "
+    )
     caption += f"the model as it is, 0 without the feature, 2 twice as much of it. Other features {options.response}."
     return Drawn(figure, caption, [one.feature for one in turned], _counted(found))
 
@@ -315,4 +333,3 @@ def _place(cfg: PlotConfig, directory: Path) -> Path:
     if page.suffix != ".html":
         raise UserError(f"to={cfg.to} must end in .html, such as to={page.with_suffix('.html')}")
     return page
-
