@@ -19,8 +19,9 @@ from torch import Tensor
 
 from pipeline.core.metrics import Sums, Tree, ratios
 
-ELEMENTS_AT_ONCE = 2**24
-"""Positions x vocabulary that are in float64 at a time: 134 MB a copy."""
+ELEMENTS_AT_ONCE = {"cpu": 2**18, "cuda": 2**24}
+"""Positions x vocabulary that are in float64 at a time. 2 MB a copy stay in a CPU's caches; a GPU wants more at once,
+134 MB a copy."""
 
 BEST = 5
 
@@ -34,24 +35,20 @@ class Predictions:
         self.scored, self.has_next = scored.cpu(), (scored & has_next).cpu()
         self.logits = logits.flatten(0, 1)
         scored, next_token, has_next = (t.to(logits.device).flatten() for t in (scored, next_token, has_next))
-        size = max(1, ELEMENTS_AT_ONCE // logits.shape[-1])
+        size = max(1, ELEMENTS_AT_ONCE.get(logits.device.type, 2**24) // logits.shape[-1])
         self.rows = scored.nonzero().squeeze(1).split(size)
         self.known = [has_next[rows] for rows in self.rows]
         """Which of them have a next token that is known."""
-        self.next = next_token
-        parts = [self.logits[rows].double().logsumexp(dim=-1) for rows in self.rows]
-        self.log_total = [part[:, None] for part in parts]
+        self.targets = [next_token[rows][known] for rows, known in zip(self.rows, self.known, strict=True)]
+        parts = [self.logits[rows].double() for rows in self.rows]
+        self.log_total = [part.logsumexp(dim=-1) for part in parts]
+        self.ce = [self._cross_entropy(i, part, self.log_total[i]) for i, part in enumerate(parts)]
         self.best = [best(self.logits[rows]) for rows in self.rows]
-        self.ce = [self.cross_entropy(i, self._log_probabilities(i)) for i in range(len(self.rows))]
 
-    def _log_probabilities(self, part: int) -> Tensor:
-        return self.logits[self.rows[part]].double() - self.log_total[part]
-
-    def cross_entropy(self, part: int, log_probabilities: Tensor) -> Tensor:
-        """Of the known rows of a part, from the log-probabilities [k, V] of all its rows."""
-        known = self.known[part]
-        target = self.next[self.rows[part][known]]
-        return -log_probabilities[known].gather(-1, target[:, None]).squeeze(1)
+    def _cross_entropy(self, part: int, logits: Tensor, log_total: Tensor) -> Tensor:
+        """Of the known rows of a part, from the logits [k, V] of all its rows and their logsumexp [k]."""
+        known = self.known[part].nonzero().squeeze(1)
+        return log_total[known] - logits[known, self.targets[part]]
 
     def against(self, replaced: Tensor) -> dict[str, Tensor]:
         """Of each position, [n, T] float64: kl, top1, top5, ce_original, ce_replaced; 0 where it has none. replaced
@@ -62,17 +59,18 @@ class Predictions:
             name: torch.zeros(self.scored.numel(), dtype=torch.float64, device=self.logits.device) for name in names
         }
         for i, rows in enumerate(self.rows):
-            log_p, other = self._log_probabilities(i), replaced[rows]
+            log_p, other = self.logits[rows].double(), replaced[rows]
             log_q = other.double()
-            log_q -= log_q.logsumexp(dim=-1, keepdim=True)
+            total_p, total_q = self.log_total[i], log_q.logsumexp(dim=-1)
             chosen = best(other)
             found["top1"][rows] = (self.best[i][:, 0] == chosen[:, 0]).double()
             shared = (self.best[i][:, :, None] == chosen[:, None, :]).sum(dim=(1, 2))
             found["top5"][rows] = shared.double() / chosen.shape[1]
             found["ce_original"][rows[self.known[i]]] = self.ce[i]
-            found["ce_replaced"][rows[self.known[i]]] = self.cross_entropy(i, log_q)
-            probabilities = log_p.exp()
-            found["kl"][rows] = torch.linalg.vecdot(probabilities, log_p.sub_(log_q))
+            found["ce_replaced"][rows[self.known[i]]] = self._cross_entropy(i, log_q, total_q)
+            probabilities = (log_p - total_p[:, None]).exp_()
+            # The totals are constants of a row: taken off the sum, not off each logit.
+            found["kl"][rows] = torch.linalg.vecdot(probabilities, log_p.sub_(log_q)) - (total_p - total_q)
         return {name: values.view(self.shape).cpu() for name, values in found.items()}
 
 
@@ -177,8 +175,18 @@ def _means(sums: Sums) -> dict[str, Tensor]:
 def best(logits: Tensor, k: int = BEST) -> Tensor:
     """The k largest (all, where there are fewer) of each row in descending order, the lowest index first among equals,
     to which logits of low precision often come. [n, V] -> int64 [n, k]"""
-    # float32 as integers in the same order, the index below: torch.topk alone breaks ties at random. + 0.0: no -0.
+    k = min(k, logits.shape[-1])
+    values, found = logits.topk(min(k + 1, logits.shape[-1]), dim=-1)  # among equals it takes any
+    tied = (values[:, 1:] == values[:, :-1]).any(dim=-1).nonzero().squeeze(1)
+    found = found[:, :k]
+    if len(tied):
+        found[tied] = _best_of_equals(logits[tied], k)
+    return found
+
+
+def _best_of_equals(logits: Tensor, k: int) -> Tensor:
+    # float32 as integers in the same order, the index below. + 0.0: no -0.
     bits = (logits.float() + 0.0).contiguous().view(torch.int32)
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
     ordered -= torch.arange(logits.shape[-1], device=logits.device)
-    return ordered.topk(min(k, logits.shape[-1]), dim=-1).indices
+    return ordered.topk(k, dim=-1).indices

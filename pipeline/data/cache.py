@@ -230,6 +230,10 @@ class Cache:
         (context t // (T-1), position 1 + t % (T-1))."""
         return self._array(prefix(split) + "tokens"), *self.held_out_rows(split)
 
+    def held_out_tokens(self, split: Split) -> NDArray[np.int32]:
+        """The contexts of a held-out split, int32 [n, T]."""
+        return self._array(prefix(split) + "tokens").astype(np.int32, copy=False)
+
     def held_out_rows(self, split: Split, n: int | None = None) -> tuple[Tensor, Tensor]:
         """resid_mid, mlp_out of the first n rows of a held-out split, or of all that it has; no more chunks are read
         than hold them. bfloat16 [n, L, D]"""

@@ -15,8 +15,9 @@ GPT-2 small the head is a third of the forward pass.
 import copy
 import functools
 import hashlib
+import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,6 +78,7 @@ class LanguageModel:
         self.device = _input_device(weights)
         self.dtype = next(weights.parameters()).dtype
         self._sites = sites_of(options, weights)
+        self._keeps_some_logits = "logits_to_keep" in inspect.signature(weights.forward).parameters
         self._norms = [self._module(layer, self._sites.norm) for layer in self.layers]
         self._outs = [self._module(layer, self._sites.mlp_out) for layer in self.layers]
 
@@ -145,13 +147,15 @@ class LanguageModel:
         tokens: Tensor,
         mlp: ReplaceMlp | None = None,
         past: "DynamicCache | None" = None,
-        own_at_0: bool = False,
+        own_at_0: Collection[int] = (),
+        last: bool = False,
     ) -> Tensor:
         """Logits [n, T, V] for tokens int64 [n, T]. `mlp`, if given, replaces the output of every MLP that is read, in
         the order of the layers: each sees the residual stream as the replacements before it left it. `past` holds the
         keys and values of the tokens that come before these (`new_past`), and those of these afterwards. own_at_0:
-        `mlp` reads no more of an MLP's own output than [:, :1], position 0, so that the MLPs need not run on the others
-        where this can be had; what it is given has that position at least."""
+        the layers where `mlp` reads no more of an MLP's own output than [:, :1], position 0, so that these MLPs need
+        not run on the others where this can be had; what it is given has that position at least. last: only the last
+        position's logits, [n, 1, V]."""
         assert not self.weights.training
         resid: dict[int, Tensor] = {}
 
@@ -169,12 +173,13 @@ class LanguageModel:
             for layer in range(self.n_layers) if mlp is not None else ():
                 hooks.enter_context(self._norms[layer].register_forward_pre_hook(functools.partial(read, layer=layer)))
                 hooks.enter_context(self._outs[layer].register_forward_hook(functools.partial(write, layer=layer)))
-                if own_at_0 and self._sites.mlp is not None:
+                if layer in own_at_0 and self._sites.mlp is not None:
                     inside = self._module(self.layers[layer], self._sites.mlp)
                     hooks.enter_context(inside.register_forward_pre_hook(shorten))
-            out = self.weights(tokens.to(self.device), past_key_values=past, use_cache=past is not None)
+            only = {"logits_to_keep": 1} if last and self._keeps_some_logits else {}
+            out = self.weights(tokens.to(self.device), past_key_values=past, use_cache=past is not None, **only)
         logits: Tensor = out.logits
-        return logits
+        return logits[:, -1:] if last else logits
 
     def new_past(self) -> "DynamicCache":
         """What `logits` keeps of tokens that it has seen, so that the next ones cost no more than themselves: empty."""
@@ -189,25 +194,39 @@ class LanguageModel:
         listed = named if isinstance(named, list) else [] if named is None else [named]
         return frozenset({self.eos_token_id, *listed})
 
-    def mlp_norm(self) -> MlpNorm:
-        """The norm in front of each MLP that is read, in float32 on the CPU, with weights as this model rounds them.
+    def mlp_norm(self, dtype: torch.dtype = torch.float32) -> MlpNorm:
+        """The norm in front of each MLP that is read, in float32 (or float64) on the CPU, with weights as this model
+        rounds them.
 
         Its formula is checked against the module itself, so that an architecture with another kind of norm is refused
         (UserError) rather than misread.
         """
-        modules = [_float_copy(norm) for norm in self._norms]
-        zeros, ones = torch.zeros(self.d_model), torch.ones(self.d_model)
+        modules = [_float_copy(norm).to(dtype) for norm in self._norms]
+        zeros, ones = torch.zeros(self.d_model, dtype=dtype), torch.ones(self.d_model, dtype=dtype)
         weights, biases = ([getattr(module, name, None) for module in modules] for name in ("weight", "bias"))
         gain = torch.stack([ones if w is None else w.detach() + self._sites.gain_offset for w in weights])
         bias = torch.stack([zeros if b is None else b.detach() for b in biases])
         norm = MlpNorm("rms" if self._sites.is_rms else "layer", gain, bias, _eps(modules[0]))
-        probe = torch.linspace(-2, 3, 2 * self.d_model).view(2, self.d_model).sin()
+        probe = torch.linspace(-2, 3, 2 * self.d_model, dtype=dtype).view(2, self.d_model).sin()
         for layer, module in enumerate(modules):
             with torch.no_grad():
                 if not torch.allclose(norm.layer(probe, layer), module(probe), rtol=1e-4, atol=1e-5):
                     found = f"{type(module).__name__} of {self.architecture}"
                     raise UserError(f"model={self.name}: {found} is no plain LayerNorm or RMSNorm; use another model")
         return norm
+
+    def read_out(self, direction: Tensor) -> Tensor:
+        """What directions of the residual stream [n, D] add to the logits, [n, V] in float32: through the gain of the
+        final norm, in front of which a LayerNorm takes the mean off, and the unembedding. The norm's denominator, which
+        depends on the rest of the stream, its bias, and a soft cap of the logits are left out."""
+        norm = _float_copy(self.weights.get_submodule(self._sites.final_norm))
+        weight = getattr(norm, "weight", None)
+        gain = torch.ones(self.d_model) if weight is None else weight.detach() + self._sites.gain_offset
+        direction = direction.float().cpu()
+        if not self._sites.is_rms:
+            direction = direction - direction.mean(dim=-1, keepdim=True)
+        unembedding = self.weights.get_output_embeddings().weight.detach()
+        return ((direction * gain).to(unembedding.device) @ unembedding.float().T).cpu()
 
     def mlps(self) -> Mlps:
         """The norm and the MLP of each layer that is read (in Gemma-2 the norm behind it too): this model's own

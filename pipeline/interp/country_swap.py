@@ -2,8 +2,9 @@
 
 Prompts ask for a country's capital or language ("The capital of France is"). At the position of the country's name, the
 features that tell countries apart are taken out and those of another country's prompt are put in; the answer at the end
-of the prompt follows when it is the other country's. Which features do is found in other text: they are active on at
-least half of the tokens that name some country, and so for at most a quarter of the countries.
+of the prompt follows when it is the other country's. Which features do is found in other text, none of whose documents
+holds one of the prompts: they are active on at least half of the tokens that name some country, and so for at most a
+quarter of the countries.
 
 In the original model, what the features write is swapped in the MLP outputs at that position,
 
@@ -39,6 +40,7 @@ from pipeline.data.world import SwapPair
 from pipeline.interp.edits import Sides, features_of, written
 from pipeline.interp.replacement import Basis, basis
 from pipeline.interp.world_text import Mass
+from pipeline.progress import Progress
 
 N_PAIRS = 240
 """Of a relation, drawn from all ordered pairs of countries with different answers."""
@@ -88,12 +90,15 @@ def measure(sides: Sides, tells: Tensor, others: Tensor, resamples: int = 0, see
     values: Tree = {}
     ci95: Tree = {}
     pairs, tells = world.swap_pairs(), tells.to(others.device)
-    for relation in dict.fromkeys(p.relation for p in pairs):
-        ask = asked(sides, [p for p in pairs if p.relation == relation], seed)
-        found, answers = _relation(sides, ask, tells, others, seed)
-        values[relation] = found | {name: _scores(given, ask) for name, given in answers.items()}
-        if resamples:
-            ci95[relation] = {name: _intervals(given, ask, resamples) for name, given in answers.items()}
+    relations = list(dict.fromkeys(p.relation for p in pairs))
+    with Progress(len(relations), "relation", "country swap") as bar:
+        for relation in relations:
+            ask = asked(sides, [p for p in pairs if p.relation == relation], seed)
+            found, answers = _relation(sides, ask, tells, others, seed)
+            values[relation] = found | {name: _scores(given, ask) for name, given in answers.items()}
+            if resamples:
+                ci95[relation] = {name: _intervals(given, ask, resamples) for name, given in answers.items()}
+            bar.update(1)
     return values, ci95
 
 
@@ -128,7 +133,7 @@ def _swapped(sides: Sides, ask: Asked, output: Tensor) -> Tensor:
         out[:, ask.at] = output[:, layer].to(out.dtype)
         return out
 
-    return sides.original(ask.tokens[ask.source], put)[:, -1].argmax(-1)
+    return sides.original(ask.tokens[ask.source], put, last=True)[:, -1].argmax(-1)
 
 
 def _replaced(sides: Sides, ask: Asked, tells: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,7 +146,7 @@ def _replaced(sides: Sides, ask: Asked, tells: Tensor) -> tuple[Tensor, Tensor]:
         seen.append((pattern, values))
         return pattern, values
 
-    unswapped = sides.replaced(ask.tokens, choose=read)[:, -1].argmax(-1)
+    unswapped = sides.replaced(ask.tokens, choose=read, last=True)[:, -1].argmax(-1)
 
     def swap(layer: int, pattern: Pattern, values: Tensor) -> tuple[Pattern, Tensor]:
         theirs, amounts = seen[layer]
@@ -156,7 +161,7 @@ def _replaced(sides: Sides, ask: Asked, tells: Tensor) -> tuple[Tensor, Tensor]:
         mixed = torch.cat([values[stays], amounts[wanted][entry]])
         return from_pairs(tokens[order], indices[order], pattern.n_tokens, pattern.n_features), mixed[order]
 
-    return sides.replaced(ask.tokens[ask.source], choose=swap)[:, -1].argmax(-1), unswapped
+    return sides.replaced(ask.tokens[ask.source], choose=swap, last=True)[:, -1].argmax(-1), unswapped
 
 
 def _kept(features: Sparse, mask: Tensor) -> Sparse:

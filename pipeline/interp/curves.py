@@ -88,7 +88,8 @@ def replaced(
             yield put_back(model.lm, y_hat, tokens, layers)
         else:
             assert isinstance(model, ReplacementModel)
-            yield model.lm.logits(tokens, Live(model, layers, known=features[: min(layers)]))
+            live = Live(model, layers, known=features[: min(layers)])
+            yield model.lm.logits(tokens, live, own_at_0=live.unread())
 
 
 def _numbers(result: Divergence) -> dict[str, float | None]:

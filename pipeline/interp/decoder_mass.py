@@ -19,6 +19,7 @@ Shares are of norms, so writes that cancel count. The last layer has nowhere els
 else to read from: their shares are 1 whatever the transcoder does.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor
 from pipeline.arch.base import Transcoder
 from pipeline.core.sparse import Chosen
 from pipeline.interp.edits import chosen, features_of, one_each, written
+from pipeline.progress import Progress
 
 ENTRIES_AT_ONCE = 1 << 13
 """Bounds the memory of single features' writes: [entries, L, D]."""
@@ -50,19 +52,23 @@ def of_decoders(transcoder: Transcoder) -> Tensor:
 
 
 @torch.no_grad()
-def by_context(transcoder: Transcoder, x: Tensor, context: Tensor, n_contexts: int, batch_tokens: int) -> Tensor:
-    """The sums over tokens that `written` is made of, float64 [n_contexts, L, L]. x [n, L, D]; context int64 [n], the
-    context of each row."""
+def by_context(
+    transcoder: Transcoder, read: Callable[[Tensor], Tensor], context: Tensor, n_contexts: int, batch_tokens: int
+) -> Tensor:
+    """The sums over tokens that `written` is made of, float64 [n_contexts, L, L]. read: rows int64 [B] -> what the
+    transcoder reads there [B, L, D]; context int64 [n], the context of each row."""
     n_layers, device = transcoder.dims.n_layers, transcoder.b_enc.device
     mass = torch.zeros(n_contexts, n_layers, n_layers, dtype=torch.float64)
-    for rows in torch.arange(len(x)).split(batch_tokens):
-        inputs = x[rows].to(device)
-        features = features_of(transcoder, inputs)
-        for source in range(n_layers):
-            one = chosen(features, source)
-            at = context[rows][one.pattern.tokens.cpu()]
-            for target, norms in _written_norms(transcoder, source, one, inputs).items():
-                mass[:, source, target].index_add_(0, at, norms.double().cpu())
+    with Progress(len(context), "tok", "decoder mass") as bar:
+        for rows in torch.arange(len(context)).split(batch_tokens):
+            inputs = read(rows).to(device)
+            features = features_of(transcoder, inputs)
+            for source in range(n_layers):
+                one = chosen(features, source)
+                at = context[rows][one.pattern.tokens.cpu()]
+                for target, norms in _written_norms(transcoder, source, one, inputs).items():
+                    mass[:, source, target].index_add_(0, at, norms.double().cpu())
+            bar.update(len(rows))
     return mass
 
 

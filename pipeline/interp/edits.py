@@ -11,17 +11,15 @@ import torch
 from torch import Tensor
 
 from pipeline.arch.base import Transcoder
+from pipeline.arch.options import Site
 from pipeline.core.normalize import MlpNorm
 from pipeline.core.sparse import Chosen, Pattern, Sparse, of_layer
 from pipeline.data.models import LanguageModel
 from pipeline.interp.original import read_original, read_site
-from pipeline.interp.replacement import keep_position_0, sparse
+from pipeline.interp.replacement import Choice, Live, keep_position_0, sparse
 
 Output = Callable[[int, Tensor], Tensor]
 """(layer, an MLP output [n, T, D]) -> what takes its place."""
-
-Choice = Callable[[int, Pattern, Tensor], tuple[Pattern, Tensor]]
-"""(layer, pattern over n T tokens, values [nnz]) -> the features that take their place."""
 
 
 class State(NamedTuple):
@@ -39,34 +37,42 @@ class Sides:
     """A language model and a transcoder of its MLP outputs, in the model's units and with fixed thresholds."""
 
     def __init__(self, lm: LanguageModel, transcoder: Transcoder) -> None:
-        self.lm, self.transcoder = lm, transcoder
+        self.lm, self.transcoder, self.site = lm, transcoder, transcoder.options.site
         self.norm: MlpNorm = lm.mlp_norm().to(str(lm.device))
 
     @torch.inference_mode()
     def state(self, tokens: Tensor) -> State:
         """tokens int64 [n, T]"""
-        found = read_original(self.lm, self.transcoder.options.site, self.norm, tokens)
+        found = read_original(self.lm, self.site, self.norm, tokens)
         return State(found.logits, torch.stack(found.x, dim=2), torch.stack(found.mlp_out, dim=2))
 
     @torch.inference_mode()
-    def original(self, tokens: Tensor, edit: Output) -> Tensor:
-        """Logits [n, T, V] of the model with its MLP outputs edited; what comes later is live."""
-        return self.lm.logits(tokens, lambda layer, resid, own: keep_position_0(own, edit(layer, own)))
+    def inputs(self, tokens: Tensor) -> Tensor:
+        """`state(tokens).x` alone: without the head."""
+        resid_mid, mlp_out = self.lm.collect(tokens)
+        layers = zip(resid_mid.unbind(2), mlp_out.unbind(2), strict=True)
+        return torch.stack([read_site(self.site, self.norm, i, *layer) for i, layer in enumerate(layers)], dim=2)
 
     @torch.inference_mode()
-    def replaced(self, tokens: Tensor, edit: Output | None = None, choose: Choice | None = None) -> Tensor:
+    def original(self, tokens: Tensor, edit: Output, last: bool = False) -> Tensor:
+        """Logits [n, T, V] of the model with its MLP outputs edited; what comes later is live. last: the last
+        position's, [n, 1, V]."""
+        return self.lm.logits(tokens, lambda layer, resid, own: keep_position_0(own, edit(layer, own)), last=last)
+
+    @torch.inference_mode()
+    def replaced(
+        self, tokens: Tensor, edit: Output | None = None, choose: Choice | None = None, last: bool = False
+    ) -> Tensor:
         """Logits [n, T, V] of the live replacement with each layer's features edited by `choose`, or its
-        reconstructions by `edit`; later features are live."""
-        chosen: list[tuple[Pattern, Tensor]] = []
+        reconstructions by `edit`; later features are live. last: the last position's, [n, 1, V]."""
+        live = Live(self, range(self.lm.n_layers), choose=choose)
 
         def mlp(layer: int, resid: Tensor, own: Tensor) -> Tensor:
-            x = read_site(self.transcoder.options.site, self.norm, layer, resid, own).flatten(0, 1)
-            pattern, values = self.transcoder.layer_features(x, layer)
-            chosen.append(choose(layer, pattern, values) if choose else (pattern, values))
-            y_hat = self.transcoder.decode_layer(sparse(chosen), layer, x).view(own.shape).to(own.dtype)
-            return keep_position_0(own, edit(layer, y_hat) if edit else y_hat)
+            y_hat = live(layer, resid, own)
+            return keep_position_0(own, edit(layer, y_hat)) if edit else y_hat
 
-        return self.lm.logits(tokens, mlp)
+        unread = () if self.site == Site.mlp_out else range(self.lm.n_layers)
+        return self.lm.logits(tokens, mlp, own_at_0=unread, last=last)
 
 
 def features_of(transcoder: Transcoder, x: Tensor) -> Sparse:

@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Logits = Callable[[Tensor], Tensor]
+Models = dict[str, ReplacementModel | TeacherForced]
+"""By rule."""
+
+
+Rows = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Row numbers int64 [B] -> x, y [B, L, D] float32, in the model's units: what the transcoder reads there, and what it
+reconstructs."""
 
 
 class HeldOut(NamedTuple):
@@ -34,10 +41,7 @@ class HeldOut(NamedTuple):
     """int32 [n_contexts, T]"""
     n_rows: int
     """Tokens at positions >= 1 that are no padding, in context order."""
-    x: Tensor
-    """[n_rows, L, D] at the transcoder's site, in the model's units"""
-    y: Tensor
-    """[n_rows, L, D], what it reconstructs"""
+    read: Rows
 
     def context_of(self, rows: Tensor) -> Tensor:
         """Which context each row is of. int64 [B] -> [B]"""
@@ -75,20 +79,21 @@ def fit(model: Transcoder, held_out: HeldOut, batches: Iterator[Tensor]) -> Fit:
     firing = Firing(model.n_sources, model.d_features, n_contexts)
     reconstruction = Reconstruction(*model.dims, n_contexts)
     device = model.b_enc.device
-    for rows in batches:
-        x = held_out.x[rows].to(device)
-        features = model.activate(x, need_pre_acts=False).features
-        if isinstance(features, Tensor) and float((features > 0).float().mean()) < SPARSE_BELOW:
-            features = sparsify(features)
-        context = held_out.context_of(rows)
-        firing.update(features, context)
-        reconstruction.update(model.decode(features, x), held_out.y[rows], context)
+    with Progress(held_out.n_rows, "tok", "features") as bar:
+        for rows in batches:
+            x, y = held_out.read(rows)
+            x = x.to(device)
+            features = model.activate(x, need_pre_acts=False).features
+            if isinstance(features, Tensor) and float((features > 0).float().mean()) < SPARSE_BELOW:
+                features = sparsify(features)
+            context = held_out.context_of(rows)
+            firing.update(features, context)
+            reconstruction.update(model.decode(features, x), y, context)
+            bar.update(len(rows))
     return Fit(firing, reconstruction)
 
 
-def replacements(
-    lm: LanguageModel, models: dict[str, ReplacementModel | TeacherForced], y_mean: Tensor
-) -> dict[str, Logits]:
+def replacements(lm: LanguageModel, models: Models, y_mean: Tensor) -> dict[str, Logits]:
     """What takes the MLPs' place, by name: the transcoders, and zero and mean ablation as baselines."""
     return {
         **{name: model.logits for name, model in models.items()},

@@ -4,6 +4,7 @@
 feature does in the replacement what it does in the model (`interp/interventions.py`). Each file defines its numbers.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,14 +28,15 @@ def measure(
     lm: LanguageModel,
     transcoder: Transcoder,
     contexts: np.ndarray,
-    x: Tensor,
+    read: Callable[[Tensor], Tensor],
     scored: Tensor,
     batch_tokens: int,
     resamples: int = 0,
 ) -> Measured:
-    """contexts int32 [n_contexts, T]; scored bool, the same shape: which positions are rows; x [n_rows, L, D]: what the
-    transcoder, in the model's units and with fixed thresholds, reads at those rows, in order."""
-    mass, mass_ci95 = _decoder_mass(transcoder, x, scored, batch_tokens, resamples)
+    """contexts int32 [n_contexts, T]; scored bool, the same shape: which positions are rows; read: some of those rows,
+    counted in order, int64 [B] -> what the transcoder, in the model's units and with fixed thresholds, reads there
+    [B, L, D]."""
+    mass, mass_ci95 = _decoder_mass(transcoder, read, scored, batch_tokens, resamples)
     values: dict[str, Any] = {"decoder_mass": mass}
     ci95: dict[str, Any] = {"decoder_mass": mass_ci95} if mass_ci95 else {}
     found = basis(transcoder)
@@ -53,16 +55,16 @@ _NOT_LIVE = "arch={} reads all layers at once, so that no later feature can resp
 
 
 def _decoder_mass(
-    transcoder: Transcoder, x: Tensor, scored: Tensor, batch_tokens: int, resamples: int
+    transcoder: Transcoder, read: Callable[[Tensor], Tensor], scored: Tensor, batch_tokens: int, resamples: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     why = decoder_mass.no_matrix(transcoder)
     if why is not None:
         return {"decoders": None, "written": None, "no_matrix": why}, {}
     context = torch.arange(len(scored)).repeat_interleave(scored.sum(dim=1))
-    by_context = decoder_mass.by_context(transcoder, x, context, len(scored), batch_tokens)
+    by_context = decoder_mass.by_context(transcoder, read, context, len(scored), batch_tokens)
     values = {
         "decoders": decoder_mass.shares(decoder_mass.of_decoders(transcoder)),
-        "written": {"n_tokens": len(x), **decoder_mass.shares(by_context.sum(dim=0) / len(x))},
+        "written": {"n_tokens": len(context), **decoder_mass.shares(by_context.sum(dim=0) / len(context))},
     }
     if not resamples:
         return values, {}

@@ -139,7 +139,7 @@ class Backward:
     def _own(self, layer: int) -> Tensor:
         """What a layer's MLP writes beside the skip path. [T, D]"""
         read = layer - self.model.lm.layers.start
-        if layer not in self.model.lm.layers:
+        if layer not in self.model.lm.layers or self.model.transcoder.W_skip is None:
             return self.prompt.mlp_out[layer]
         return self.prompt.mlp_out[layer] - _skipped(self.model, read, self.prompt.x[read][None])[0]
 
@@ -157,14 +157,16 @@ def of_biases(model: ReplacementModel, prompt: Recorded) -> Iterator[tuple[int, 
     of = _origins(lm)
     zeros = {name: torch.zeros_like(body.get_parameter(name)) for name in of}
     embeddings = [torch.zeros_like(value)[None] for value in (prompt.embedding, *prompt.positions)]
-    for origin in range(lm.n_base_layers + 1):
-        mine = {name: body.get_parameter(name) for name in of if of[name] == origin}
-        written = [torch.zeros(1, n_tokens, lm.d_model).to(prompt.embedding) for _ in range(lm.n_base_layers)]
-        if origin in lm.layers:
-            written[origin][:, 1:] = model.transcoder.b_dec[origin - first]
-        with _sources(model, written, embeddings) as reads, frozen.held(lm, prompt.gates):
+    written = prompt.embedding.new_zeros(lm.n_base_layers, 1, n_tokens, lm.d_model)
+    with _sources(model, written.unbind(0), embeddings) as reads, frozen.held(lm, prompt.gates):
+        for origin in range(lm.n_base_layers + 1):
+            mine = {name: body.get_parameter(name) for name in of if of[name] == origin}
+            written.zero_()
+            if origin in lm.layers:
+                written[origin, :, 1:] = model.transcoder.b_dec[origin - first]
+            reads.clear()
             last = functional_call(body, zeros | mine, (prompt.tokens,), {"use_cache": False})[0]
-        yield origin - first, [read[0] for read in reads], last[0]
+            yield origin - first, [read[0] for read in reads], last[0]
 
 
 def _origins(lm: LanguageModel) -> dict[str, int]:
@@ -196,7 +198,9 @@ def _sources(
 
     def write(module: nn.Module, inputs: object, output: Tensor, layer: int) -> Tensor:
         at = layer - lm.layers.start
-        return mlp_out[layer] + _skipped(model, at, reads[at]) if layer in lm.layers else mlp_out[layer]
+        if layer not in lm.layers or model.transcoder.W_skip is None:
+            return mlp_out[layer]
+        return mlp_out[layer] + _skipped(model, at, reads[at])
 
     def little(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (inputs[0][:1, :1].detach(), *inputs[1:])  # what the MLP makes of it is thrown away
@@ -218,8 +222,7 @@ def _sources(
 def _skipped(model: ReplacementModel, layer: int, x: Tensor) -> Tensor:
     """What the skip path of a layer adds, nothing at position 0. [n, T, D] -> [n, T, D]"""
     W_skip = model.transcoder.W_skip
-    if W_skip is None:
-        return torch.zeros_like(x)
+    assert W_skip is not None
     added = nn.functional.linear(x[:, 1:], W_skip[layer])
     return nn.functional.pad(added, (0, 0, 1, 0))
 

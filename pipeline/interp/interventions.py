@@ -37,11 +37,14 @@ from pipeline.core import bootstrap
 from pipeline.core.sparse import Chosen
 from pipeline.data.models import LanguageModel
 from pipeline.interp.edits import Sides, chosen, features_of, one_each, written
+from pipeline.interp.replacement import put_back
 from pipeline.progress import Progress
 
 N_INTERVENTIONS = 128
 POSITIONS = 8
 """Of an effect: that of the intervention and the next ones."""
+PARTS = 4
+"""Interventions of a batch are made in so many lots, by position: what follows the last effect is not computed."""
 
 COMPARED = ("replacement", "with_errors", "mediated", "mlps_frozen")
 COLUMNS = ("n", "cosine", "rr", "oo", "ro", "shuffled")
@@ -144,10 +147,46 @@ def _effects(
     error = state.mlp_out - sides.transcoder.decode(features, x).view(state.mlp_out.shape)
     where = _draw(chosen(features, layer), scored, ids)
     rows = where.context
-    tokens, logits, mlp_out, error = tokens[rows], state.logits[rows], state.mlp_out[rows], error[rows]
-    at = torch.arange(len(rows)), where.position
     one = one_each(sides.transcoder, layer, where.feature, where.value)
-    change = factor * written(sides.transcoder, one, state.x[rows][at])
+    change = factor * written(sides.transcoder, one, state.x[rows, where.position])
+    planned = Planned(
+        tokens[rows], scored[rows], state.logits[rows], state.mlp_out[rows], error[rows], where.position, change
+    )
+    order = where.position.argsort(stable=True)
+    found = [_compare(sides, planned.some(few)) for few in order.chunk(PARTS)]
+    back = order.argsort()
+    both = {name: [torch.cat([part[name][side] for part in found])[back] for side in (0, 1)] for name in COMPARED}
+    return rows, {name: (r, o) for name, (r, o) in both.items()}
+
+
+class Planned(NamedTuple):
+    """n interventions, with the state of the original model that they are made on."""
+
+    tokens: Tensor
+    """int64 [n, T]"""
+    scored: Tensor
+    """bool [n, T]"""
+    logits: Tensor
+    """[n, T, V]"""
+    mlp_out: Tensor
+    """[n, T, L, D]"""
+    error: Tensor
+    """[n, T, L, D]: mlp_out minus the reconstruction."""
+    position: Tensor
+    """int64 [n]"""
+    change: Tensor
+    """[n, L, D]: what is added to the MLP outputs at that position."""
+
+    def some(self, which: Tensor) -> "Planned":
+        """Those of which int64 [k] names the rows, as far as their effects are looked at."""
+        length = int(self.position[which].max()) + POSITIONS
+        whole = (part[which, :length] for part in self[:5])
+        return Planned(*whole, self.position[which], self.change[which])
+
+
+def _compare(sides: Sides, planned: Planned) -> Effects:
+    tokens, scored, logits, mlp_out, error, position, change = planned
+    at = torch.arange(len(position)), position
 
     def changed(m: int, out: Tensor) -> Tensor:
         out = out.clone()
@@ -155,13 +194,15 @@ def _effects(
         return out
 
     def effect(after: Tensor, before: Tensor) -> Tensor:
-        return _effect(after, before, where.position, scored[rows])
+        return _effect(after, before, position, scored)
 
     original = sides.original(tokens, changed)
-    frozen = sides.original(tokens, lambda m, out: changed(m, mlp_out[:, :, m]))
+    direct = mlp_out.clone()
+    direct[at] += change.to(direct.dtype)
+    frozen = put_back(sides.lm, direct, tokens)
     with_errors = sides.replaced(tokens, lambda m, y_hat: changed(m, y_hat + error[:, :, m]))
     total = effect(original, logits)
-    return rows, {
+    return {
         "replacement": (effect(sides.replaced(tokens, changed), sides.replaced(tokens)), total),
         "with_errors": (effect(with_errors, logits), total),
         "mediated": (effect(with_errors, frozen), effect(original, frozen)),

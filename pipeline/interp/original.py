@@ -49,8 +49,13 @@ def read_original(
 def read_site(site: Site, norm: MlpNorm, layer: int, resid: Tensor, own: Tensor) -> Tensor:
     """What the transcoder reads at a layer, [n, T, D], from the residual stream and the MLP's own output there."""
     if site == Site.mlp_out:
-        return own.float()
-    return norm.layer(resid, layer) if site == Site.mlp_in else resid.float()
+        return wide(own)
+    return norm.layer(resid, layer) if site == Site.mlp_in else wide(resid)
+
+
+def wide(values: Tensor) -> Tensor:
+    """float32, and float64 as it is."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def prompt_tokens(lm: LanguageModel, bos_token_id: int | None, prompt: Prompt) -> Tensor:

@@ -41,7 +41,7 @@ def score(sides: Sides, feature: Tensor, text: Text, batch_tokens: int) -> dict[
     """Of the features chosen for each country, int64 [C], on text that they were not chosen on."""
     n_tokens = torch.zeros(N_COUNTRIES, dtype=torch.float64)
     total, own, fires = torch.zeros(3, N_COUNTRIES, dtype=torch.float64)
-    for x, country in inputs(sides, text, batch_tokens):
+    for x, country in inputs(sides, text, batch_tokens, "purity"):
         values = _values(sides, x, feature.clamp(min=0)).double().cpu()
         here = F.one_hot(country.cpu(), N_COUNTRIES + 1)[:, :N_COUNTRIES].double()
         n_tokens += here.sum(dim=0)

@@ -26,9 +26,9 @@ reconstruction as a constant: where nothing is changed, the logits are the origi
 whose second term is then exactly 0, so that no rounding can push a feature over its threshold.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -39,10 +39,22 @@ from pipeline.core.normalize import MlpNorm
 from pipeline.core.sparse import Pattern, Sparse, from_pairs
 from pipeline.data.models import LanguageModel
 from pipeline.errors import UserError
-from pipeline.interp.original import Original, Prompt, prompt_tokens, read_original, read_site
+from pipeline.interp.original import Original, Prompt, prompt_tokens, read_original, read_site, wide
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
+
+
+Choice = Callable[[int, Pattern, Tensor], tuple[Pattern, Tensor]]
+"""(layer, pattern over n T tokens, values [nnz]) -> the features that take their place."""
+
+
+class Reads(Protocol):
+    """What a transcoder in the MLPs' place needs to know."""
+
+    transcoder: Transcoder
+    site: Site
+    norm: MlpNorm
 
 
 class Basis(StrEnum):
@@ -164,10 +176,11 @@ class ReplacementModel:
         layers: Collection[int] | None = None,
         keep_error: bool = False,
         past: Past | None = None,
+        last: bool = False,
     ) -> Tensor:
-        """tokens int64 [n, T] -> [n, T, V]. `past` (`new_past`): these tokens follow those that it has seen, and join
-        them. Raises UserError for a layer that there is not, for tokens behind the model's last position, and for
-        keep_error where the past has been without."""
+        """tokens int64 [n, T] -> [n, T, V]; last: [n, 1, V], the last position's. `past` (`new_past`): these tokens
+        follow those that it has seen, and join them. Raises UserError for a layer that there is not, for tokens behind
+        the model's last position, and for keep_error where the past has been without."""
         kept, n_past = None, past.replaced.get_seq_length() if past else 0
         first = n_past == 0
         if n_past + tokens.shape[1] > self.lm.n_context:
@@ -179,9 +192,9 @@ class ReplacementModel:
             original = self.original(tokens, past)
             kept = [*zip(original.mlp_out, self.at_original(original, first).y_hat, strict=True)]
         live = Live(self, _chosen(layers, self.lm.n_layers), kept, first=first)
-        if layers is None and past is None and kept is None and self.site != Site.mlp_out:
-            return self.lm.logits(tokens, live, own_at_0=True)
-        return self.lm.logits(tokens, live, past.replaced if past else None)
+        # Error terms cancel exactly where each position 0 was computed in the same way.
+        unread = live.unread() if past is None and kept is None else ()
+        return self.lm.logits(tokens, live, past.replaced if past else None, unread, last)
 
     def new_past(self) -> Past:
         """Empty."""
@@ -212,17 +225,19 @@ class Live:
 
     def __init__(
         self,
-        model: ReplacementModel,
+        model: Reads,
         layers: Collection[int],
         kept: list[tuple[Tensor, Tensor]] | None = None,
         first: bool = True,
         everything: bool = False,
         known: Sequence[tuple[Pattern, Tensor]] = (),
+        choose: Choice | None = None,
     ) -> None:
         """kept: for each layer the original's mlp_out and y_hat [n, T, D], for error terms. first: the tokens begin a
         context. everything: compute what no replaced layer needs too. known: the features of the first layers, where
-        they were computed before."""
+        they were computed before. choose: what each layer's features are edited by, whose result is decoded."""
         self.model, self.layers, self.kept, self.first, self.everything = model, layers, kept, first, everything
+        self.choose = choose
         self.last = max(layers, default=-1)
         self.features: list[tuple[Pattern, Tensor]] = list(known)
         self.y_hat: list[Tensor] = []
@@ -238,18 +253,24 @@ class Live:
         if self.kept is None:
             return y_hat.to(own.dtype)
         mlp_out, at_original = self.kept[layer]
-        return (mlp_out.float() + (y_hat - at_original)).to(own.dtype)
+        return (wide(mlp_out) + (y_hat - at_original)).to(own.dtype)
+
+    def unread(self) -> Collection[int]:
+        """The layers whose MLPs need not run, but at position 0 (`LanguageModel.logits`)."""
+        return () if self.model.site == Site.mlp_out else self.layers
 
     def reconstruct(self, layer: int, x: Tensor, own: Tensor) -> Tensor | None:
         """Choose the layer's features, x [n, T, D], and decode those of all layers so far: y_hat [n, T, D] in float32,
         or None where nobody asks for it."""
         transcoder, shape, x = self.model.transcoder, x.shape, x.flatten(0, 1)
         if layer >= len(self.features):
-            self.features.append(transcoder.layer_features(x, layer))
+            found = transcoder.layer_features(x, layer)
+            self.features.append(self.choose(layer, *found) if self.choose else found)
         if layer not in self.layers and not self.everything:
             return None
-        y_hat = transcoder.decode_layer(sparse(self.features[: layer + 1]), layer, x).float().view(shape)
-        y_hat = keep_position_0(own.float(), y_hat) if self.first else y_hat
+        y_hat = transcoder.decode_layer(sparse(self.features[: layer + 1]), layer, x)
+        y_hat = wide(y_hat).view(shape)
+        y_hat = keep_position_0(wide(own), y_hat) if self.first else y_hat
         if self.everything:
             self.y_hat.append(y_hat)
         return y_hat
@@ -264,10 +285,11 @@ class TeacherForced:
         self.norm: MlpNorm = lm.mlp_norm().to(str(lm.device))
 
     @torch.inference_mode()
-    def logits(self, tokens: Tensor, layers: Collection[int] | None = None) -> Tensor:
-        """tokens int64 [n, T] -> [n, T, V]. Raises UserError for a layer that there is not."""
+    def logits(self, tokens: Tensor, layers: Collection[int] | None = None, last: bool = False) -> Tensor:
+        """tokens int64 [n, T] -> [n, T, V]; last: [n, 1, V], the last position's. Raises UserError for a layer that
+        there is not."""
         original = read_original(self.lm, self.site, self.norm, tokens)
-        return put_back(self.lm, self.y_hat(original), tokens, layers)
+        return put_back(self.lm, self.y_hat(original), tokens, layers, last)
 
     @torch.inference_mode()
     def y_hat(self, original: Original) -> Tensor:
@@ -277,14 +299,17 @@ class TeacherForced:
 
 
 @torch.inference_mode()
-def put_back(lm: LanguageModel, y_hat: Tensor, tokens: Tensor, layers: Collection[int] | None = None) -> Tensor:
-    """The model with y_hat [n, T, L, D] in place of the MLP outputs of these layers (null: all). -> [n, T, V]"""
+def put_back(
+    lm: LanguageModel, y_hat: Tensor, tokens: Tensor, layers: Collection[int] | None = None, last: bool = False
+) -> Tensor:
+    """The model with y_hat [n, T, L, D] in place of the MLP outputs of these layers (null: all). -> [n, T, V]; last:
+    [n, 1, V]"""
     replaced = _chosen(layers, lm.n_layers)
 
     def mlp(layer: int, resid: Tensor, own: Tensor) -> Tensor:
         return keep_position_0(own, y_hat[:, :, layer].to(own.dtype)) if layer in replaced else own
 
-    return lm.logits(tokens, mlp)
+    return lm.logits(tokens, mlp, own_at_0=replaced, last=last)
 
 
 @torch.inference_mode()
@@ -294,7 +319,7 @@ def ablated_logits(lm: LanguageModel, output: Tensor, tokens: Tensor) -> Tensor:
     def mlp(layer: int, resid: Tensor, own: Tensor) -> Tensor:
         return keep_position_0(own, output[layer].to(own).expand_as(resid))
 
-    return lm.logits(tokens, mlp, own_at_0=True)
+    return lm.logits(tokens, mlp, own_at_0=range(lm.n_layers))
 
 
 def keep_position_0(own: Tensor, replaced: Tensor) -> Tensor:

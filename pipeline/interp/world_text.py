@@ -1,6 +1,7 @@
 """Held-out documents of the built-in world, and where countries stand in them."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from functools import cache
 from itertools import islice
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from pipeline.data.models import LanguageModel
 from pipeline.data.tokens import Split, split_of
 from pipeline.data.world import facts
 from pipeline.interp.edits import Sides, chosen, features_of
+from pipeline.progress import Progress
 
 SEED = 7
 N_DOCUMENTS = 40_000
@@ -34,9 +36,13 @@ class Text(NamedTuple):
 def halves(lm: LanguageModel) -> tuple[Text, Text]:
     """Two texts that share no document: one to choose features on, one to score the choice on. No document of either
     was trained on: which are held out depends on their content alone."""
-    texts = dict.fromkeys(d.text for d in islice(world.documents(SEED), N_DOCUMENTS))
-    held_out = [text for text in texts if split_of(text) is Split.evaluation]
+    held_out = _held_out(N_DOCUMENTS)
     return _packed(lm, held_out[::2]), _packed(lm, held_out[1::2])
+
+
+def unasked(lm: LanguageModel, prompts: Collection[str]) -> Text:
+    """The first half without the documents that hold one of these prompts."""
+    return _packed(lm, [text for text in _held_out(N_DOCUMENTS)[::2] if not any(one in text for one in prompts)])
 
 
 def country_ids(lm: LanguageModel) -> Tensor:
@@ -46,12 +52,15 @@ def country_ids(lm: LanguageModel) -> Tensor:
     return torch.tensor(ids).squeeze(1)
 
 
-def inputs(sides: Sides, text: Text, batch_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(what the transcoder reads [B, L, D], country [B]) of all tokens but the first ones, a batch at a time."""
+def inputs(sides: Sides, text: Text, batch_tokens: int, desc: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """(what the transcoder reads [B, L, D], country [B]) of all tokens but the first ones, a batch at a time. desc:
+    what a progress bar calls it."""
     size = max(1, batch_tokens // text.tokens.shape[1])
-    for tokens, country in zip(text.tokens.split(size), text.country.split(size), strict=True):
-        x = sides.state(tokens).x[:, 1:].flatten(0, 1)
-        yield x, country[:, 1:].flatten().to(x.device)
+    with Progress(text.tokens[:, 1:].numel(), "tok", desc) as bar:
+        for tokens, country in zip(text.tokens.split(size), text.country.split(size), strict=True):
+            x = sides.inputs(tokens)[:, 1:].flatten(0, 1)
+            yield x, country[:, 1:].flatten().to(x.device)
+            bar.update(len(x))
 
 
 class Mass(NamedTuple):
@@ -76,7 +85,7 @@ def mass(sides: Sides, text: Text, batch_tokens: int) -> tuple[Mass, Tensor]:
     activation, fires = torch.zeros(2, transcoder.n_sources, size, dtype=torch.float64)
     n_tokens, others, n_others = torch.zeros(n_columns, dtype=torch.float64), [], 0
     step = max(1, text.tokens[:, 1:].numel() // (2 * N_OTHERS))
-    for x, country in inputs(sides, text, batch_tokens):
+    for x, country in inputs(sides, text, batch_tokens, "countries"):
         n_tokens += torch.bincount(country.cpu(), minlength=n_columns)
         if n_others < N_OTHERS:
             others.append(x[country == n_columns - 1][::step])
@@ -89,6 +98,12 @@ def mass(sides: Sides, text: Text, batch_tokens: int) -> tuple[Mass, Tensor]:
             fires[source].index_add_(0, at, (values > 0).double().cpu())
     shape = (transcoder.n_sources, transcoder.d_features, n_columns)
     return Mass(activation.view(shape), fires.view(shape), n_tokens), torch.cat(others)[:N_OTHERS]
+
+
+@cache
+def _held_out(n_documents: int) -> list[str]:
+    texts = dict.fromkeys(d.text for d in islice(world.documents(SEED), n_documents))
+    return [text for text in texts if split_of(text) is Split.evaluation]
 
 
 def _packed(lm: LanguageModel, texts: list[str]) -> Text:

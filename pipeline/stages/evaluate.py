@@ -7,14 +7,19 @@ clt eval run=runs/demo dataset=text dataset.path=other.txt
 import json
 import logging
 import time
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.arch.base import Transcoder
+from pipeline.arch.options import Site, Target
 from pipeline.core import metrics_weights
 from pipeline.core.metrics import Tree
+from pipeline.core.normalize import MlpNorm
 from pipeline.data import cache as caches
 from pipeline.data import tokens
 from pipeline.data.address import cache_place
@@ -28,6 +33,7 @@ from pipeline.files import write_aside
 from pipeline.interp import contexts, curves, evaluation, faithfulness, opening, replacement, world_truth
 from pipeline.interp.contexts import Contexts
 from pipeline.interp.evaluation import HeldOut
+from pipeline.progress import Progress
 from pipeline.stages.evaluate_table import table
 from pipeline.stages.options import Documents, EvalConfig
 from pipeline.train import artifact, inputs
@@ -60,7 +66,6 @@ def run(cfg: EvalConfig) -> Path:
     lm = opening.base_model(trained, cfg.device)
     trained.transcoder.to(lm.device)
     held_out, split = cached or _other_text(cfg, trained, lm)
-    held_out = _limit(held_out, cfg.eval.n_contexts)
     metrics, sums = _measure(cfg, trained, lm, held_out)
     about = {"n_tokens": held_out.n_rows, "n_contexts": len(held_out.contexts), "split": split}
     metrics = {"schema": SCHEMA, **about, "seconds": round(time.perf_counter() - start, 2), **metrics}
@@ -81,7 +86,7 @@ def _measure(
     exact, transcoder = trained.exact(), trained.transcoder
     basis = replacement.basis(transcoder)
     fits = {"threshold": evaluation.fit(transcoder, held_out, iter(torch.arange(held_out.n_rows).split(batch)))}
-    models_of = {} if basis is None else {"threshold": replacement.replacement(lm, transcoder)}
+    models_of: evaluation.Models = {} if basis is None else {"threshold": replacement.replacement(lm, transcoder)}
     if exact is not None:
         fits["exact"] = evaluation.fit(exact, held_out, shuffled_batches(held_out.n_rows, batch, seed=0))
         if basis is not None and exact.activation.per_token:
@@ -102,7 +107,7 @@ def _measure(
         by_rule[rule]["worst_contexts"] = worst
         if own is None:
             by_rule[rule]["no_replacement"] = OTHER_TOKENS if basis else replacement.no_basis(transcoder.options)
-    more, ci95 = _more(cfg, trained, lm, held_out, {name: model.logits for name, model in models_of.items()})
+    more, ci95 = _more(cfg, trained, lm, held_out, models_of)
     metrics = {**by_rule["threshold"], **_weights(transcoder), **more, "exact": by_rule.get("exact")}
     if ci95:
         metrics["ci95"] = (metrics["ci95"] or {}) | ci95
@@ -110,10 +115,10 @@ def _measure(
 
 
 def _more(
-    cfg: EvalConfig, trained: Trained, lm: LanguageModel, held_out: HeldOut, rules: dict[str, evaluation.Logits]
+    cfg: EvalConfig, trained: Trained, lm: LanguageModel, held_out: HeldOut, models_of: evaluation.Models
 ) -> tuple[Tree, Tree]:
     """The groups that other files measure, each None where it is not asked for or has no meaning, and their intervals
-    where they have any. rules: the replacement under each rule that can run live."""
+    where they have any. models_of: the replacement under each rule that can run live."""
     ci95: Tree = {}
     more: Tree = dict.fromkeys(("replacement_curves", "faithfulness", "tasks", "world"))
 
@@ -126,11 +131,12 @@ def _more(
     if cfg.eval.faithfulness:
         n_contexts, length = held_out.contexts.shape
         scored = evaluation.valid_positions(n_contexts, length, held_out.n_rows)
-        text = (held_out.contexts, held_out.x, scored)
+        text = (held_out.contexts, lambda rows: held_out.read(rows)[0], scored)
         more["faithfulness"], ci95["faithfulness"] = faithfulness.measure(lm, transcoder, *text, batch, resamples)
 
     if cfg.eval.world and lm.path == BUILTIN:
-        more["tasks"] = world_truth.world_tasks(lm, rules)
+        rules = {name: partial(model.logits, last=True) for name, model in models_of.items()}
+        more["tasks"] = world_truth.world_tasks(lm, rules, batch)
         more["world"], ci95["world"] = world_truth.measure(lm, transcoder, batch, resamples)
 
     return more, {name: intervals for name, intervals in ci95.items() if intervals}
@@ -148,13 +154,30 @@ def _weights(transcoder: Transcoder) -> Tree:
     }
 
 
+class Stored(NamedTuple):
+    """Rows as a cache holds them; what is made of them is made when they are asked for, some at a time."""
+
+    site: Site
+    target: Target
+    norm: MlpNorm
+    resid_mid: Tensor
+    """bfloat16 [n_rows, L, D]"""
+    mlp_out: Tensor
+    """The same."""
+
+    def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """See `evaluation.Rows`."""
+        return inputs.pair(self.site, self.target, self.norm, self.resid_mid[rows].float(), self.mlp_out[rows].float())
+
+
 def _cached(cfg: EvalConfig, trained: Trained) -> tuple[HeldOut, str]:
-    """The evaluation split of the cache that the run was trained on."""
+    """The evaluation split of the cache that the run was trained on: as many of its contexts as are asked for."""
     key, request = trained.config["cache"]["key"], trained.config["cache"]["request"]
     cache = caches.with_key(cache_place(cfg.cache), key, request)
-    contexts, resid_mid, mlp_out = cache.held_out(Split.evaluation)
-    x, y = inputs.pair(trained.site, trained.target, cache.norm, resid_mid.float(), mlp_out.float())
-    return HeldOut(contexts, x.shape[0], x, y), Split.evaluation
+    texts = _first(cache.held_out_tokens(Split.evaluation), cfg.eval.n_contexts)
+    rows = cache.held_out_rows(Split.evaluation, texts.shape[0] * (texts.shape[1] - 1))
+    stored = Stored(trained.site, trained.target, cache.norm, *rows)
+    return HeldOut(texts, len(stored.resid_mid), stored.read), Split.evaluation
 
 
 def _other_text(cfg: EvalConfig, trained: Trained, lm: LanguageModel) -> tuple[HeldOut, str]:
@@ -164,21 +187,23 @@ def _other_text(cfg: EvalConfig, trained: Trained, lm: LanguageModel) -> tuple[H
     held_out_only = cfg.eval.documents == Documents.held_out or cfg.dataset.kind == DatasetKind.world
     split = Split.evaluation if held_out_only else None
     packed = tokens.pack_other(cfg.dataset, lm.tokenizer, tokens.bos_of(cfg.dataset, lm.tokenizer), split)
-    buffers = Buffers(lm, packed.contexts.shape[1], cfg.eval.batch_tokens, n=1)
-    rows = harvest(lm, packed, range(len(packed.contexts)), buffers)
-    kept = [(block.resid_mid.float().cpu(), block.mlp_out.float().cpu()) for block in rows]
-    resid_mid, mlp_out = (torch.cat(site) for site in zip(*kept, strict=True))
-    x, y = inputs.pair(trained.site, trained.target, lm.mlp_norm(), resid_mid, mlp_out)
-    return HeldOut(packed.contexts, packed.n_rows, x, y), f"{cfg.dataset.name}/{split or 'all'}"
+    few = _first(packed.contexts, cfg.eval.n_contexts)
+    n_rows = min(packed.n_rows, few.shape[0] * (few.shape[1] - 1))
+    resid_mid, mlp_out = torch.empty(2, n_rows, lm.n_layers, lm.d_model, dtype=torch.bfloat16)
+    buffers = Buffers(lm, few.shape[1], cfg.eval.batch_tokens, n=1)
+    with Progress(n_rows, "tok", "collect") as bar:
+        for block in harvest(lm, packed._replace(contexts=few, n_rows=n_rows), range(len(few)), buffers):
+            place = slice(block.first, block.first + len(block.resid_mid))
+            resid_mid[place], mlp_out[place] = block.resid_mid, block.mlp_out
+            bar.update(len(block.resid_mid))
+    stored = Stored(trained.site, trained.target, lm.mlp_norm(), resid_mid, mlp_out)
+    return HeldOut(few, n_rows, stored.read), f"{cfg.dataset.name}/{split or 'all'}"
 
 
-def _limit(held_out: HeldOut, n_contexts: int | None) -> HeldOut:
-    if n_contexts is None or n_contexts >= held_out.contexts.shape[0]:
-        return held_out
-    if n_contexts < 1:
-        raise UserError(f"eval.n_contexts={n_contexts} must be at least 1")
-    n_rows = min(held_out.n_rows, n_contexts * (held_out.contexts.shape[1] - 1))
-    return HeldOut(held_out.contexts[:n_contexts], n_rows, held_out.x[:n_rows], held_out.y[:n_rows])
+def _first(contexts: np.ndarray, n: int | None) -> np.ndarray:
+    if n is not None and n < 1:
+        raise UserError(f"eval.n_contexts={n} must be at least 1")
+    return contexts[:n]
 
 
 def _write(directory: Path, metrics: Tree, by_context: Contexts, cfg: EvalConfig) -> Path:

@@ -26,6 +26,7 @@ from pipeline.train.health import Divergence
 from pipeline.train.held_out import PREFIX, HeldOut
 from pipeline.train.inputs import Inputs
 from pipeline.train.interrupt import stop_requests
+from pipeline.train.memory import Peak
 from pipeline.train.micro import Taken
 from pipeline.train.objective import Objective
 from pipeline.train.options import OptimOptions, SparseStep
@@ -88,6 +89,7 @@ class Trainer:
         self.divergence = Divergence(plan.diverged, objective.trivial)
         self.log = RunLog(directory)
         self.clock = Clock()
+        self.memory: Peak | None = None
         self.last_record: dict[str, object] = {}
         self.saved_step: int | None = None
         self.about: dict[str, object] = {}
@@ -130,7 +132,7 @@ class Trainer:
     def start(self) -> None:
         """Before the first batch."""
         self.model.train()
-        self.clock = Clock()
+        self.clock, self.memory = Clock(), Peak(self.inputs.device)
 
     def advance(self, batch: Batch, waited: float) -> dict[str, str | float]:
         """Take the next step with its batch, which came after so many seconds: its log line and its checkpoint are
@@ -148,6 +150,8 @@ class Trainer:
                 times["targets_ms"] = self.inputs.recompute.take_ms()
             if self.held_out is not None and (ms := self.held_out.take_ms()):
                 times["held_out_ms"] = ms
+            if self.memory is not None:
+                times["memory_mb"] = round(self.memory.mb(), 1)
             self.log.add(self.last_record, times)
             fields = _bar_fields(self.last_record)
         self._steer(taken)

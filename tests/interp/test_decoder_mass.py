@@ -44,7 +44,7 @@ def test_what_is_written_is_a_sum_over_tokens_and_active_features(name: str, bat
                         row = oracle.sent_row(options, weights, l, m, i, features[b, l, i])
                         expected[context[b], l, m] += row.square().sum().sqrt()
     assert expected[0].diagonal().min() > 0, "something is active in each layer"
-    got = decoder_mass.by_context(model, x, context, 4, batch_tokens)
+    got = decoder_mass.by_context(model, lambda rows: x[rows], context, 4, batch_tokens)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
     own = decoder_mass.shares(got.sum(dim=0))["own"]
     one = name in ("per_layer", "skip", "sae")
@@ -60,7 +60,7 @@ def test_a_transform_writes_what_it_makes_of_its_input() -> None:
             alone = torch.zeros_like(features)
             alone[:, l, t] = features[:, l, t]
             expected[l, l] += (model.decode(alone, x) - model.b_dec)[:, l].norm(dim=1).sum()
-    got = decoder_mass.by_context(model, x, torch.zeros(B, dtype=torch.int64), 1, 100)[0]
+    got = decoder_mass.by_context(model, lambda rows: x[rows], torch.zeros(B, dtype=torch.int64), 1, 100)[0]
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
     assert decoder_mass.shares(got)["own"] == 1
 

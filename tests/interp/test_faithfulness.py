@@ -26,7 +26,7 @@ def lm(tiny_gpt2: Path) -> LanguageModel:
 def measured(lm: LanguageModel, model: Transcoder, resamples: int = 0) -> Measured:
     contexts, scored = text()
     x = Sides(lm, model).state(torch.from_numpy(contexts).long()).x[scored]
-    return faithfulness.measure(lm, model, contexts, x, scored, 30, resamples)
+    return faithfulness.measure(lm, model, contexts, lambda rows: x[rows], scored, 30, resamples)
 
 
 def test_a_clt_has_both_and_intervals_where_they_are_asked_for(lm: LanguageModel) -> None:

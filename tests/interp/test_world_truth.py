@@ -18,7 +18,7 @@ from pipeline.data.tokens import Split, split_of
 from pipeline.data.world import facts
 from pipeline.interp import country_swap, purity, world_text, world_truth
 from pipeline.interp.country_swap import Asked
-from pipeline.interp.edits import Sides, State, features_of
+from pipeline.interp.edits import Sides, features_of
 from pipeline.interp.world_text import Mass, Text
 from tests import oracle
 from tests.interp.test_replacement import random, slow_hooks, tokens
@@ -173,9 +173,8 @@ class OneHot(Sides):
     def __init__(self, transcoder: Transcoder) -> None:
         self.transcoder = transcoder
 
-    def state(self, tokens: Tensor) -> State:
-        x = torch.eye(C + 1)[tokens][:, :, None].expand(-1, -1, 2, -1)
-        return State(x, x, x)
+    def inputs(self, tokens: Tensor) -> Tensor:
+        return torch.eye(C + 1)[tokens][:, :, None].expand(-1, -1, 2, -1)
 
 
 def text_of(numbers: Tensor) -> Text:
@@ -247,14 +246,53 @@ def test_what_does_not_write_mlp_outputs_has_purity_and_no_swap(lm: LanguageMode
 
 
 def test_tasks_are_scored_by_their_answers(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(world_truth, "tasks", lambda: world.tasks()[:3])
+    """Whatever the lengths of the prompts, and however many are run at once."""
+    monkeypatch.setattr(
+        world_truth,
+        "tasks",
+        lambda: [t for t in world.tasks() if t.name in ("capital", "city_country", "bracket_last")],
+    )
     answer = lm.tokenizer("Paris")["input_ids"][0]
+    seen: list[int] = []
 
     def paris(ids: Tensor) -> Tensor:
-        logits = torch.zeros(*ids.shape, lm.vocab_size)
+        seen.append(ids.numel())
+        logits = torch.zeros(len(ids), 1, lm.vocab_size)
         logits[..., answer] = 1
         return logits
 
-    found = world_truth.world_tasks(lm, {"paris": paris})
+    found = world_truth.world_tasks(lm, {"paris": paris}, 50)
     assert found["sets"]["capital/train"] == {"n": 40, "original": 1.0, "paris": 1 / 40}
+    assert max(seen) <= 50
+    for task in world_truth.tasks():
+        asked, last, expected = map(torch.from_numpy, world.encode_task(task, lm.tokenizer, lm.tokenizer.bos_token_id))
+        given = lm.logits(asked)[torch.arange(len(asked)), last].argmax(-1)
+        own = found["sets"][f"{task.name}/{task.split}"]
+        assert (own["n"], own["original"]) == (len(asked), float((given == expected).double().mean()))
     assert found["mean"]["original"] > 0.9
+
+
+def test_no_prompt_of_a_swap_is_in_the_text_that_features_are_chosen_on(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = {pair.source for pair in world.swap_pairs()}
+    here, _ = world_text.halves(lm)
+    unasked = world_text.unasked(lm, prompts)
+    said = [lm.tokenizer.decode(text.tokens[:, 1:].flatten()) for text in (here, unasked)]
+    assert any(prompt in said[0] for prompt in prompts)
+    assert not any(prompt in said[1] for prompt in prompts)
+    documents = [set(text.split(lm.tokenizer.eos_token)[:-1]) for text in said]
+    left_out = {document for document in documents[0] if any(prompt in document for prompt in prompts)}
+    cut = 3  # documents that the end of either text may cut
+    assert len(documents[1] - documents[0]) <= cut
+    assert len(documents[0] - documents[1] - left_out) <= cut < len(left_out)
+    used: list[Text] = []
+    mass = world_text.mass
+
+    def note(sides: Sides, text: Text, batch_tokens: int) -> tuple[world_text.Mass, Tensor]:
+        used.append(text)
+        return mass(sides, text, batch_tokens)
+
+    monkeypatch.setattr(world_text, "mass", note)
+    world_truth.measure(lm, knows_capitals(lm), 4096)
+    assert torch.equal(used[-1].tokens, unasked.tokens)
