@@ -1,7 +1,7 @@
 """Our trace beside circuit-tracer's `attribute`, in CPU seconds: `python -m tests.interop.clock FOLDER [RUN PROMPT]`.
 
-Same weights, prompt, targets and batch (64); one thread; without loading. Rounds alternate between the two sides, each
-a process of its own that warms up first. Two random CLTs (GPT-2, 4 layers of width 64, 96 features a layer), and with
+Same weights, prompt, targets and batch (64); one thread; without loading. The two sides take turns, each in a process
+of its own that has warmed up. Two random CLTs (GPT-2, 4 layers of width 64, 96 features a layer), and with
 RUN, a finished run on the built-in world, that run.
 """
 
@@ -28,22 +28,8 @@ from pipeline.interp.graph_options import GraphOptions
 from tests.interop import compare
 from tests.interop.cases import Case, Sizes, arch, for_transformers_4, make
 
-ROUNDS, EACH, BATCH = 3, 3, 64
+ROUNDS, BATCH = 7, 64
 SIZES = Sizes(4, 64, 96, 40)
-
-
-def ours(place: Path) -> list[float]:
-    """Seconds of each trace after a warm-up."""
-    model, tokens = compare.opened(place)
-    graph = attribution.trace(model, tokens, GraphOptions(batch=BATCH))
-    counted = f"{len(graph.texts)} tokens, {graph.kind.count(Kind.feature)} features, {len(graph.labels)} logits"
-    (place / "size.txt").write_text(counted)
-    seconds = []
-    for _ in range(EACH):
-        start = time.process_time()
-        attribution.trace(model, tokens, GraphOptions(batch=BATCH))
-        seconds.append(time.process_time() - start)
-    return seconds
 
 
 def of_run(folder: Path, run: Path, prompt: str) -> Path:
@@ -64,15 +50,43 @@ def of_run(folder: Path, run: Path, prompt: str) -> Path:
     return place
 
 
-def seconds_of(side: str, place: Path) -> list[float]:
-    """A process of its own."""
-    job = place / "clock.json"
-    job.write_text(json.dumps([{"do": "clock", "place": str(place), "batch": BATCH, "rounds": EACH}]))
-    theirs = [os.environ["CLT_INTEROP"], "tests/interop/theirs.py", str(job)]
-    command = theirs if side == "theirs" else [sys.executable, "-m", "tests.interop.clock", "--ours", str(place)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found: list[float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+class Theirs:
+    """circuit-tracer in its own process, on one case."""
+
+    def __init__(self, place: Path) -> None:
+        job = place / "clock.json"
+        job.write_text(json.dumps([{"do": "clock", "place": str(place), "batch": BATCH}]))
+        command = [os.environ["CLT_INTEROP"], "tests/interop/theirs.py", str(job)]
+        self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def seconds(self) -> float:
+        """CPU seconds of one trace."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line[0].isdigit():  # what else it says of loading the model
+                return float(line)
+        raise AssertionError("it has stopped")
+
+
+def measured(place: Path) -> None:
+    model, tokens = compare.opened(place)
+    options = GraphOptions(batch=BATCH)
+    graph = attribution.trace(model, tokens, options)
+    counted = f"{len(graph.texts)} tokens, {graph.kind.count(Kind.feature)} features, {len(graph.labels)} logits"
+    other, taken = Theirs(place), []
+    for _ in range(ROUNDS):
+        theirs = other.seconds()
+        start = time.process_time()
+        attribution.trace(model, tokens, options)
+        taken.append((time.process_time() - start, theirs))
+    other.process.kill()
+    mine, others = (statistics.median(seconds) for seconds in zip(*taken, strict=True))
+    ratios = sorted(theirs / ours for ours, theirs in taken)
+    found = f"{mine:.3f} s here, {others:.3f} s there; ratio {statistics.median(ratios):.2f}"
+    logging.info("%s: %s: %s (%.2f to %.2f)", place.name, counted, found, ratios[0], ratios[-1])
 
 
 def main(folder: Path, run: list[str]) -> None:
@@ -81,19 +95,10 @@ def main(folder: Path, run: list[str]) -> None:
     places = [make(case, folder, SIZES) for case in cases]
     places += [of_run(folder, Path(run[0]), run[1])] if run else []
     for place in places:
-        taken: dict[str, list[float]] = {"ours": [], "theirs": []}
-        for _ in range(ROUNDS):
-            for side, seconds in taken.items():
-                seconds += seconds_of(side, place)
-        mine, other = (statistics.median(seconds) for seconds in taken.values())
-        size = (place / "size.txt").read_text()
-        logging.info("%s: %s: ours %.3f s, circuit-tracer %.3f s: %.2f", place.name, size, mine, other, other / mine)
+        measured(place)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] == "--ours":
-        sys.stdout.write(json.dumps(ours(Path(sys.argv[2]))) + "\n")
-    else:
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
-        main(Path(sys.argv[1]), sys.argv[2:])
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main(Path(sys.argv[1]), sys.argv[2:])
