@@ -11,7 +11,7 @@ const tokenIds = data.tokens.map((_, p) => (graph.nodes.find((node) => node.kind
 const store = "clt graph " + data.key;
 const initialGroups = JSON.stringify(data.supernodes);
 const defaults = { n: data.thresholds.node, e: data.thresholds.edge, d: 70, l: "auto", w: "weight", o: 0, h: "bias" }; // biases reach everything: on demand
-const state = { ...defaults, selected: [], pinned: new Set(), groups: [] };
+const state = { ...defaults, path: -1, selected: [], pinned: new Set(), groups: [] };
 let pruned, items = [], edges = [], itemOf = new Map(), placed, hovered = null;
 
 // -- groups: [{ name, members: [i], open }] -----------------------------------------------------------------------
@@ -53,6 +53,7 @@ function writeAddress() {
   if (state.pinned.size) parts.set("p", [...state.pinned].map((i) => graph.nodes[i].id).join(" "));
   const groups = JSON.stringify(listGroups());
   if (groups !== initialGroups) parts.set("g", groups);
+  if (state.path >= 0) parts.set("path", state.path);
   const open = state.groups.map((group, at) => (group.open ? at : -1)).filter((at) => at >= 0);
   if (open.length) parts.set("open", open.join(" "));
   history.replaceState(null, "", "#" + parts.toString());
@@ -77,6 +78,7 @@ function readAddress() {
   for (const at of (parts.get("open") || "").split(" ")) if (at && state.groups[at]) state.groups[at].open = true;
   const pins = parts.has("p") ? parts.get("p").split(" ") : kept.pinned || [];
   state.pinned = new Set(pins.filter((id) => byId.has(id)).map((id) => byId.get(id).i));
+  state.path = data.paths[parts.get("path")] ? Number(parts.get("path")) : -1;
   state.selected = (parts.get("s") || "").split(" ").filter(Boolean).map(keyOfName).filter(exists);
 }
 
@@ -89,9 +91,11 @@ const hidden = (node) => String(state.h).split(" ").includes(node.kind);
 const isGroup = (key) => key[0] === "g";
 const membersOf = (key) => (isGroup(key) ? state.groups[Number(key.slice(1))].members : [Number(key.slice(1))]);
 
+const onPath = () => (state.path >= 0 ? data.paths[state.path].nodes : []);
+
 function visible(node) {
   const chosen = state.selected.includes("n" + node.i);
-  if (chosen || state.pinned.has(node.i)) return true;
+  if (chosen || state.pinned.has(node.i) || onPath().includes(node.i)) return true;
   if (state.o) return node.kind === "logit" ? node.influence + node.weight > 0 : groupOf(node.i) !== undefined || node.kind === "token";
   return pruned.nodes[node.i] === 1 && !hidden(node);
 }
@@ -132,7 +136,7 @@ function partOf(item, i) {
 // Edges between what is drawn. Of a group: summed over the members that are sources, the mean over those that are
 // targets, each by its part.
 function makeEdges() {
-  const found = new Map(), loose = new Set([...state.pinned, ...state.selected.filter((key) => !isGroup(key)).flatMap(membersOf)]);
+  const found = new Map(), loose = new Set([...state.pinned, ...onPath(), ...state.selected.filter((key) => !isGroup(key)).flatMap(membersOf)]);
   graph.source.forEach((s, e) => {
     const t = graph.target[e], from = itemOf.get(s), to = itemOf.get(t);
     if (!from || !to || from === to) return;
@@ -160,7 +164,8 @@ function draw() {
 }
 
 function paint() {
-  const focus = new Set(state.selected), of = (edge) => focus.has(edge.from.key) || focus.has(edge.to.key);
+  const path = onPath().map((i) => itemOf.get(i)), focus = new Set(path.length ? path.map((item) => item.key) : state.selected);
+  const of = (edge) => (path.length ? path.some((item, at) => item === edge.from && path[at + 1] === edge.to) : focus.has(edge.from.key) || focus.has(edge.to.key));
   const strongest = edges.slice(0, state.d), mine = focus.size ? edges.filter(of) : [];
   const size = (edge) => (state.w === "flow" ? edge.flow : Math.abs(edge.weight));
   const scaled = (list) => list.map((edge) => ({ ...edge, weight: Math.sign(edge.weight) * size(edge) }));
@@ -196,6 +201,7 @@ function follow() {
 // -- choosing ------------------------------------------------------------------------------------------------------
 
 function select(key, more = false) {
+  state.path = -1;
   if (key === null || !exists(key)) state.selected = [];
   else if (!more) state.selected = [key];
   else state.selected = state.selected.includes(key) ? state.selected.filter((k) => k !== key) : [...state.selected, key];
@@ -207,6 +213,13 @@ function select(key, more = false) {
 function say(text) {
   $("said").textContent = text;
   setTimeout(() => { $("said").textContent = ""; }, 6000);
+}
+
+function follows(at) {
+  state.selected = [];
+  state.path = state.path === at ? -1 : at;
+  draw();
+  if (state.path >= 0) reveal(itemOf.get(onPath()[1]).key);
 }
 
 function reveal(key) {

@@ -87,6 +87,13 @@ function severalPanel() {
   return [html("h2", {}, `${state.selected.length} chosen`), html("ul", {}, ...chosen), html("p", { class: "buttons" }, name, html("button", { id: "make-group", onclick: () => group(name.value) }, "group", html("kbd", {}, "g")), html("button", { id: "pin", onclick: pin }, "pin", html("kbd", {}, "p")), html("button", { onclick: () => select(null) }, "close", html("kbd", {}, "Esc")))];
 }
 
+function pathsPart() {
+  const strongest = Math.max(...data.paths.map((path) => path.strength));
+  const rows = data.paths.map((path, at) => html("li", {}, html("button", { class: "walk path", "aria-pressed": String(state.path === at), onclick: () => follows(at) },
+    html("i", { class: "bar plain", style: `width:${(100 * path.strength / strongest).toFixed(1)}%` }), html("span", { class: "name" }, path.nodes.map((i) => title(graph.nodes[i])).join(" › ")), html("b", {}, percent(path.strength)))));
+  return html("section", {}, html("h3", {}, "Strongest paths", html("small", {}, "product of the shares along them")), html("ol", {}, ...rows));
+}
+
 function overview() {
   const outputs = graph.nodes.filter((node) => node.kind === "logit").sort((a, b) => b.probability - a.probability);
   const most = Math.max(1e-30, ...outputs.map((node) => node.probability));
@@ -94,8 +101,8 @@ function overview() {
   const best = items.filter((item) => item.kind === "feature" || item.box).sort((a, b) => b.influence - a.influence).slice(0, 10);
   const largest = Math.max(1e-30, ...best.map((item) => item.influence));
   const top = html("ol", {}, ...best.map((item) => html("li", {}, html("button", { class: "walk", "data-key": item.key, onclick: () => select(item.key) }, html("i", { class: "bar plain", style: `width:${(100 * item.influence / largest).toFixed(1)}%` }), icon("feature"), html("span", { class: "name" }, item.node ? title(item.node) : item.label), html("span", { class: "at" }, item.node ? short(item.node) : `${item.members.length} features`), html("b", {}, percent(item.influence / graph.influenceTotal))))));
-  const count = (kind) => items.filter((item) => item.kind === kind).length;
   const parts = [html("h2", {}, "Outputs"), table, html("section", {}, html("h3", {}, "Most influential", html("small", {}, "share of all influence on the outputs")), top)];
+  if (data.paths.length) parts.push(pathsPart());
   parts.push(html("section", {}, html("h3", {}, "How much of the model this explains"), facts(data.scores.map(([name, value, about]) => [name, number(value), about])), html("p", { class: "soft" }, `${graph.nodes.filter((node, i) => node.kind === "feature" && pruned.nodes[i]).length} of ${data.n_active} active features and ${pruned.edges.reduce((a, b) => a + b, 0)} edges are left at these thresholds; ${Math.min(state.d, edges.length)} edges are drawn.`)));
   if (state.groups.length) parts.push(html("section", {}, html("h3", {}, "Groups"), html("ul", { class: "members" }, ...state.groups.map((one, at) => html("li", {}, html("button", { class: "walk", onclick: () => select("g" + at) }, html("span", { class: "name" }, one.name), html("span", { class: "at" }, `${one.members.length} ${one.members.length === 1 ? "node" : "nodes"}${one.open ? ", shown" : ""}`)))))));
   parts.push(html("details", {}, html("summary", {}, "Settings"), facts(data.settings)));
@@ -161,7 +168,7 @@ $("open").addEventListener("change", async (event) => {
   return draw();
 });
 $("reset").addEventListener("click", () => {
-  Object.assign(state, defaults, { selected: [], pinned: new Set() });
+  Object.assign(state, defaults, { path: -1, selected: [], pinned: new Set() });
   setGroups(data.supernodes);
   remember();
   draw();

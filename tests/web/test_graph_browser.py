@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pipeline.interp import graph_scores
 from pipeline.interp.graph import Graph, Kind
 from pipeline.interp.graph_json import Supernode, node_ids
 from pipeline.interp.supernodes import grouped, load
+from pipeline.interp.top_paths import strongest
 from pipeline.web.graph_page import page
 from tests.web.browser import CHROMIUM, Browser
 from tests.web.made_graph import LONG, make_feature, make_graph
@@ -142,6 +144,20 @@ def test_a_chosen_feature_shows_contexts_words_and_histogram(browser: Browser, g
     assert browser.value("document.querySelector('.context .peak').textContent.length") > 0
     assert "Lyon" in browser.value("document.querySelector('.words.positive').textContent")
     assert browser.value("document.querySelectorAll('.histogram rect').length") == 50
+
+
+def test_a_path_is_shown_alone_and_let_go(browser: Browser, graph: Graph, tmp_path: Path) -> None:
+    keys = opened(browser, graph, tmp_path)
+    browser.click(".walk.path")
+    path = [f"n{keys[node_ids(graph)[i]]}" for i in strongest(graph, 1)[0].nodes]
+    drawn = browser.value(
+        "[...document.querySelectorAll('.own-edges .edge')].map((e) => [e.dataset.from, e.dataset.to])"
+    )
+    assert sorted(drawn) == sorted([a, b] for a, b in pairwise(path))
+    assert set(browser.value("[...document.querySelectorAll('.node.selected')].map((n) => n.dataset.key)")) == set(path)
+    assert "path=0" in browser.value("location.hash")
+    browser.key("Escape")
+    assert browser.value("document.querySelectorAll('.node.selected').length") == 0
 
 
 def test_pins_survive_pruning_and_a_reload(browser: Browser, graph: Graph, tmp_path: Path) -> None:
