@@ -18,7 +18,9 @@ from pipeline.interp.graph_json import Supernode
 from pipeline.web.graph_data import FeatureData, payload
 
 SPECIAL = re.compile(r"<\|?[\w ]+\|?>")
-SCRIPTS = ("graph_prune.js", "graph_layout.js", "graph_draw.js", "graph_panel.js", "graph.js", "graph_side.js")
+SCRIPTS = tuple(
+    f"graph{part}.js" for part in ("_prune", "_layout", "_draw", "_panel", "_state", "", "_side", "_controls")
+)
 
 
 def page(

@@ -148,7 +148,7 @@ def test_a_chosen_feature_shows_contexts_words_and_histogram(browser: Browser, g
 
 def test_a_path_is_shown_alone_and_let_go(browser: Browser, graph: Graph, tmp_path: Path) -> None:
     keys = opened(browser, graph, tmp_path)
-    browser.click(".walk.path")
+    browser.click(".paths .walk")
     path = [f"n{keys[node_ids(graph)[i]]}" for i in strongest(graph, 1)[0].nodes]
     drawn = browser.value(
         "[...document.querySelectorAll('.own-edges .edge')].map((e) => [e.dataset.from, e.dataset.to])"
@@ -216,7 +216,7 @@ def test_a_kind_is_hidden_and_shown_and_sums_stay(browser: Browser, graph: Graph
     opened(browser, graph, tmp_path, f"s={node_ids(graph)[i]}")
     account = "[...document.querySelectorAll('.account tr')].map((one) => one.textContent)"
     before = browser.value(account)
-    assert any("biases" in line for line in before)
+    assert any("bias" in line for line in before)
     assert browser.value("document.querySelectorAll('#picture .bias').length") == 0
     browser.click('#legend [data-kind="bias"]')
     assert browser.value("document.querySelectorAll('#picture .node.bias').length") > 0
