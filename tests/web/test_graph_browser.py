@@ -12,7 +12,7 @@ import torch
 from pipeline.interp import graph_scores
 from pipeline.interp.graph import Graph, Kind
 from pipeline.interp.graph_json import Supernode, node_ids
-from pipeline.interp.supernodes import grouped, load
+from pipeline.interp.supernodes import grouped, load, save
 from pipeline.interp.top_paths import strongest
 from pipeline.web.graph_page import page
 from tests.web.browser import CHROMIUM, Browser
@@ -191,6 +191,22 @@ def test_nodes_are_grouped_named_saved_and_let_go(browser: Browser, graph: Graph
     assert "say+Paris" in browser.value("location.hash")
     browser.value("ungroup(0)")
     assert browser.value("document.querySelectorAll('.node.group').length") == 0
+
+
+def test_saved_groups_are_loaded_and_what_is_no_such_file_is_said(
+    browser: Browser, graph: Graph, tmp_path: Path
+) -> None:
+    features = [name for name, kind in zip(node_ids(graph), graph.kind, strict=True) if kind == Kind.feature]
+    opened(browser, graph, tmp_path)
+    save(tmp_path / "good.json", [Supernode("mine", tuple(features[:3]))])
+    (tmp_path / "bad.json").write_text("[1, 2")
+    root = browser.call("DOM.getDocument")["root"]["nodeId"]
+    box = browser.call("DOM.querySelector", nodeId=root, selector="#open")["nodeId"]
+    for name, expected in (("good", "mine"), ("bad", "mine")):
+        browser.call("DOM.setFileInputFiles", nodeId=box, files=[str(tmp_path / f"{name}.json")])
+        browser.value("new Promise((done) => setTimeout(done, 200))")
+        assert browser.value("state.groups.map((one) => one.name).join()") == expected
+        assert ("holds no groups" in browser.value("document.getElementById('said').textContent")) == (name == "bad")
 
 
 def test_a_group_has_the_edges_that_python_gives_it(browser: Browser, graph: Graph, tmp_path: Path) -> None:
