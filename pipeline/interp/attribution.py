@@ -62,9 +62,9 @@ def trace(model: ReplacementModel, tokens: Tensor, options: GraphOptions | None 
         rows = Rows(model, prompt, found, outputs, plan.keep_bytes)
         clock("biases")
     with Backward(model, prompt, plan.batch) as backward, torch.no_grad():
-        chosen, edges = made(rows, backward, plan, options)
+        targets, edges = made(rows, backward, plan, options)
     clock("rows")
-    graph = assembled(rows, chosen, edges)
+    graph = assembled(rows, targets, edges)
     clock("assemble")
     graph.texts = [model.lm.tokenizer.decode([token]) for token in graph.tokens.tolist()]
     graph.meta |= {"model": model.lm.name, "prompt": model.lm.tokenizer.decode(graph.tokens.tolist())}
@@ -114,7 +114,7 @@ def in_dtype(model: ReplacementModel, dtype: torch.dtype) -> ReplacementModel:
 
 
 def made(rows: Rows, backward: Backward, plan: Plan, options: GraphOptions) -> tuple[Tensor, Tensor]:
-    """The features that become nodes, sorted [n], and rows of them and the outputs behind them. [n + k, C]"""
+    """What became a target, features by their number and outputs as -1 [n + k], and the rows [n + k, C]."""
     n, k = rows.active.n, len(rows.outputs.ids)
     edges = rows.error.new_zeros(plan.n_features + k, len(rows.columns.kind))
     owners = torch.full((len(edges),), -1)
@@ -139,5 +139,4 @@ def made(rows: Rows, backward: Backward, plan: Plan, options: GraphOptions) -> t
             scores[owners[k:done]] = -1.0
             more = min(options.update_every * plan.batch, len(edges) - done)
             take(scores.topk(more).indices.sort().values.cpu())
-    order = owners[k:].argsort()
-    return owners[k:][order], torch.cat([edges[k:][order], edges[:k]])
+    return owners, edges

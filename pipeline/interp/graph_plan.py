@@ -4,6 +4,7 @@ import time
 from typing import NamedTuple
 
 from pipeline.errors import UserError
+from pipeline.interp import graph_rows
 from pipeline.interp.graph_options import GraphOptions
 from pipeline.interp.graph_rows import Decoded
 from pipeline.interp.graph_targets import Outputs
@@ -13,6 +14,10 @@ from pipeline.interp.replacement import ReplacementModel
 STREAMS = 16
 """Arrays [T, D] of a copy of the prompt beside two for each layer (gradients and what is put in): what a layer's
 attention and norms need at a time, and the layer before it."""
+
+
+SLACK = 1.25
+"""Memory that was measured over the sum of what is counted: 1.15 to 1.3 at 0.06 to 0.2 GB."""
 
 
 class Plan(NamedTuple):
@@ -42,17 +47,20 @@ def planned(model: ReplacementModel, prompt: Recorded, found: Decoded, outputs: 
     graph = (n_features + n_other) ** 2
     recorded = prompt.gates.n_bytes + (4 * lm.n_base_layers + lm.n_layers**2) * n_tokens * lm.d_model * item
     copy = (2 * lm.n_base_layers + STREAMS) * n_tokens * lm.d_model * item + n_active * item
-    # Putting the graph together needs the rows twice; nothing of a batch is left by then.
-    fixed, limit = 3 * rows * item + graph * item + recorded, options.memory_gb * 1e9
-    keep_bytes = max(0.0, (limit - fixed) / 2)
-    batch = int(min(options.batch, n_active + n_outputs, (limit - fixed) / 2 // copy))
+    # Ranking takes the rows twice more; it is done when the graph is put together.
+    more = max(graph, 2 * rows) if n_features < n_active else graph
+    fixed, limit = (rows + more) * item + recorded, options.memory_gb * 1e9 / SLACK
+    room = max(0.0, limit - fixed)
+    decoders = graph_rows.decoder_bytes(model, prompt, found.active)
+    keep_bytes = decoders if decoders < room / 2 else 0
+    batch = int(min(options.batch, n_active + n_outputs, (room - keep_bytes) // copy))
     if batch < 1:
-        needed = (fixed + 2 * copy) / 1e9
+        needed = (fixed + copy) * SLACK / 1e9
         why = (
             f"graph.memory_gb={options.memory_gb:g} is too little, {needed:.3g} are needed for {n_features:,} features"
         )
         raise UserError(f"{why}; lower graph.max_feature_nodes, or give graph.memory_gb={needed * 1.1:.2g}")
-    return Plan(batch, n_features, n_active, fixed + batch * copy, keep_bytes)
+    return Plan(batch, n_features, n_active, (fixed + keep_bytes + batch * copy) * SLACK, keep_bytes)
 
 
 class Clock:

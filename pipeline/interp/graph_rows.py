@@ -103,6 +103,19 @@ def columns(model: ReplacementModel, prompt: Recorded, active: Active) -> Column
     return Columns(kinds, torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts]), places)
 
 
+def counted(model: ReplacementModel, prompt: Recorded, active: Active) -> Tensor:
+    """Active features of each layer and position. [L, T]"""
+    n_layers, n_tokens = model.lm.n_layers, prompt.tokens.shape[1]
+    return torch.bincount(active.layer * n_tokens + active.position, minlength=n_layers * n_tokens).view(n_layers, -1)
+
+
+def decoder_bytes(model: ReplacementModel, prompt: Recorded, active: Active) -> int:
+    """Of the decoder rows of all active features, side by side by position."""
+    most = counted(model, prompt, active).max(dim=1).values.tolist()
+    n_rows = sum(n * len(model.transcoder.targets(layer)) for layer, n in enumerate(most))
+    return n_rows * prompt.tokens.shape[1] * model.lm.d_model * prompt.embedding.itemsize
+
+
 class Rows:
     """Makes rows [m, C] of targets: features by their number among the active ones, and outputs behind them (N + i)."""
 
@@ -113,24 +126,18 @@ class Rows:
         self.model, self.prompt, self.outputs = model, prompt, outputs
         self.active, self.error = found
         self.columns = columns(model, prompt, self.active)
-        n_tokens, n_layers = prompt.tokens.shape[1], model.lm.n_layers
-        counts = torch.bincount(self.active.layer * n_tokens + self.active.position, minlength=n_layers * n_tokens)
-        self._counts = counts.view(n_layers, n_tokens)
+        n_tokens = prompt.tokens.shape[1]
+        self._counts = counted(model, prompt, self.active)
+        counts = self._counts.flatten()
         first = (counts.cumsum(0) - counts)[self.active.layer * n_tokens + self.active.position]
         self._slot = torch.arange(self.active.n, device=first.device) - first
-        self._kept: dict[tuple[int, int], Tensor] | None = {} if self.decoder_bytes <= keep_bytes else None
+        n_bytes = decoder_bytes(model, prompt, self.active)
+        self._kept: dict[tuple[int, int], Tensor] | None = {} if n_bytes <= keep_bytes else None
         self.biases = self._biases()
 
     @property
     def n_targets(self) -> int:
         return self.active.n + len(self.outputs.ids)
-
-    @property
-    def decoder_bytes(self) -> float:
-        """Of the decoder rows of all active features, side by side."""
-        most = self._counts.max(dim=1).values.tolist()
-        n_rows = sum(n * len(self.model.transcoder.targets(layer)) for layer, n in enumerate(most))
-        return n_rows * self.error.shape[1] * self.error.shape[2] * self.error.itemsize
 
     def values(self, targets: Tensor) -> Tensor:
         return torch.cat([self.active.value, self.outputs.values])[targets]

@@ -16,16 +16,18 @@ A head's share is of first crossings: where a feature's information is copied tw
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.interp import frozen, paths
+from pipeline.interp import frozen, graph_scores, paths
 from pipeline.interp.attribution import check_linear
 from pipeline.interp.frozen import Gates
 from pipeline.interp.graph import Graph, Kind
+from pipeline.interp.graph_json import node_ids
+from pipeline.interp.graph_scores import Pruned
 from pipeline.interp.paths import Effects, Target
 from pipeline.interp.replacement import ReplacementModel
 
@@ -80,6 +82,37 @@ def strongest(crossings: Crossings, source: int, n: int = 5) -> list[tuple[str, 
     return [part for part in ordered if part[1] != 0][:n]
 
 
+def moving(graph: Graph, pruned: Pruned, n: int) -> list[tuple[int, int]]:
+    """The n strongest kept edges between two positions, (target, source), whose parts `of_edges` can tell: by the
+    target's influence times the source's share of it."""
+    reached = graph_scores.influence(graph) + graph_scores.weights(graph)
+    found = []
+    for target, source in pruned.pairs().tolist():
+        told = graph.kind[source] in SOURCES and (graph.kind[target] == Kind.feature or _is_token(graph, target))
+        if told and graph.position[source] != graph.position[target]:
+            share = graph.edges[target, source].abs() / graph.edges[target].abs().sum()
+            found.append((float(reached[target] * share), target, source))
+    return [(target, source) for _, target, source in sorted(found, reverse=True)[:n]]
+
+
+def report(model: ReplacementModel, graph: Graph, pairs: Sequence[tuple[int, int]], n: int = 5) -> list[dict[str, Any]]:
+    """Edges (target, source) with their n largest parts each, as JSON holds them: nodes by their node_id."""
+    ids, rows = node_ids(graph), {}
+    for target in dict.fromkeys(target for target, _ in pairs):
+        sources = [source for to, source in pairs if to == target]
+        found = of_edges(model, graph, target, sources)
+        for i, source in enumerate(sources):
+            parts = [{"path": path, "part": part} for path, part in strongest(found, i, n)]
+            edge = {"source": ids[source], "target": ids[target], "weight": float(graph.edges[target, source])}
+            rows[target, source] = {**edge, "parts": parts}
+    return [rows[pair] for pair in pairs]
+
+
+def _is_token(graph: Graph, i: int) -> bool:
+    """Whether a logit node is a single token."""
+    return graph.kind[i] == Kind.logit and int(graph.index[i]) >= 0 and graph.meta["settings"]["feature"] is None
+
+
 def _from(gates: Gates, layer: int) -> Gates:
     """H + 1 sets of gates: head h alone of this layer, then none of it; all of later layers, none of earlier ones."""
     found = {}
@@ -97,7 +130,7 @@ def _target(model: ReplacementModel, graph: Graph, i: int) -> Target:
     layer, position, index = int(graph.layer[i]), int(graph.position[i]), int(graph.index[i])
     if graph.kind[i] == Kind.feature:
         return Target(layer, position, model.transcoder.encoders[layer][index])
-    if graph.kind[i] == Kind.logit and index >= 0 and graph.meta["settings"]["feature"] is None:
+    if _is_token(graph, i):
         unembed = model.lm.weights.get_output_embeddings().weight.detach()
         return Target(model.lm.n_layers, position, unembed[index] - unembed.mean(dim=0))
     raise UserError(f"node {i} is no feature and no single token among the outputs; choose such a target")

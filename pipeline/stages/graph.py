@@ -9,6 +9,7 @@ runs/NAME/graphs/
     SLUG.supernodes.json    groups of features, which may be edited
     SLUG.html               a page
     SLUG.check.json         with --validate: predicted effects against measured ones (`interp/graph_check.py`)
+    SLUG.heads.json         with graph.heads: through which attention heads edges go
     graph-metadata.json     the list of the JSON files
 """
 
@@ -20,7 +21,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.files import write_aside, write_report
@@ -32,6 +33,7 @@ from pipeline.interp import (
     graph_json,
     graph_scores,
     graph_targets,
+    heads,
     opening,
     supernodes,
     top_paths,
@@ -42,7 +44,7 @@ from pipeline.interp.graph_plan import Clock
 from pipeline.interp.graph_scores import Pruned
 from pipeline.interp.replacement import ReplacementModel
 from pipeline.stages.generate import remarks
-from pipeline.stages.graph_options import GraphConfig
+from pipeline.stages.graph_options import GraphConfig, GraphFileOptions
 from pipeline.train import artifact
 from pipeline.train import run as runs
 from pipeline.web import graph_page
@@ -84,11 +86,18 @@ def run(cfg: GraphConfig) -> Path:
     name, folder = cfg.graph.slug or slug(cfg.prompt), directory / FOLDER
     clock("trace")
     shown = prepared(traced, model, directory, folder / name, cfg)
-    page = write(shown, directory, folder, name)
+    page = write(shown, directory, folder, name, cfg.graph)
     clock("files")
     seconds = {"load": clock.seconds["load"], **traced.meta["seconds"], "files": clock.seconds["files"]}
     for line in lines(shown):
         logger.info(line)
+    if cfg.graph.heads:
+        edges = heads.report(model, traced, heads.moving(traced, shown.pruned, cfg.graph.heads))
+        clock("heads")
+        seconds["heads"] = clock.seconds["heads"]
+        write_report(folder / f"{name}.heads.json", edges)
+        for line in crossings(edges):
+            logger.info(line)
     if cfg.validate:
         found = graph_check.check(model, traced)
         clock("validate")
@@ -107,6 +116,8 @@ def check(cfg: GraphConfig) -> None:
     for key in ("nodes", "edges"):
         if not 0 < (value := getattr(cfg.graph, key)) <= 1:
             raise UserError(f"graph.{key}={value} is no share; give one above 0 and at most 1")
+    if cfg.graph.heads < 0:
+        raise UserError(f"graph.heads={cfg.graph.heads} is no number of edges; give 0 or more")
     if cfg.graph.slug is not None and not re.fullmatch(r"[\w][\w.-]*", cfg.graph.slug):
         raise UserError(f"graph.slug={cfg.graph.slug} is no name of a file; use letters, digits, - and _")
 
@@ -143,11 +154,14 @@ def prepared(traced: Graph, model: ReplacementModel, run: Path, file: Path, cfg:
     return Shown(traced, pruned, groups, labels)
 
 
-def write(shown: Shown, run: Path, folder: Path, name: str) -> Path:
+def write(shown: Shown, run: Path, folder: Path, name: str, options: GraphFileOptions) -> Path:
     """-> the page"""
     graph.save(shown.graph, folder / f"{name}.safetensors")
-    found = graph_json.document(shown.graph, shown.pruned, name, labels=shown.labels, supernodes=shown.groups)
-    graph_json.write(folder, found)
+    drawn, pruned = shown.graph, shown.pruned
+    if options.circuit_tracer_only:
+        drawn = graph_scores.reference(drawn)
+        pruned = graph_scores.prune(drawn, options.nodes, options.edges)
+    graph_json.write(folder, graph_json.document(drawn, pruned, name, options.scan, shown.labels, shown.groups))
     read = partial(feature_files.read, run / "features")
     text = graph_page.page(shown.graph, shown.pruned, shown.groups, read, shown.labels, name)
     page = folder / f"{name}.html"
@@ -175,6 +189,13 @@ def lines(shown: Shown) -> Iterator[str]:
         yield f"{'' if i else 'paths':10}{' -> '.join(node(shown, n) for n in path.nodes)}  ({path.strength:.2%})"
 
 
+def crossings(edges: list[dict[str, Any]]) -> Iterator[str]:
+    """Through which heads edges go."""
+    for i, edge in enumerate(edges):
+        parts = ", ".join(f"{part['path']} {part['part']:.3g}" for part in edge["parts"])
+        yield f"{'' if i else 'heads':10}{edge['source']} -> {edge['target']}  {edge['weight']:.3g}: {parts}"
+
+
 def costs(seconds: dict[str, float]) -> Iterator[str]:
     import torch
 
@@ -190,7 +211,9 @@ def costs(seconds: dict[str, float]) -> Iterator[str]:
 def files(folder: Path, name: str, shown: Shown, cfg: GraphConfig, run: Path) -> Iterator[str]:
     """Where everything is, and what comes next."""
     ends = {"safetensors": "the whole graph", "json": "pruned", "supernodes.json": "groups, to edit"}
-    for end, what in {**ends, **({"check.json": "predicted and measured"} if cfg.validate else {})}.items():
+    ends |= {"heads.json": "edges by attention head"} if cfg.graph.heads else {}
+    ends |= {"check.json": "predicted and measured"} if cfg.validate else {}
+    for end, what in ends.items():
         yield f"{folder / name}.{end}  {what}"
     yield f"{folder / name}.html  open it in a browser"
     features = [path.nodes[-2] for path in top_paths.strongest(shown.graph, 1)]

@@ -16,6 +16,17 @@ class GraphFileOptions(GraphOptions):
     slug: str | None = None
     """Name of the graph's files. Null: from the prompt."""
 
+    scan: str = "./data/features"
+    """What the JSON says of where examples of features are. circuit-tracer's server finds the default beside the
+    graphs, in features/; Neuronpedia wants one of its model ids."""
+
+    circuit_tracer_only: bool = False
+    """Leave out of the JSON the nodes that circuit-tracer does not have (positions, MLPs at position 0, features left
+    out, biases), and prune as it would. The page and the whole graph keep them."""
+
+    heads: int = 0
+    """Of so many of the strongest kept edges between two positions: through which attention heads they go."""
+
 
 @dataclass
 class GraphConfig:

@@ -26,6 +26,8 @@ from tests import oracle
 from tests.families import D_MODEL, FAMILIES, N_LAYERS
 
 F, T = 13, 7
+SMALL = 0.0006
+"""GB in which these graphs fit, and batches of 64 do not."""
 DOUBLE = GraphOptions(dtype=Precision.float64)
 ARCHS: dict[str, tuple[str, dict[str, Any]]] = {
     "clt": ("clt", {}),
@@ -270,6 +272,15 @@ def test_in_single_precision_sums_hold_too(family: LanguageModel) -> None:
         assert float(graph.imbalance().max()) < 1e-5
 
 
+@pytest.mark.slow
+def test_sums_hold_for_every_node_of_twenty_prompts(family: LanguageModel) -> None:
+    model, generator = model_of(family, site=Site.mlp_in), torch.Generator().manual_seed(5)
+    for seed in range(20):
+        ids = tokens(int(torch.randint(2, 30, (), generator=generator)), seed)
+        assert float(trace(model, ids).imbalance().max()) < 1e-5
+        assert float(trace(model, ids, DOUBLE).imbalance().max()) < 1e-12
+
+
 def test_doubling_every_bias_adds_the_bias_nodes(gpt2: LanguageModel) -> None:
     model, ids = model_of(gpt2, random("skip"), Site.mlp_in), tokens()
     graph, held = trace(model, ids, DOUBLE), Held(model, ids)
@@ -359,7 +370,7 @@ def test_little_memory_makes_small_batches_and_too_little_is_refused(
 ) -> None:
     model, ids = model_of(gpt2), tokens()
     caplog.set_level("INFO")
-    small = trace(model, ids, GraphOptions(memory_gb=0.0009))
+    small = trace(model, ids, GraphOptions(memory_gb=SMALL))
     assert ": 64 targets at a time" not in caplog.messages[0]
     assert "targets at a time" in caplog.messages[0]
     torch.testing.assert_close(small.edges, trace(model, ids).edges, rtol=1e-4, atol=1e-5)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from pipeline.arch.options import Site
 from pipeline.errors import UserError
-from pipeline.interp import attribution, frozen, heads, paths
+from pipeline.interp import attribution, frozen, graph_scores, heads, paths
 from pipeline.interp.graph import Graph, Kind
+from pipeline.interp.graph_json import node_ids
 from pipeline.interp.graph_options import GraphOptions
 from pipeline.interp.replacement import ReplacementModel
 from tests.families import D_MODEL, FAMILIES, N_LAYERS
@@ -204,6 +205,33 @@ def test_the_strongest_parts_come_first_by_size() -> None:
     parts[1, 0, 0], parts[0, 1, 0] = -3, 1
     found = heads.strongest(heads.Crossings(parts, torch.tensor([2.0])), 0)
     assert found == [("head 1.0", -3), ("direct", 2), ("head 0.1", 1)]
+
+
+def test_the_strongest_moving_edges_are_told_with_their_largest_parts(tiny_gpt2: Path) -> None:
+    model = made(tiny_gpt2)
+    model.lm.weights.float()
+    model.lm.dtype = torch.float32
+    model.transcoder.float()
+    tokens = torch.randint(3, 60, (1, T), generator=torch.Generator().manual_seed(2))
+    graph = attribution.trace(model, tokens, GraphOptions(max_logits=2))
+    pruned = graph_scores.prune(graph, 1, 1)
+    w = graph_scores.influence(graph) + graph_scores.weights(graph)
+    size = graph.edges.abs()
+    score = w[:, None] * size / size.sum(dim=1, keepdim=True).clamp(min=1e-30)
+    for target, source in pruned.pairs().tolist():
+        if graph.position[target] == graph.position[source] or graph.kind[source] not in heads.SOURCES:
+            score[target, source] = 0
+    best = [divmod(i, graph.n_nodes) for i in score.flatten().topk(4).indices.tolist()]
+    pairs = heads.moving(graph, pruned, 4)
+    assert pairs == best
+    ids = node_ids(graph)
+    found = heads.report(model, graph, pairs, n=99)
+    assert [(row["target"], row["source"]) for row in found] == [(ids[t], ids[s]) for t, s in pairs]
+    for row, (target, source) in zip(found, pairs, strict=True):
+        assert row["weight"] == float(graph.edges[target, source])
+        assert sum(part["part"] for part in row["parts"]) == pytest.approx(row["weight"], rel=1e-3, abs=1e-5)
+        parts = [abs(part["part"]) for part in row["parts"]]
+        assert parts == sorted(parts, reverse=True)
 
 
 def test_an_output_that_is_a_feature_is_no_token(tiny_gpt2: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 import pipeline
 from pipeline.config import Request, compose, launch
 from pipeline.interp import graph as graphs
+from pipeline.interp import graph_json, graph_scores
 from pipeline.interp.attribution import trace
 from pipeline.interp.graph import Kind
 from pipeline.stages import graph
@@ -68,11 +69,46 @@ def test_settings_and_the_slug_are_the_users(work: Path) -> None:
     assert not Path("runs/batchtopk/graphs/two.check.json").exists()
 
 
+def test_edges_between_positions_are_told_head_by_head(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    words = (
+        "run=batchtopk",
+        "prompt=The old river",
+        "graph.heads=3",
+        "graph.circuit_tracer_only=true",
+        "graph.scan=me",
+    )
+    with caplog.at_level(logging.INFO, "pipeline"):
+        assert launch("graph", Request(overrides=words)) == 0
+    file = Path(f"runs/batchtopk/graphs/{NAME}.heads.json")
+    edges = json.loads(file.read_text())
+    traced = graphs.load(file.with_name(f"{NAME}.safetensors"))
+    number = {node: i for i, node in enumerate(graph_json.node_ids(traced))}
+    assert len(edges) == 3
+    for edge in edges:
+        target, source = number[edge["target"]], number[edge["source"]]
+        assert traced.position[target] > traced.position[source]
+        assert edge["weight"] == pytest.approx(float(traced.edges[target, source]))
+        assert sum(part["part"] for part in edge["parts"]) == pytest.approx(edge["weight"], rel=0.2)
+    lines = [record.getMessage() for record in caplog.records]
+    first = edges[0]["parts"][0]
+    start = f"heads     {edges[0]['source']} -> {edges[0]['target']}"
+    assert any(line.startswith(start) and f": {first['path']} {first['part']:.3g}" in line for line in lines)
+    assert any(line.startswith(str(file)) for line in lines)
+    drawn = json.loads(file.with_name(f"{NAME}.json").read_text())
+    known = {"cross layer transcoder", "mlp reconstruction error", "embedding", "logit"}
+    assert {node["feature_type"] for node in drawn["nodes"]} <= known
+    assert drawn["metadata"]["scan"] == "me"
+    small = graph_scores.reference(traced)
+    assert len(drawn["links"]) == int(graph_scores.prune(small).edges.sum())
+    assert Kind.bias in traced.kind
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "there is no prompt; add prompt="),
         (["prompt=a", "graph.nodes=0"], "graph.nodes=0.0 is no share"),
+        (["prompt=a", "graph.heads=-1"], "graph.heads=-1 is no number of edges"),
         (["prompt=a", "graph.slug=../a"], "is no name of a file"),
         (["prompt=a", "graph.feature=7"], "is not LAYER/INDEX@POSITION"),
         (["prompt=a", "graph.targets=[ab]"], '"ab" is 2 tokens'),
