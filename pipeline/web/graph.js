@@ -233,13 +233,19 @@ function ungroup(at) {
   draw();
 }
 
+// A node that the pointer is on, in the picture or in a list, and its edges.
+function point(key) {
+  document.querySelectorAll("#picture .hot").forEach((one) => one.classList.remove("hot"));
+  if (!key) return;
+  const shown = `#picture .edge[data-from="${key}"], #picture .edge[data-to="${key}"], #picture .node[data-key="${key}"]`;
+  document.querySelectorAll(shown).forEach((one) => one.classList.add("hot"));
+}
+
 function tip(item, event) {
   const place = $("tip");
   place.hidden = !item;
-  document.querySelectorAll(".edge.hot").forEach((edge) => edge.classList.remove("hot"));
+  point(item?.key);
   if (!item) return;
-  const ends = `.edge[data-from="${item.key}"], .edge[data-to="${item.key}"]`;
-  document.querySelectorAll(ends).forEach((edge) => edge.classList.add("hot"));
   const lines = item.node ? told(item.node) : item.members.slice(0, 6).map((i) => told(graph.nodes[i])[0]);
   const name = item.node ? title(item.node) : item.label;
   place.replaceChildren(html("b", {}, name), ...lines.map((line) => html("div", {}, line)));
@@ -275,6 +281,8 @@ $("frame").addEventListener("mousemove", (event) => {
   hovered = item;
 });
 $("frame").addEventListener("mouseleave", () => tip(null));
+$("panel").addEventListener("mouseover", (event) => point(keyAt(event)));
+$("panel").addEventListener("mouseleave", () => point(null));
 function toggle(at) {
   state.groups[at].open = !state.groups[at].open;
   state.selected = [];

@@ -146,6 +146,21 @@ def test_a_chosen_feature_shows_contexts_words_and_histogram(browser: Browser, g
     assert browser.value("document.querySelectorAll('.histogram rect').length") == 50
 
 
+def test_a_pointer_shows_what_a_node_is_and_a_list_points_into_the_picture(
+    browser: Browser, graph: Graph, tmp_path: Path
+) -> None:
+    i = top(graph)
+    keys = opened(browser, graph, tmp_path)
+    browser.click(f'#picture [data-key="n{keys[node_ids(graph)[i]]}"] .mark')
+    browser.key("Escape")
+    browser.move(f'#picture [data-key="n{keys[node_ids(graph)[i]]}"] .mark')
+    told = browser.value("document.getElementById('tip').innerText")
+    assert f"feature {int(graph.layer[i])}/{int(graph.index[i])}" in told
+    assert "activation" in told
+    browser.move("#panel .walk[data-key]:nth-child(1)")
+    assert browser.value("document.querySelectorAll('.node.hot').length") == 1
+
+
 def test_a_path_is_shown_alone_and_let_go(browser: Browser, graph: Graph, tmp_path: Path) -> None:
     keys = opened(browser, graph, tmp_path)
     browser.click(".paths .walk")
