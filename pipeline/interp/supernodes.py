@@ -135,7 +135,9 @@ def labelled(
     n_tokens: int = 3,
 ) -> list[Supernode]:
     """Supernodes with readable labels, each its own: the tokens that the members' top tokens name most often, weighted
-    by activation. Where none are known, the tokens that the members stand at, and what they promote together."""
+    by activation; without any, the tokens that the members stand at. In brackets what they promote together, where no
+    top tokens are known, and of groups at the last position that reach the upper half of the layers: features there
+    are active at whatever stands there, and what they are about is what they say."""
     ids, found = node_ids(graph), []
     for group in groups:
         votes: dict[str, float] = {}
@@ -143,12 +145,10 @@ def labelled(
             names = top_tokens(int(graph.layer[i]), int(graph.index[i]))
             for rank, token in enumerate(dict.fromkeys(token.strip() for token in names)):
                 votes[token] = votes.get(token, 0.0) + float(graph.activation[i]) / (1 + rank)
-        label = ", ".join(_most(votes, n_tokens))
-        if not label:
-            places = dict.fromkeys(graph.texts[int(graph.position[i])].strip() for i in group)
-            label = "at " + ", ".join(places)
-            says = [token.strip() for token in promoted(group)][:n_tokens] if promoted else []
-            label += f" ({', '.join(says)})" if says else ""
+        places = dict.fromkeys(graph.texts[int(graph.position[i])].strip() for i in group)
+        label = ", ".join(_most(votes, n_tokens)) or "at " + ", ".join(places)
+        if promoted is not None and (not votes or _is_last(graph, group)):
+            label += f" ({', '.join([token.strip() for token in promoted(group)][:n_tokens])})"
         found.append(Supernode(label, tuple(ids[i] for i in group)))
     return _distinct(found, set(ids))
 
@@ -278,6 +278,12 @@ def _parts(graph: Graph, group: list[int]) -> Tensor:
     """What part of its group each member is, by activation or probability; equal ones where that is 0. [k]"""
     size = (graph.probability if graph.kind[group[0]] == Kind.logit else graph.activation)[group].double()
     return size / size.sum() if size.sum() > 0 else torch.full_like(size, 1 / len(group))
+
+
+def _is_last(graph: Graph, group: Sequence[int]) -> bool:
+    """Whether a group is at the last position, with members in the upper half of the layers."""
+    at = torch.tensor(list(group))
+    return bool((graph.position[at] == len(graph.texts) - 1).all()) and 2 * int(graph.layer[at].max()) >= graph.n_layers
 
 
 def _most(votes: dict[str, float], n: int) -> list[str]:

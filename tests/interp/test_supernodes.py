@@ -201,6 +201,19 @@ def test_without_contexts_a_group_is_named_by_its_place_and_by_what_it_promotes(
     assert found.label == "at t2 (<0>, <2>)"
 
 
+def test_features_late_and_last_are_named_by_what_they_promote_too() -> None:
+    graph = random_graph(features=4)
+    graph.layer[:4], graph.position[:4] = torch.tensor([1, 2, 0, 2]), torch.tensor([3, 3, 3, 2])
+
+    def names(*groups: list[int]) -> list[str]:
+        return [one.label for one in labelled(graph, groups, lambda *_: [" is"], lambda group: [" Paris", " Rome"])]
+
+    assert names([0, 1]) == ["is (Paris, Rome)"]
+    assert names([2]) == ["is"], "an early layer"
+    assert names([1, 3]) == ["is"], "not all at the last position"
+    assert names([1]) == ["is (Paris, Rome)"]
+
+
 def test_edited_groups_are_kept_and_others_are_made_anew(tmp_path: Path) -> None:
     graph = random_graph(features=6)
     file = supernodes.file_of(tmp_path / "graphs", "paris")
