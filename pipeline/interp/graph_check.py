@@ -118,7 +118,8 @@ def _measured(
         x: dict[int, Tensor] = {}
         with _last_read(model) as last:
             # The first row is not edited: what rounding there is it has too.
-            edited(model, tokens, before, [[], *some], options, gates, x.__setitem__, respond)
+            watch = x.__setitem__
+            edited(model, tokens, before, [[], *some], options, gates, watch, respond, hold_others=True, last=True)
         read = last[0][:, -1] if outputs.layer == model.lm.n_layers else x[outputs.layer][:, outputs.position]
         values = read @ outputs.rows.T + outputs.biases
         h = _pre_activations(model, graph, x)

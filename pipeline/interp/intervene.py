@@ -127,11 +127,14 @@ class Edited:
             out = wide(self.before.outputs[layer]) + (y_hat - self.before.y_hat[layer])
         return keep_position_0(own, out.to(own.dtype)) if self.first else out.to(own.dtype)
 
-    def logits(self, tokens: Tensor, past: "DynamicCache | None" = None) -> Tensor:
-        """The edited pass. tokens int64 [n, T] -> [n, T, V]"""
-        holds = self.options.layers != Response.open and self.options.until is None
+    def logits(
+        self, tokens: Tensor, past: "DynamicCache | None" = None, hold_others: bool = False, last: bool = False
+    ) -> Tensor:
+        """The edited pass. tokens int64 [n, T] -> [n, T, V]; last: [n, 1, V], the last position's. hold_others: the
+        MLPs that the transcoder does not read write what they wrote before, with open layers too."""
+        holds = hold_others or (self.options.layers != Response.open and self.options.until is None)
         with _others(self.model.lm, self.before.others) if holds else nullcontext():
-            return self.model.lm.logits(tokens, self, past)
+            return self.model.lm.logits(tokens, self, past, last=last)
 
     def _response(self, layer: int) -> Response:
         until = self.options.until
@@ -260,8 +263,11 @@ def edited(
     gates: Gates | None = None,
     watch: Callable[[int, Tensor], None] | None = None,
     respond: Sequence[Tensor] | None = None,
+    hold_others: bool = False,
+    last: bool = False,
 ) -> tuple[Tensor, Edited]:
-    """One pass with the edits of n rows; the rest as in `Edited`. tokens [1, T] -> (logits [n, T, V], what was made)"""
+    """One pass with the edits of n rows; the rest as in `Edited` and its `logits`. tokens [1, T] -> (logits [n, T, V],
+    what was made)"""
     n, length = len(edits), tokens.shape[1]
     compiled = Compiled(edits, length, 0, length, model.transcoder.d_features)
     attention, norms = (one == Hold.frozen for one in (options.attention, options.norms))
@@ -271,7 +277,7 @@ def edited(
     with ExitStack() as stack:
         if gates is not None:
             stack.enter_context(frozen.held(model.lm, gates, attention, norms))
-        return made.logits(tokens.expand(n, -1)), made
+        return made.logits(tokens.expand(n, -1), hold_others=hold_others, last=last), made
 
 
 def held_read(model: ReplacementModel, gates: Gates) -> Read:

@@ -59,7 +59,7 @@ def _tasks(metrics: Tree) -> list[str]:
 def _swaps(metrics: Tree) -> list[str]:
     """Of the built-in world: do answers follow when one country's features take the place of another's?"""
     swaps, ends = (((side or {}).get("world") or {}).get("country_swap") or {} for side in (metrics, metrics["ci95"]))
-    lines = []
+    lines: list[str] = []
     for relation, swap in swaps.items():
         side = {"swap": swap["features"], "ci95": {"swap": (ends.get(relation) or {}).get("features")}}
         label = "country swap, followed" if not lines else ""

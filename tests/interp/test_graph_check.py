@@ -112,11 +112,15 @@ def test_a_feature_as_the_output_is_read_where_it_is(gpt2: LanguageModel) -> Non
     assert found["frozen"]["outputs"]["error"] < 1e-10
 
 
-def test_layers_that_are_not_read_stand_still(tiny_gpt2: Path) -> None:
-    lm = opened(tiny_gpt2, layers=[1, 3])
+@pytest.mark.parametrize("layers", [[1, 3], [0, 2]])
+def test_layers_that_are_not_read_stand_still(tiny_gpt2: Path, layers: list[int]) -> None:
+    lm = opened(tiny_gpt2, layers=layers)
     assert lm.n_layers == 2
     _, found = checked(model_of(lm, random("clt", n_layers=2)))
     assert max(worst(found, name) for name in EXACT) < 1e-10
+    for node in found["nodes"]:
+        if node["layer"] == 1:  # behind it nothing has a gate
+            assert node["gates"] == pytest.approx(node["predicted"], rel=1e-9, abs=1e-11)
 
 
 def test_what_happens_live_is_what_an_intervention_does(gpt2: LanguageModel) -> None:
