@@ -158,7 +158,8 @@ def labelling(examples: list[Record]) -> list[list[Any]]:
     mass: Counter[str] = Counter()
     for example in examples:
         at = example["train_token_ind"]
-        mass[example["tokens"][at].strip()] += example["tokens_acts_list"][at]
+        text = example["tokens"][at]
+        mass[text.strip() or repr(text)] += example["tokens_acts_list"][at]
     total = sum(mass.values())
     return [[text, float(f"{value / total:.3g}")] for text, value in mass.most_common(10)] if total else []
 

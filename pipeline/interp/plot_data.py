@@ -20,6 +20,7 @@ Feature = tuple[int, int]
 
 MOST_PER_LAYER = 1024
 """Features of a layer that are correlated with those of others: the most frequent ones."""
+ALIKE = 0.7
 LEAST_ACTIVE = 10
 """Tokens at which a feature is active before its correlations count."""
 
@@ -34,13 +35,13 @@ class Entries(NamedTuple):
     importance: NDArray[np.float32]
 
     def strongest(self, n: int) -> list[Feature]:
-        """The n features whose importance at some token is the highest, that one first."""
-        found: dict[Feature, float] = {}
-        for i in np.argsort(-self.importance, kind="stable").tolist():
-            found.setdefault((int(self.layer[i]), int(self.feature[i])), float(self.importance[i]))
-            if len(found) == n:
-                break
-        return list(found)
+        """n features with a high importance: in turn the first one of each token, the second one, and so on."""
+        order = np.lexsort((-self.importance, self.token))
+        starts = np.flatnonzero(np.diff(self.token[order], prepend=-1))
+        rank = np.arange(len(order)) - np.repeat(starts, np.diff(starts, append=len(order)))
+        turns = order[np.lexsort((-self.importance[order], rank))].tolist()
+        found = dict.fromkeys((int(self.layer[i]), int(self.feature[i])) for i in turns)
+        return list(found)[:n]
 
     def table(self, features: list[Feature], n_tokens: int) -> NDArray[np.float32]:
         """Activations [features, n_tokens]."""
@@ -94,7 +95,8 @@ class Correlated(NamedTuple):
 
 @torch.inference_mode()
 def correlations(transcoder: Transcoder, text: FeatureText, features: list[Feature] | None, n: int) -> Correlated:
-    """features: those of the matrix; None: the n that write most, equally many of each layer."""
+    """features: those of the matrix; None: the n that write most, equally many of each layer, without those that are
+    nearly the same as one before in their layer (a correlation above ALIKE)."""
     standard, ids, weight = [], [], []
     activations = [_dense(transcoder, text, source) for source in range(transcoder.n_sources)]
     size = norms(transcoder).cpu()
@@ -106,8 +108,8 @@ def correlations(transcoder: Transcoder, text: FeatureText, features: list[Featu
     best = np.array([[_best(one, other, one is other) for other in standard] for one in standard])
     if features is None:
         each = max(1, n // transcoder.n_sources)
-        strongest = [weight[s].argsort(descending=True)[:each] for s in range(transcoder.n_sources)]
-        features = [(s, int(ids[s][i])) for s, places in enumerate(strongest) for i in places.tolist()]
+        picked = [_unlike(standard[s], weight[s], each) for s in range(transcoder.n_sources)]
+        features = [(s, int(ids[s][i])) for s, places in enumerate(picked) for i in places]
     place = {(s, int(f)): i for s, mine in enumerate(ids) for i, f in enumerate(mine.tolist())}
     features = [feature for feature in features if feature in place]
     columns = torch.stack([standard[s][:, place[s, f]] for s, f in features]) if features else torch.zeros(0, 1)
@@ -131,6 +133,15 @@ def _dense(transcoder: Transcoder, text: FeatureText, source: int) -> tuple[Tens
         found[first + pattern.tokens.cpu()[kept], column[kept]] = values.float().cpu()[kept]
         first += pattern.n_tokens
     return mine, found
+
+
+def _unlike(standard: Tensor, weight: Tensor, n: int) -> list[int]:
+    """The n columns of [B, m] with the highest weight that are unlike those before them."""
+    found: list[int] = []
+    for i in weight.argsort(descending=True, stable=True).tolist():
+        if len(found) < n and (not found or float((standard[:, found].T @ standard[:, i]).max()) <= ALIKE):
+            found.append(i)
+    return found
 
 
 def _best(one: Tensor, other: Tensor, same: bool) -> float:

@@ -79,6 +79,13 @@ def turned(
     return answer
 
 
+def moving(turned_ones: list[Turned], n: int) -> list[Turned]:
+    """The n whose factors move the probabilities most (half the sum of differences between the first and the last)."""
+    moved = [float((one.probabilities[0] - one.probabilities[-1]).abs().sum()) for one in turned_ones]
+    order = sorted(range(len(moved)), key=lambda i: -moved[i])[:n]
+    return [turned_ones[i] for i in order]
+
+
 def _demeaned(logits: Tensor, token: int) -> Tensor:
     logits = logits.double()
     return logits[:, token] - logits.mean(dim=-1)

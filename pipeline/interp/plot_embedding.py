@@ -18,6 +18,8 @@ from pipeline.errors import UserError
 from pipeline.interp.plot_data import Feature
 
 DIMENSIONS = 50
+LETTER, LINE = 0.0135, 0.035
+"""Of a label, in parts of a map's width and height."""
 
 
 class Embedding(NamedTuple):
@@ -76,13 +78,18 @@ def embeddings(vectors: NDArray[np.float32], perplexity: float, seed: int) -> li
     return found
 
 
-def spread(points: NDArray[np.float64], n: int) -> list[int]:
-    """n points that lie far from one another: each the farthest from those before, from the first on."""
+def legible(points: NDArray[np.float64], texts: list[str], n: int) -> list[int]:
+    """At most n points whose texts do not run into one another: each the farthest from those before that has room."""
     if not len(points):
         return []
-    chosen = [0]
-    nearest = np.linalg.norm(points - points[0], axis=1)
-    while len(chosen) < min(n, len(points)):
-        chosen.append(int(nearest.argmax()))
-        nearest = np.minimum(nearest, np.linalg.norm(points - points[chosen[-1]], axis=1))
+    unit = (points - points.min(axis=0)) / np.maximum(np.ptp(points, axis=0), 1e-12)
+    width = np.array([LETTER * min(len(text), 22) for text in texts])
+    free = np.ones(len(points), dtype=np.bool_)
+    nearest = np.linalg.norm(unit - unit.mean(axis=0), axis=1)
+    chosen: list[int] = []
+    while len(chosen) < n and free.any():
+        chosen.append(int(np.where(free, nearest, -1).argmax()))
+        apart = np.abs(unit - unit[chosen[-1]])
+        free &= (apart[:, 0] > (width + width[chosen[-1]]) / 2) | (apart[:, 1] > LINE)
+        nearest = np.minimum(nearest, np.linalg.norm(unit - unit[chosen[-1]], axis=1))
     return chosen

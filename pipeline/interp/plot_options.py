@@ -23,8 +23,9 @@ class By(StrEnum):
 @dataclass
 class PlotOptions:
     n: int | None = None
-    """Features that are shown, those that write most on the prompt (or, without one, on the evaluation split). Null: 30;
-    of tokens 12, of correlation 60, of token_probability 4, of an embedding 2,000."""
+    """Features that are shown: of a prompt those that write most at its tokens in turn, of a correlation without one
+    those that write most on the evaluation split. Null: 30; of tokens 12, of correlation 60, of token_probability 4, of
+    an embedding 2,000."""
 
     features: str | None = None
     """These in their place: [0/12,1/7] (layer/feature), or a file with one on each line."""

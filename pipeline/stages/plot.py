@@ -32,7 +32,8 @@ from pipeline.stages.plot_options import PlotConfig
 from pipeline.train import artifact
 from pipeline.train import run as runs
 from pipeline.train.artifact import Trained
-from pipeline.web import images, plot_effects as drawn_effects, plot_maps, plot_page, plot_tokens
+from pipeline.web import images, plot_maps, plot_page, plot_tokens
+from pipeline.web import plot_effects as drawn_effects
 from pipeline.web.panels import Figure
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ LABELLED = 36
 """Features that carry their label on a map."""
 IN_TABLE = 100
 """Most features in the table below the picture."""
-FOLLOWED = (4, 2)
+FOLLOWED = (2, 4)
 """Tokens of token_probability: the most likely ones, and those that change most."""
 
 
@@ -130,8 +131,8 @@ def run(cfg: PlotConfig) -> Path:
     facts = {"run": str(directory), "model": subject.lm.name, **drawn.facts}
     facts |= {} if cfg.prompt is None else {"prompt": cfg.prompt}
     described = _described(directory, drawn.features)
-    if not described:
-        logger.warning("%s/features does not describe these features: no labels; run clt features first", directory)
+    if feature_files.about(directory / "features") is None:
+        logger.warning("%s holds no described features, so none has a label; run clt features first", directory)
     title = TITLES[cfg.kind]
     text = plot_page.page(title, drawn.figure, drawn.caption, facts, described)
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +161,7 @@ def heatmap(subject: Subject) -> Drawn:
     values = found.table(features, len(subject.texts)).tolist()
     figure = plot_tokens.heatmap(subject.texts, [subject.name(f) for f in features], [l for l, _ in features], values)
     caption = "Activations at each token (layer/feature and its most activating tokens). Lines part the layers; the "
-    caption += "features are those that write most at some token: activation x decoder norm."
+    caption += "features are those that write most at each token: activation x decoder norm."
     return Drawn(figure, caption, features, _counted(found))
 
 
@@ -186,11 +187,12 @@ def embedding(subject: Subject) -> Drawn:
         plot_embedding.rows(transcoder, features), subject.options.perplexity, subject.options.seed
     )
     names = [subject.name(feature) for feature in features]
-    known = [i for i, name in enumerate(names) if " " in name]
+    known = [i for i, name in enumerate(names) if any(letter.isalpha() for letter in name)]
     labelled = []
     for one in maps:
-        which = [known[i] for i in plot_embedding.spread(one.points[known], LABELLED)]
-        labelled.append((which, [names[i].partition(" ")[2] for i in which]))
+        texts = [names[i].partition(" ")[2] for i in known]
+        which = plot_embedding.legible(one.points[known], texts, LABELLED)
+        labelled.append(([known[i] for i in which], [texts[i] for i in which]))
     points = [(one.name, one.said, one.points.tolist()) for one in maps]
     figure = plot_maps.embedding(points, [layer for layer, _ in features], names, labelled)
     caption = "Each point is a feature: its decoder rows, concatenated over target layers and scaled to length 1. Near "
@@ -266,19 +268,21 @@ def token_probability(subject: Subject) -> Drawn:
     features = subject.only
     if features is None:
         token = subject.followed(logits)
-        effects = plot_effects.effects(model, _of(subject), found, token, 4 * subject.n, options.response)
-        features = list(dict.fromkeys(one.feature for one in effects))[: subject.n]
+        effects = plot_effects.effects(model, _of(subject), found, token, 3 * subject.n, options.response)
+        features = list(dict.fromkeys(one.feature for one in effects))
     factors = sorted(set(options.factors))
     turned = plot_effects.turned(model, _of(subject), found, features, factors, options.response)
     if not turned:
         raise UserError("none of these features is active on the prompt; name others or another prompt")
+    if subject.only is None:
+        turned = plot_effects.moving(turned, subject.n)
     followed = plot_effects.followed(turned, logits.softmax(dim=-1), *FOLLOWED)
     if options.token is not None and (token := subject.followed(logits)) not in followed:
         followed = [token, *followed]
     panels = []
     for one in turned:
         where = ", ".join(subject.texts[position].strip() for position in one.positions)
-        panels.append((f"{subject.name(one.feature)}  @ {where}", one.probabilities[:, followed].T.tolist()))
+        panels.append((f"{subject.name(one.feature)}, at: {where}", one.probabilities[:, followed].T.tolist()))
     figure = drawn_effects.token_probability(factors, [subject.words(token).strip() for token in followed], panels)
     caption = (
         "Probabilities behind the last token when a feature's activation is multiplied wherever it is active: 1 is "

@@ -13,18 +13,22 @@ BAR = 20
 def ranking(names: Sequence[str], layers: Sequence[int], values: Sequence[float], title: str, n_layers: int) -> Figure:
     """Bars, the first on top."""
     n = len(names)
+    low, high = min(0.0, *values), max(0.0, *values)
+    room = 0.09 * (high - low)  # for the number behind a bar
     traces: list[Trace] = []
     for layer in sorted(set(layers)):
         mine = [i for i in range(n) if layers[i] == layer]
         traces.append({
             "type": "bar", "orientation": "h", "x": [values[i] for i in mine], "y": mine, "name": f"layer {layer}",
-            "marker": {"color": layer_colour(layer, n_layers)}, "text": [f"{values[i]:.3g}" for i in mine],
+            "marker": {"color": layer_colour(layer, n_layers)}, "width": 0.78,
+            "text": [f"{values[i]:.3g}" for i in mine],
             "textposition": "outside", "cliponaxis": False, "textfont": {"size": 10},
             "customdata": [safe(names[i]) for i in mine], "hovertemplate": "%{customdata}: %{x:.4g}<extra></extra>",
         })  # fmt: skip
     layout = {
-        "height": BAR * n + 90, "margin": {"l": 10, "r": 60, "t": 20, "b": 50}, "bargap": 0.25, "barmode": "overlay",
-        "xaxis": {"title": {"text": title}, "zeroline": True, "zerolinecolor": "#888888", "automargin": True},
+        "height": BAR * n + 90, "margin": {"l": 10, "r": 60, "t": 20, "b": 50}, "barmode": "overlay",
+        "xaxis": {"title": {"text": title}, "zeroline": True, "zerolinecolor": "#888888", "automargin": True,
+                  "range": [low - room if low < 0 else 0, high + room]},
         "yaxis": {"tickmode": "array", "tickvals": list(range(n)), "ticktext": [shown(name, 60) for name in names],
                   "range": [n - 0.5, -0.5], "automargin": True, "showgrid": False, "zeroline": False,
                   "tickfont": {"size": 11}},

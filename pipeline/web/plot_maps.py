@@ -28,7 +28,7 @@ def embedding(
                 "y": [round(float(points[i][1]), 4) for i in mine], "name": f"layer {layer}",
                 "legendgroup": f"layer {layer}", "text": [safe(names[i]) for i in mine],
                 "hovertemplate": "%{text}<extra></extra>",
-                "marker": {"size": 5, "opacity": 0.65, "color": layer_colour(layer, n_layers)},
+                "marker": {"size": 5, "opacity": 0.45, "color": layer_colour(layer, n_layers)},
             })  # fmt: skip
         traces.append({
             "type": "scatter", "mode": "text", "x": [float(points[i][0]) for i in which], "hoverinfo": "skip",

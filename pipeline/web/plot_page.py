@@ -16,7 +16,7 @@ CONTEXT = 8
 def page(
     title: str, figure: Figure, caption: str, facts: Mapping[str, str], features: Sequence[tuple[str, Record]]
 ) -> str:
-    """features: names and records (`feature_files.py`) of those that were described. Raises UserError without plotly."""
+    """features: names and records (`feature_files.py`) of described ones. Raises UserError where plotly is missing."""
     return template("plot.html.j2").render(
         title=title, caption=caption, facts=facts, figures={"plot": figure}, plotly=plotly_script(),
         rows=[_row(name, record) for name, record in features], version=pipeline.__version__,

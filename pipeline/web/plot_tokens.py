@@ -32,8 +32,9 @@ def heatmap(
     if n * n_tokens <= CELLS_WITH_NUMBERS and n_tokens <= 30:
         trace |= {"texttemplate": "%{z:.2g}", "textfont": {"size": 10}}
     breaks = [i for i in range(1, n) if layers[i] != layers[i - 1]]
+    head = HEAD if long else HEAD // 3
     layout = {
-        "height": HEAD + ROW * n + FOOT, "margin": {"l": 10, "r": 10, "t": HEAD, "b": FOOT},
+        "height": head + ROW * n + FOOT, "margin": {"l": 10, "r": 10, "t": head, "b": FOOT},
         "xaxis": {
             "side": "top", "tickmode": "array", "tickvals": list(range(n_tokens)), "automargin": True,
             "ticktext": [shown(token) for token in tokens], "tickangle": -60 if long else 0, "showgrid": False,
@@ -70,8 +71,9 @@ def coloured(
                 at, line = NAME_CHARACTERS, line + 1
             if value > 0:
                 alpha = 0.12 + 0.78 * value / highest
+                space = len(word) - len(word.lstrip(" ")) if word.strip() else 0
                 shapes.append({
-                    "type": "rect", "layer": "below", "x0": at, "x1": at + len(word), "y0": line + 0.08,
+                    "type": "rect", "layer": "below", "x0": at + space, "x1": at + len(word), "y0": line + 0.08,
                     "y1": line + 0.92, "line": {"width": 0}, "fillcolor": f"rgba(230,159,0,{alpha:.3f})",
                 })  # fmt: skip
             x.append(at)
@@ -88,7 +90,7 @@ def coloured(
         {"type": "scatter", "mode": "text", "x": x, "y": y, "text": text, "textposition": "middle right",
          "textfont": mono, "hovertext": hover, "hoverinfo": "text", "showlegend": False},
         {"type": "scatter", "mode": "text", "x": [0] * len(labels), "y": [at for at, _, _ in labels],
-         "text": [f"<b>{safe(name)}</b>" for _, name, _ in labels], "textposition": "middle right",
+         "text": [f"<b>{name}</b>" for _, name, _ in labels], "textposition": "middle right",
          "textfont": {"size": 11, "color": [colour for _, _, colour in labels]}, "hoverinfo": "skip",
          "showlegend": False},
     ]  # fmt: skip

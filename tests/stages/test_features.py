@@ -193,7 +193,7 @@ def test_a_label_is_made_of_the_tokens_at_the_peaks(made: tuple[Path, Tensor, np
         mass: dict[str, float] = {}
         for example in record["examples_quantiles"][0]["examples"]:
             at = example["train_token_ind"]
-            text = example["tokens"][at].strip()
+            text = example["tokens"][at].strip() or repr(example["tokens"][at])
             mass[text] = mass.get(text, 0) + example["tokens_acts_list"][at]
         best = sorted(mass.values(), reverse=True)
         assert record["label"].split(" / ")[0] in {text for text, value in mass.items() if value == best[0]}
