@@ -206,7 +206,7 @@ def _found(
             "negative values, "
             "which attribution has no place for; raise them to 0"
         )
-    weights = {name: torch.stack([layer[name] for layer in layers]) for name in ("W_enc", "b_enc", "b_dec")}
+    weights = {name: torch.stack([layer.pop(name) for layer in layers]) for name in ("W_enc", "b_enc", "b_dec")}
     weights |= {f"W_dec.{l}": layer["W_dec"] for l, layer in enumerate(layers)}
     weights |= {"W_skip": torch.stack([layer["W_skip"] for layer in layers])} if with_skip == {True} else {}
     arch = "clt" if is_clt else "skip" if "W_skip" in weights else "per_layer"

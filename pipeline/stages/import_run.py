@@ -20,7 +20,6 @@ from torch import Tensor
 from pipeline.arch import table
 from pipeline.arch.base import Dims
 from pipeline.arch.options import ArchOptions, Site
-from pipeline.core.activations import FixedThreshold
 from pipeline.core.normalize import MlpNorm
 from pipeline.core.options import ActivationOptions
 from pipeline.data import models, tokens
@@ -82,8 +81,7 @@ def run(cfg: ImportConfig) -> Path:
     _check(cfg, found, setting)
     weights = _before_gain(found, setting.norm) if found.input_hook == "ln2.hook_normalized" else found.weights
     arch = ArchOptions(found.arch, d_features=found.d_features, site=site, skip=found.arch == "skip")
-    transcoder = table.build(arch, setting.dims, FixedThreshold(found.threshold)).eval()
-    transcoder.load_weights(weights)
+    table.check(arch)
     directory = runs.start(cfg.name, cfg)
     rule = ActivationOptions("jumprelu" if bool(found.threshold.any()) else "relu")
     config = {
@@ -104,7 +102,8 @@ def run(cfg: ImportConfig) -> Path:
             "clt_pipeline": found.about,
         },
     }
-    artifact.save(directory, transcoder, found.threshold, setting.y_mean.float(), config)
+    # Not through a transcoder, which would be a second copy of weights that may fill most of the memory.
+    artifact.write(directory, weights | {"threshold": found.threshold, "y_mean": setting.y_mean}, config)
     _say(cfg, found, directory, None if is_finished(cache) else command_of(request, place))
     return directory
 

@@ -82,6 +82,11 @@ def save(
     """Write runs/NAME/final at once. `transcoder` is folded; `config` holds everything but the schema."""
     tensors = {**transcoder.weights(), "threshold": threshold, "y_mean": y_mean}
     tensors |= {} if rank_norms is None else {"rank_norms": rank_norms}
+    return write(run, tensors, config)
+
+
+def write(run: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Path:
+    """The same from tensors by their names in the file."""
     with atomic_directory(run / "final") as aside:
         save_file({k: v.detach().float().contiguous().cpu() for k, v in tensors.items()}, aside / WEIGHTS)
         (aside / "config.json").write_text(json.dumps({"schema": SCHEMA, **config}, indent=2) + "\n")

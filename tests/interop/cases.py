@@ -98,10 +98,10 @@ def make_model(family: str, path: Path, sizes: Sizes = SMALL) -> None:
         parameter.data += 0.3 * torch.randn_like(parameter) * (1 if "norm" in name or "bias" in name else 0.5)
     model.save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
-    _for_transformers_4(path, sizes.n_context)
+    for_transformers_4(path, sizes.n_context)
 
 
-def _for_transformers_4(path: Path, n_context: int) -> None:
+def for_transformers_4(path: Path, n_context: int) -> None:
     """The names that version 4 and transformer_lens 3 look for."""
     file = path / "config.json"
     config = json.loads(file.read_text())
