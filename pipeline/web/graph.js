@@ -1,124 +1,69 @@
 "use strict";
-// What is shown and chosen, kept in the address (#...), and how keys, clicks and sliders change it.
+// What is drawn, and how keys and clicks change it.
 
-const data = JSON.parse(document.getElementById("graph").textContent);
-const graph = readGraph(data);
-const byId = new Map(graph.nodes.map((node) => [node.id, node]));
-const $ = (id) => document.getElementById(id);
-const texts = data.tokens.map(plainToken);
-const rowNames_ = ["tokens", ...Array.from({ length: data.n_layers }, (_, l) => `layer ${l}`), "outputs"];
-const tokenIds = data.tokens.map((_, p) => (graph.nodes.find((node) => node.kind === "token" && node.position === p) || { id: "" }).id);
-const store = "clt graph " + data.key;
-const initialGroups = JSON.stringify(data.supernodes);
-const defaults = { n: data.thresholds.node, e: data.thresholds.edge, d: 70, l: "auto", w: "weight", o: 0, h: "bias" }; // biases reach everything: on demand
-const state = { ...defaults, selected: [], pinned: new Set(), groups: [] };
 let pruned, items = [], edges = [], itemOf = new Map(), placed, hovered = null;
-
-// -- groups: [{ name, members: [i], open }] -----------------------------------------------------------------------
-
-function setGroups(listed) {
-  const taken = new Set();
-  state.groups = [];
-  for (const [name, ...ids] of listed) {
-    const members = ids.filter((id) => byId.has(id)).map((id) => byId.get(id).i).filter((i) => !taken.has(i));
-    members.forEach((i) => taken.add(i));
-    if (members.length) state.groups.push({ name: String(name), members, open: false });
-  }
-}
-const listGroups = () => state.groups.map((group) => [group.name, ...group.members.map((i) => graph.nodes[i].id)]);
-const groupOf = (i) => state.groups.find((group) => group.members.includes(i));
-
-function remember() {
-  const given = { supernodes: listGroups().map(([label, ...nodes]) => ({ label, nodes })), pinned: [...state.pinned].map((i) => graph.nodes[i].id) };
-  try { localStorage.setItem(store, JSON.stringify(given)); } catch (error) { if (!(error instanceof DOMException)) throw error; }
-  return given;
-}
-
-// The groups of a file, in the form that pipeline/interp/supernodes.py writes.
-const listed = (groups) => (Array.isArray(groups) ? groups.filter((one) => one && Array.isArray(one.nodes)).map((one) => [one.label, ...one.nodes]) : null);
-
-function recall() {
-  try { return JSON.parse(localStorage.getItem(store)) || {}; } catch (error) {
-    if (error instanceof DOMException || error instanceof SyntaxError) return {};
-    throw error;
-  }
-}
-
-// -- the address ---------------------------------------------------------------------------------------------------
-
-function writeAddress() {
-  const parts = new URLSearchParams();
-  for (const key of Object.keys(defaults)) if (String(state[key]) !== String(defaults[key])) parts.set(key, state[key]);
-  if (state.selected.length) parts.set("s", state.selected.map(nameOfKey).join(" "));
-  if (state.pinned.size) parts.set("p", [...state.pinned].map((i) => graph.nodes[i].id).join(" "));
-  const groups = JSON.stringify(listGroups());
-  if (groups !== initialGroups) parts.set("g", groups);
-  const open = state.groups.map((group, at) => (group.open ? at : -1)).filter((at) => at >= 0);
-  if (open.length) parts.set("open", open.join(" "));
-  history.replaceState(null, "", "#" + parts.toString());
-}
-
-// A key is "n12" for a node and "g0" for a group; in the address a node has its own name.
-const nameOfKey = (key) => (key[0] === "n" ? graph.nodes[Number(key.slice(1))].id : "group:" + key.slice(1));
-const keyOfName = (name) => (name.startsWith("group:") ? "g" + name.slice(6) : byId.has(name) ? "n" + byId.get(name).i : null);
-const exists = (key) => key !== null && (key[0] === "n" || state.groups[Number(key.slice(1))] !== undefined);
-
-function readAddress() {
-  const parts = new URLSearchParams(location.hash.slice(1)), kept = recall();
-  for (const key of Object.keys(defaults)) {
-    const given = parts.get(key);
-    state[key] = given === null ? defaults[key] : typeof defaults[key] === "number" && Number.isFinite(Number(given)) ? Number(given) : typeof defaults[key] === "number" ? defaults[key] : given;
-  }
-  state.n = Math.min(Math.max(state.n, 0), data.thresholds.most);
-  state.e = Math.min(Math.max(state.e, 0), 1);
-  let groups = listed(kept.supernodes) || data.supernodes;
-  if (parts.has("g")) try { groups = JSON.parse(parts.get("g")); } catch (error) { if (!(error instanceof SyntaxError)) throw error; }
-  setGroups(Array.isArray(groups) ? groups.filter(Array.isArray) : []);
-  for (const at of (parts.get("open") || "").split(" ")) if (at && state.groups[at]) state.groups[at].open = true;
-  const pins = parts.has("p") ? parts.get("p").split(" ") : kept.pinned || [];
-  state.pinned = new Set(pins.filter((id) => byId.has(id)).map((id) => byId.get(id).i));
-  state.selected = (parts.get("s") || "").split(" ").filter(Boolean).map(keyOfName).filter(exists);
-}
-
-// -- what is drawn -------------------------------------------------------------------------------------------------
 
 const row = (node) => (node.layer < 0 ? 0 : Math.min(node.layer, data.n_layers) + 1);
 const label = (node) => node.label || `${node.layer}/${node.index}`;
-const title = (node) => (node.kind === "feature" ? label(node) : node.kind === "token" ? plainToken(node.label) : node.kind === "logit" ? plainToken(node.label) : node.kind === "bias" ? "biases of " + where(node, data) : ONE[node.kind]);
+function title(node) {
+  if (node.kind === "feature") return label(node);
+  if (node.kind === "token" || node.kind === "logit") return plainToken(node.label);
+  return node.kind === "bias" ? "biases of " + where(node, data) : ONE[node.kind];
+}
 const hidden = (node) => String(state.h).split(" ").includes(node.kind);
 const isGroup = (key) => key[0] === "g";
 const membersOf = (key) => (isGroup(key) ? state.groups[Number(key.slice(1))].members : [Number(key.slice(1))]);
 
+const onPath = () => (state.path >= 0 ? data.paths[state.path].nodes : []);
+
 function visible(node) {
   const chosen = state.selected.includes("n" + node.i);
-  if (chosen || state.pinned.has(node.i)) return true;
-  if (state.o) return node.kind === "logit" ? node.influence + node.weight > 0 : groupOf(node.i) !== undefined || node.kind === "token";
+  if (chosen || state.pinned.has(node.i) || onPath().includes(node.i)) return true;
+  if (state.o) return node.kind === "logit" || node.kind === "token" || groupOf(node.i) !== undefined;
   return pruned.nodes[node.i] === 1 && !hidden(node);
 }
 
 function makeItems() {
-  const there = graph.nodes.filter(visible), most = Math.max(...graph.nodes.map((node) => node.influence), 1e-30);
-  const radius = (influence) => 3.6 + 4 * Math.sqrt(Math.min(1, influence / most));
+  const there = graph.nodes.filter(visible);
   items = [];
   itemOf = new Map();
   state.groups.forEach((group, at) => {
-    const members = group.members.filter((i) => there.includes(graph.nodes[i]) && !state.selected.includes("n" + i));
-    if (group.open || !members.length) return;
-    const nodes = members.map((i) => graph.nodes[i]).sort((a, b) => row(a) - row(b));
-    const influence = nodes.reduce((sum, node) => sum + node.influence, 0), columns = new Map();
-    nodes.forEach((node) => columns.set(node.position + 1, (columns.get(node.position + 1) || 0) + node.influence));
-    const item = { key: "g" + at, kind: "group", box: true, labelled: true, label: group.name, members, influence, radius: 10, row: row(nodes[Math.floor(nodes.length / 2)]), column: [...columns].sort((a, b) => b[1] - a[1])[0][0] };
-    items.push(item);
-    members.forEach((i) => itemOf.set(i, item));
+    const members = group.members.filter((i) => visible(graph.nodes[i]) && !state.selected.includes("n" + i));
+    if (!group.open && members.length) items.push(groupItem(group, at, members));
   });
+  for (const item of items) item.members.forEach((i) => itemOf.set(i, item));
   for (const node of there) {
     if (itemOf.has(node.i)) continue;
-    const item = { key: "n" + node.i, kind: node.kind, node, members: [node.i], row: row(node), column: node.position + 1, influence: node.influence,
-      radius: node.kind === "logit" ? 5.5 : node.kind === "token" ? 4.5 : node.kind === "feature" ? radius(node.influence) : Math.min(radius(node.influence), 5.5),
-      labelled: node.kind === "feature" || node.kind === "logit", label: node.kind === "logit" ? `${plainToken(node.label)}  ${node.probability ? percent(node.probability) : number(node.value)}` : label(node) };
+    const item = nodeItem(node);
     items.push(item);
     itemOf.set(node.i, item);
   }
+}
+
+// A group stands in the middle one of its members' rows and in the column with most of its influence.
+function groupItem(group, at, members) {
+  const nodes = members.map((i) => graph.nodes[i]).sort((a, b) => row(a) - row(b)), columns = new Map();
+  nodes.forEach((node) => columns.set(node.position + 1, (columns.get(node.position + 1) || 0) + node.influence));
+  return {
+    key: "g" + at, kind: "group", box: true, labelled: true, label: group.name, members, radius: 10,
+    influence: nodes.reduce((sum, node) => sum + node.influence, 0),
+    row: row(nodes[Math.floor(nodes.length / 2)]),
+    column: [...columns].sort((a, b) => b[1] - a[1])[0][0],
+  };
+}
+
+const mostInfluence = Math.max(...graph.nodes.map((node) => node.influence), 1e-30);
+
+function nodeItem(node) {
+  const radius = 3.6 + 4 * Math.sqrt(node.influence / mostInfluence), isLogit = node.kind === "logit";
+  const amount = node.probability ? percent(node.probability) : number(node.value);
+  return {
+    key: "n" + node.i, kind: node.kind, node, members: [node.i], influence: node.influence,
+    row: row(node), column: node.position + 1,
+    radius: isLogit ? 5.5 : node.kind === "token" ? 4.5 : node.kind === "feature" ? radius : Math.min(radius, 5.5),
+    labelled: node.kind === "feature" || isLogit,
+    label: isLogit ? `${plainToken(node.label)}  ${amount}` : label(node),
+  };
 }
 
 // A member's part of its group: of the activation of those that are drawn, as in pipeline/interp/supernodes.py.
@@ -132,7 +77,8 @@ function partOf(item, i) {
 // Edges between what is drawn. Of a group: summed over the members that are sources, the mean over those that are
 // targets, each by its part.
 function makeEdges() {
-  const found = new Map(), loose = new Set([...state.pinned, ...state.selected.filter((key) => !isGroup(key)).flatMap(membersOf)]);
+  const chosen = state.selected.filter((key) => !isGroup(key)).flatMap(membersOf);
+  const found = new Map(), loose = new Set([...state.pinned, ...onPath(), ...chosen]);
   graph.source.forEach((s, e) => {
     const t = graph.target[e], from = itemOf.get(s), to = itemOf.get(t);
     if (!from || !to || from === to) return;
@@ -147,12 +93,13 @@ function makeEdges() {
 }
 
 function draw() {
-  if (!pruned || pruned.at !== `${state.n} ${state.e}`) pruned = { ...prune(graph, state.n, state.e), at: `${state.n} ${state.e}` };
+  const at = `${state.n} ${state.e}`;
+  if (pruned?.at !== at) pruned = { ...prune(graph, state.n, state.e), at };
   state.selected = state.selected.filter(exists);
   makeItems();
   makeEdges();
   const frame = $("frame"), size = { width: Math.max(frame.clientWidth - 2, 320), height: Math.max(frame.clientHeight - 2, 300) };
-  placed = layout(items, texts, rowNames_.length, size, state.l);
+  placed = layout(items, texts, rowTexts.length, size, state.l);
   paint();
   panel();
   controls();
@@ -160,28 +107,40 @@ function draw() {
 }
 
 function paint() {
-  const focus = new Set(state.selected), of = (edge) => focus.has(edge.from.key) || focus.has(edge.to.key);
-  const strongest = edges.slice(0, state.d), mine = focus.size ? edges.filter(of) : [];
-  const size = (edge) => (state.w === "flow" ? edge.flow : Math.abs(edge.weight));
-  const scaled = (list) => list.map((edge) => ({ ...edge, weight: Math.sign(edge.weight) * size(edge) }));
-  const heaviest = (list) => Math.max(1e-30, ...list.map(size));
+  const path = onPath().map((i) => itemOf.get(i));
+  const focus = new Set(path.length ? path.map((item) => item.key) : state.selected);
+  const along = (edge) => path.some((item, at) => item === edge.from && path[at + 1] === edge.to);
+  const own = (edge) => (path.length ? along(edge) : focus.has(edge.from.key) || focus.has(edge.to.key));
+  const strongest = edges.slice(0, state.d), mine = focus.size ? edges.filter(own) : [];
   const near = new Set(mine.flatMap((edge) => [edge.from.key, edge.to.key]));
-  const picture = svg("svg", { id: "picture", width: placed.width, height: placed.height, viewBox: `0 0 ${placed.width} ${placed.height}`, class: focus.size ? "focused" : "", role: "img", "aria-label": "attribution graph" });
-  picture.append(bands(placed, texts), drawEdges(scaled(strongest.filter((edge) => !of(edge))), heaviest(strongest), "rest-edges"));
-  picture.append(drawEdges(scaled(mine), heaviest(mine), "own-edges"));
-  const group = svg("g", { class: "nodes" });
+  const { width, height } = placed;
+  const picture = svg("svg", {
+    id: "picture", width, height, viewBox: `0 0 ${width} ${height}`, class: focus.size ? "focused" : "",
+    role: "img", "aria-label": "attribution graph",
+  });
+  picture.append(bands(placed, texts), edgesOf(strongest.filter((edge) => !own(edge)), strongest, "rest-edges"));
+  picture.append(edgesOf(mine, mine, "own-edges"));
+  const marks = svg("g", { class: "nodes" });
   for (const item of items) {
-    const classes = [focus.has(item.key) ? "selected" : "", near.has(item.key) ? "near" : "", item.members.some((i) => state.pinned.has(i)) ? "pinned" : "", item.node && groupOf(item.node.i) ? "grouped" : ""];
-    group.append(drawItem(item, classes.filter(Boolean).join(" ")));
+    const classes = {
+      selected: focus.has(item.key), near: near.has(item.key),
+      pinned: item.members.some((i) => state.pinned.has(i)), grouped: item.node && groupOf(item.node.i),
+    };
+    marks.append(drawItem(item, Object.keys(classes).filter((name) => classes[name]).join(" ")));
   }
-  picture.append(group);
-  const names = rowNames(placed, rowNames_), keys = tokenIds.map((id) => (id ? "n" + byId.get(id).i : ""));
-  const axis = tokenAxis(placed, texts, keys, focus);
-  picture.append(names, svg("g", { transform: `translate(0 ${placed.plot})` }, axis));
+  const axis = tokenAxis(placed, texts, tokenNodes.map((node) => "n" + node.i), focus);
+  picture.append(marks, rowNames(placed, rowTexts), svg("g", { transform: `translate(0 ${placed.plot})` }, axis));
   const first = !$("picture");
   $("frame").replaceChildren(picture);
   if (first) $("frame").scrollLeft = placed.width; // the outputs stand at the end
   follow();
+}
+
+// Some edges, their widths on the scale of those that they are drawn with.
+function edgesOf(some, scale, name) {
+  const size = (edge) => (state.w === "flow" ? edge.flow : Math.abs(edge.weight));
+  const scaled = some.map((edge) => ({ ...edge, weight: Math.sign(edge.weight) * size(edge) }));
+  return drawEdges(scaled, Math.max(1e-30, ...scale.map(size)), name);
 }
 
 // The names of rows and the tokens stay in view while the picture is scrolled.
@@ -196,6 +155,7 @@ function follow() {
 // -- choosing ------------------------------------------------------------------------------------------------------
 
 function select(key, more = false) {
+  state.path = -1;
   if (key === null || !exists(key)) state.selected = [];
   else if (!more) state.selected = [key];
   else state.selected = state.selected.includes(key) ? state.selected.filter((k) => k !== key) : [...state.selected, key];
@@ -209,18 +169,28 @@ function say(text) {
   setTimeout(() => { $("said").textContent = ""; }, 6000);
 }
 
+function follows(at) {
+  state.selected = [];
+  state.path = state.path === at ? -1 : at;
+  draw();
+  if (state.path >= 0) reveal(itemOf.get(onPath()[1]).key);
+}
+
 function reveal(key) {
   const item = items.find((one) => one.key === key), frame = $("frame");
   if (!item) return;
-  const view = { left: frame.scrollLeft + LEFT, right: frame.scrollLeft + frame.clientWidth - 40, top: frame.scrollTop + 10, bottom: frame.scrollTop + frame.clientHeight - placed.axis };
-  if (item.x < view.left || item.x > view.right) frame.scrollLeft = item.x - frame.clientWidth / 2;
-  if (item.y < view.top || item.y > view.bottom) frame.scrollTop = item.y - frame.clientHeight / 2;
+  const x = item.x - frame.scrollLeft, y = item.y - frame.scrollTop;
+  if (x < LEFT || x > frame.clientWidth - 40) frame.scrollLeft = item.x - frame.clientWidth / 2;
+  if (y < 10 || y > frame.clientHeight - placed.axis) frame.scrollTop = item.y - frame.clientHeight / 2;
 }
 
 // Up and down: along the strongest edge out of or into the node. Left and right: the next one of the row.
 function step(key) {
   const now = items.find((item) => item.key === state.selected.at(-1));
-  if (!now) return select([...items].filter((item) => item.kind === "logit").sort((a, b) => b.node.probability - a.node.probability)[0]?.key ?? null);
+  if (!now) {
+    const outputs = items.filter((item) => item.kind === "logit").sort((a, b) => b.node.probability - a.node.probability);
+    return select(outputs[0]?.key ?? null);
+  }
   if (key === "ArrowUp" || key === "ArrowDown") {
     const next = edges.filter((edge) => (key === "ArrowUp" ? edge.from : edge.to) === now).sort((a, b) => b.flow - a.flow)[0];
     return next && select((key === "ArrowUp" ? next.to : next.from).key);
@@ -263,38 +233,56 @@ function ungroup(at) {
   draw();
 }
 
+// A node that the pointer is on, in the picture or in a list, and its edges.
+function point(key) {
+  document.querySelectorAll("#picture .hot").forEach((one) => one.classList.remove("hot"));
+  if (!key) return;
+  const shown = `#picture .edge[data-from="${key}"], #picture .edge[data-to="${key}"], #picture .node[data-key="${key}"]`;
+  document.querySelectorAll(shown).forEach((one) => one.classList.add("hot"));
+}
+
 function tip(item, event) {
   const place = $("tip");
   place.hidden = !item;
-  document.querySelectorAll(".edge.hot").forEach((edge) => edge.classList.remove("hot"));
+  point(item?.key);
   if (!item) return;
-  document.querySelectorAll(`.edge[data-from="${item.key}"], .edge[data-to="${item.key}"]`).forEach((edge) => edge.classList.add("hot"));
-  const node = item.node, lines = [];
-  if (node) {
-    lines.push(node.kind === "feature" ? `${where(node, data)}, feature ${node.index}` : `${ONE[node.kind]}, ${where(node, data)}`);
-    if (node.activation) lines.push(`activation ${number(node.activation)}`);
-    if (node.value !== null) lines.push(`${node.kind === "logit" ? "logit above the mean" : "pre-activation"} ${number(node.value)}`);
-    if (node.probability) lines.push(`probability ${percent(node.probability)}`);
-    lines.push(`influence ${percent(node.influence / graph.influenceTotal)}`);
-  } else lines.push(...item.members.slice(0, 6).map((i) => label(graph.nodes[i]) + ", " + where(graph.nodes[i], data)));
-  place.replaceChildren(html("b", {}, node ? title(node) : item.label), ...lines.map((line) => html("div", {}, line)));
-  const box = place.getBoundingClientRect();
-  place.style.left = Math.max(4, Math.min(event.clientX + 14, innerWidth - box.width - 8)) + "px";
-  place.style.top = Math.max(4, event.clientY + 16 + box.height > innerHeight ? event.clientY - box.height - 10 : event.clientY + 16) + "px";
+  const lines = item.node ? told(item.node) : item.members.slice(0, 6).map((i) => told(graph.nodes[i])[0]);
+  const name = item.node ? title(item.node) : item.label;
+  place.replaceChildren(html("b", {}, name), ...lines.map((line) => html("div", {}, line)));
+  const { width, height } = place.getBoundingClientRect(), below = event.clientY + 16;
+  place.style.left = Math.max(4, Math.min(event.clientX + 14, innerWidth - width - 8)) + "px";
+  place.style.top = Math.max(4, below + height > innerHeight ? event.clientY - height - 10 : below) + "px";
 }
+
+// A node in lines.
+function told(node) {
+  const name = node.kind === "feature" ? `feature ${node.layer}/${node.index}` : ONE[node.kind];
+  const lines = [`${name}, ${where(node, data)}`];
+  if (node.activation) lines.push(`activation ${number(node.activation)}`);
+  if (node.value !== null) lines.push(`${unitOf(node)} ${number(node.value)}`);
+  if (node.probability) lines.push(`probability ${percent(node.probability)}`);
+  lines.push(`influence ${percent(node.influence / graph.influenceTotal)}`);
+  return lines;
+}
+const unitOf = (node) => (node.kind === "logit" ? "logit above the mean" : "pre-activation");
 
 // -- events --------------------------------------------------------------------------------------------------------
 
 const keyAt = (event) => event.target.closest?.("[data-key]")?.dataset.key ?? null;
 $("frame").addEventListener("scroll", follow);
 $("frame").addEventListener("click", (event) => select(keyAt(event) || null, event.shiftKey));
-$("frame").addEventListener("dblclick", (event) => { const key = keyAt(event); if (key && isGroup(key)) toggle(Number(key.slice(1))); });
+$("frame").addEventListener("dblclick", (event) => {
+  const key = keyAt(event);
+  if (key && isGroup(key)) toggle(Number(key.slice(1)));
+});
 $("frame").addEventListener("mousemove", (event) => {
   const key = keyAt(event), item = key && items.find((one) => one.key === key);
   if (item || hovered) tip(item || null, event);
   hovered = item;
 });
 $("frame").addEventListener("mouseleave", () => tip(null));
+$("panel").addEventListener("mouseover", (event) => point(keyAt(event)));
+$("panel").addEventListener("mouseleave", () => point(null));
 function toggle(at) {
   state.groups[at].open = !state.groups[at].open;
   state.selected = [];

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.interp import graph_scores
+from pipeline.interp import graph_scores, top_paths
 from pipeline.interp.graph import Graph, Kind
 from pipeline.interp.graph_json import Supernode, node_ids
 from pipeline.interp.supernodes import top_tokens_of
@@ -32,6 +32,7 @@ CONTEXTS = (5, 2)
 BEFORE, AFTER = 18, 8
 """Tokens of a context on the page, around the highest one."""
 BINS = 50
+PATHS = 5
 
 FeatureData = Callable[[int, int], Mapping[str, Any] | None]
 """(layer, index) -> the feature's JSON as `interp/feature_files.py` reads it, None where there is none."""
@@ -76,6 +77,7 @@ def payload(
         "influence_total": float(influence.sort(descending=True).values.cumsum(dim=0)[-1]),
         "thresholds": {"node": min(nodes_share, most), "edge": edges_share, "most": most},
         "supernodes": groups,
+        "paths": _paths(graph, ids),
         "features": found,
         "strings": list(strings.numbers),
         "n_left_out": graph.n_nodes - len(ids),
@@ -120,6 +122,13 @@ def _nodes(graph: Graph, ids: Tensor, influence: Tensor, names: Mapping[str, str
         "outside_sum": _short(outside.sum(dim=1)),
         "outside_size": outside.abs().sum(dim=1).tolist(),
     }
+
+
+def _paths(graph: Graph, ids: Tensor) -> list[dict[str, Any]]:
+    """The strongest path from each of some tokens, by the places of its nodes on the page, where all of it is there."""
+    place = {i: at for at, i in enumerate(ids.tolist())}
+    found = [path for path in top_paths.strongest(graph, PATHS) if set(path.nodes) <= place.keys()]
+    return [{"nodes": [place[i] for i in path.nodes], "strength": path.strength} for path in found]
 
 
 def _label(graph: Graph, i: int, first_logit: int, names: Mapping[str, str]) -> str:

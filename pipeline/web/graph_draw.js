@@ -16,7 +16,7 @@ const MARKS = {
   token: (r) => svg("rect", { x: -r * 1.25, y: -r * 0.8, width: 2.5 * r, height: 1.6 * r, rx: r * 0.8 }),
   position: (r) => svg("path", { d: `M0 ${-r}L${r} ${r * 0.8}H${-r}Z` }),
   position_0: (r) => svg("path", { d: `M${-r} 0L${-r / 2} ${-r * 0.9}H${r / 2}L${r} 0L${r / 2} ${r * 0.9}H${-r / 2}Z` }),
-  rest: (r) => svg("path", { d: `M${-r / 3} ${-r}H${r / 3}V${-r / 3}H${r}V${r / 3}H${r / 3}V${r}H${-r / 3}V${r / 3}H${-r}V${-r / 3}H${-r / 3}Z` }),
+  rest: (r) => svg("path", { d: `M0 ${-r}V${r}M${-r} 0H${r}` }), // a plus
   bias: (r) => svg("path", { d: `M0 ${-r * 1.15}L${r * 1.15} 0L0 ${r * 1.15}L${-r * 1.15} 0Z` }),
   logit: (r) => svg("path", { d: `M${-r} ${r * 0.85}V${-r * 0.1}L0 ${-r}L${r} ${-r * 0.1}V${r * 0.85}Z` }),
 };
@@ -47,7 +47,8 @@ function drawEdges(edges, heaviest, name) {
   for (const edge of [...edges].sort((a, b) => Math.abs(a.weight) - Math.abs(b.weight))) {
     const share = Math.min(1, Math.abs(edge.weight) / heaviest);
     group.append(svg("path", {
-      d: curve(edge.from, edge.to), class: edge.weight < 0 ? "edge negative" : "edge positive", "data-from": edge.from.key, "data-to": edge.to.key,
+      d: curve(edge.from, edge.to), class: edge.weight < 0 ? "edge negative" : "edge positive",
+      "data-from": edge.from.key, "data-to": edge.to.key,
       "stroke-width": (0.7 + 6.3 * share).toFixed(2), "stroke-opacity": (0.24 + 0.6 * Math.sqrt(share)).toFixed(2),
     }));
   }
@@ -55,7 +56,8 @@ function drawEdges(edges, heaviest, name) {
 }
 
 function drawItem(item, classes) {
-  const made = svg("g", { class: `node ${item.kind} ${classes}`, "data-key": item.key, transform: `translate(${item.x.toFixed(1)} ${item.y.toFixed(1)})` });
+  const transform = `translate(${item.x.toFixed(1)} ${item.y.toFixed(1)})`;
+  const made = svg("g", { class: `node ${item.kind} ${classes}`, "data-key": item.key, transform });
   if (item.box) {
     made.append(svg("rect", { class: "box", x: -item.width / 2 + 4, y: -10, width: item.width - 8, height: 20, rx: 6 }));
     const text = svg("text", { class: "label", "text-anchor": "middle", y: 4 });
@@ -102,7 +104,9 @@ function tokenAxis(placed, tokens, keys, chosen) {
   group.append(svg("line", { x1: 0, x2: placed.width, y1: 0.5, y2: 0.5 }));
   tokens.forEach((token, c) => {
     const middle = placed.x[c + 1] + placed.column[c + 1] / 2;
-    const place = placed.rotated ? { transform: `translate(${middle + 4} 11) rotate(-60)`, "text-anchor": "end" } : { x: middle, y: 19, "text-anchor": "middle" };
+    const place = placed.rotated
+      ? { transform: `translate(${middle + 4} 11) rotate(-60)`, "text-anchor": "end" }
+      : { x: middle, y: 19, "text-anchor": "middle" };
     const text = svg("text", { ...place, class: chosen.has(keys[c]) ? "selected" : "", "data-key": keys[c] });
     text.textContent = clip(token);
     group.append(text);

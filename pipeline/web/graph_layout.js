@@ -24,8 +24,9 @@ function clip(text, most = LONGEST) {
 }
 
 // A token as it can be printed: no line breaks, no blank that is not seen.
+const UNSEEN = /[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e]/g;
 function plainToken(text) {
-  const seen = text.replace(/\r?\n/g, "⏎").replace(/\t/g, "⇥").replace(/[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e]/g, "·");
+  const seen = text.replace(/\r?\n/g, "⏎").replace(/\t/g, "⇥").replace(UNSEEN, "·");
   return seen.trim() || seen.replace(/ /g, "␣") || "∅";
 }
 
@@ -60,11 +61,15 @@ function tags(candidates, items, placed) {
     if (item.box) return { left: item.left + 2, right, top: item.y - 11, bottom: item.y + 11, item };
     return { left: item.x - item.radius - 1, right, top: item.y - item.radius - 1, bottom: item.y + item.radius + 1, item };
   });
+  const apart = (a, b) => a.right <= b.left || a.left >= b.right || a.bottom <= b.top || a.top >= b.bottom;
   const free = (box) => box.left > LEFT && box.right < placed.width && box.top > 0 && box.bottom < placed.plot
-    && taken.every((other) => other.item === box.item || other.right <= box.left || other.left >= box.right || other.bottom <= box.top || other.top >= box.bottom);
+    && taken.every((other) => other.item === box.item || apart(other, box));
   for (const item of candidates) {
     const text = clip(item.label, 92), w = textWidth(text) + 2, r = item.radius;
-    const places = [[r + 4, 0, "start"], [-r - 4, 0, "end"], [0, -r - 8, "middle"], [0, r + 8, "middle"], [r, -r - 6, "start"], [r, r + 6, "start"], [-r, -r - 6, "end"], [-r, r + 6, "end"]];
+    const places = [
+      [r + 4, 0, "start"], [-r - 4, 0, "end"], [0, -r - 8, "middle"], [0, r + 8, "middle"],
+      [r, -r - 6, "start"], [r, r + 6, "start"], [-r, -r - 6, "end"], [-r, r + 6, "end"],
+    ];
     for (const [dx, dy, anchor] of places) {
       const left = item.x + dx - (anchor === "end" ? w : anchor === "middle" ? w / 2 : 0);
       const box = { left, right: left + w, top: item.y + dy - 7, bottom: item.y + dy + 7, item };
@@ -93,7 +98,8 @@ function place(items, shown, tokens, nRows, size, tight) {
   }
   const least = new Array(nColumns).fill(0), need = new Array(nColumns).fill(0);
   for (const cell of cells.values()) {
-    const side = Math.min(cell.dots.length, Math.ceil(Math.sqrt(cell.dots.length * (tight ? 0.6 : 2.2)))) * Math.max(0, ...cell.dots.map((item) => item.width));
+    const n = cell.dots.length, abreast = Math.min(n, Math.ceil(Math.sqrt(n * (tight ? 0.6 : 2.2))));
+    const side = abreast * Math.max(0, ...cell.dots.map((item) => item.width));
     const widest = Math.max(0, ...cell.labelled.map((item) => item.width));
     least[cell.column] = Math.max(least[cell.column], side && side + 3, widest && widest + PAD);
     need[cell.column] = Math.max(need[cell.column], cell.labelled.length + cell.dots.length / (tight ? 2 : 6));
@@ -121,7 +127,8 @@ function place(items, shown, tokens, nRows, size, tight) {
       y += line.height;
     }
   }
-  return { x, column, rows, rotated, width: x[nColumns], height: rows.height + axisHeight(tokens, rotated), axis: axisHeight(tokens, rotated), plot: rows.height };
+  const axis = axisHeight(tokens, rotated);
+  return { x, column, rows, rotated, width: x[nColumns], height: rows.height + axis, axis, plot: rows.height };
 }
 
 function columnWidths(least, need, tokens, room) {

@@ -18,7 +18,9 @@ from pipeline.interp.graph_json import Supernode
 from pipeline.web.graph_data import FeatureData, payload
 
 SPECIAL = re.compile(r"<\|?[\w ]+\|?>")
-SCRIPTS = ("graph_prune.js", "graph_layout.js", "graph_draw.js", "graph_panel.js", "graph.js", "graph_side.js")
+SCRIPTS = tuple(
+    f"graph{part}.js" for part in ("_prune", "_layout", "_draw", "_panel", "_state", "", "_side", "_controls")
+)
 
 
 def page(
@@ -38,9 +40,8 @@ def page(
     shares = (pruned.nodes_share, pruned.edges_share) if pruned else (0.8, 0.98)
     data = payload(graph, *shares, supernodes, features, labels or {})
     data |= {"slug": slug, "scores": _scores(graph), "settings": _settings(graph)}
-    outputs = sorted(
-        zip(graph.labels, graph.probability.tolist()[-len(graph.labels) :], strict=True), key=lambda x: -x[1]
-    )
+    probability = graph.probability[graph.of(Kind.logit)].tolist()
+    outputs = sorted(zip(graph.labels, probability, strict=True), key=lambda output: -output[1])
     return _template().render(
         title=_title(graph),
         data=data,

@@ -11,8 +11,14 @@ function html(name, attributes = {}, ...children) {
   return made;
 }
 
-const SOURCES = { feature: "features", error: "errors", token: "tokens", position: "positions", position_0: "MLPs at position 0", rest: "features cut by the limit", bias: "biases", logit: "outputs", outside: "left out of this page" };
-const ONE = { feature: "feature", error: "error", token: "token", position: "position", position_0: "MLP at position 0", rest: "features cut", bias: "bias", logit: "output" };
+const ONE = {
+  feature: "feature", error: "error", token: "token", position: "position", position_0: "MLP at position 0",
+  rest: "features cut", bias: "bias", logit: "output",
+};
+const SEVERAL = {
+  feature: "features", error: "errors", token: "tokens", position: "positions", position_0: "MLPs at position 0",
+  rest: "features cut by the limit", bias: "biases", logit: "outputs", outside: "left out of this page",
+};
 
 function number(value, digits = 3) {
   if (value === null || value === undefined) return "";
@@ -36,58 +42,81 @@ function where(node, data) {
 
 function facts(pairs) {
   const list = html("dl", { class: "facts" });
-  for (const [name, value, title] of pairs) if (value !== "" && value !== null && value !== undefined) list.append(html("div", { title }, html("dt", {}, name), html("dd", {}, value)));
+  for (const [name, value, about] of pairs)
+    if (value !== "" && value !== null) list.append(html("div", { title: about }, html("dt", {}, name), html("dd", {}, value)));
   return list;
 }
 
-// A list of edges, the largest first: as wide as its weight, a click walks to the other end.
-function edgeList(rows, title, note, walk, first = 8) {
-  const section = html("section", { class: "edge-list" }, html("h3", {}, title, html("small", {}, note)));
-  const largest = Math.max(1e-30, ...rows.map((row) => Math.abs(row.weight)));
-  const list = html("ol");
-  const add = (row) => list.append(html("li", {}, html("button", { class: "walk" + (row.there ? "" : " pruned"), "data-key": row.key, title: row.title, onclick: () => walk(row) },
-    html("i", { class: row.weight < 0 ? "bar negative" : "bar positive", style: `width:${(100 * Math.abs(row.weight) / largest).toFixed(1)}%` }),
-    icon(row.kind), html("span", { class: "name" }, row.label), html("span", { class: "at" }, row.at),
-    html("b", {}, signed(row.weight)), html("span", { class: "share" }, percent(row.share)))));
+function section(heading, note, ...children) {
+  return html("section", {}, html("h3", {}, heading, note && html("small", {}, note)), ...children);
+}
+
+const button = (text, onclick, key = "", id = null) => html("button", { id, onclick }, text, key && html("kbd", {}, key));
+const spread = (part, whole) => `width:${(100 * part / Math.max(whole, 1e-30)).toFixed(1)}%`;
+
+// A line that can be clicked: { name, at, value, share, kind, bar: its width, sign, key, about, faint, on }.
+function line(given, onclick) {
+  const colour = given.sign === undefined ? "plain" : given.sign < 0 ? "negative" : "positive";
+  return html("li", {}, html("button", {
+    class: "walk" + (given.faint ? " pruned" : ""), "data-key": given.key, title: given.about, onclick,
+    "aria-pressed": given.on === undefined ? null : String(given.on),
+  },
+  given.bar && html("i", { class: "bar " + colour, style: given.bar }), given.kind && icon(given.kind),
+  html("span", { class: "name" }, given.name), html("span", { class: "at" }, given.at || ""),
+  given.value && html("b", {}, given.value),
+  given.share !== undefined && html("span", { class: "share" }, percent(given.share))));
+}
+
+// Edges, the largest first, each as wide as its weight; a click walks to the other end.
+function edgeList(rows, heading, note, first = 8) {
+  const largest = Math.max(...rows.map((row) => Math.abs(row.weight)));
+  const list = html("ol"), found = section(heading, note, list);
+  const add = (row) => list.append(line({
+    ...row, sign: row.weight, bar: spread(Math.abs(row.weight), largest), value: signed(row.weight),
+  }, () => select(row.key)));
+  found.className = "edge-list";
   rows.slice(0, first).forEach(add);
-  section.append(list);
   if (rows.length > first) {
     const more = html("button", { class: "more" }, `all ${rows.length}`);
     more.addEventListener("click", () => { rows.slice(first).forEach(add); more.remove(); });
-    section.append(more);
+    found.append(more);
   }
-  if (!rows.length) section.append(html("p", { class: "soft" }, "none"));
-  return section;
+  if (!rows.length) found.append(html("p", { class: "soft" }, "none"));
+  return found;
 }
 
 // What the inputs of a target add up to, kind by kind.
 function account(sums, value, unit) {
   const table = html("table", { class: "account" }), largest = Math.max(1e-30, ...sums.map(([, sum]) => Math.abs(sum)));
   for (const [kind, sum, count] of sums) {
-    const bar = html("i", { class: sum < 0 ? "bar negative" : "bar positive", style: `width:${(48 * Math.abs(sum) / largest).toFixed(1)}%;${sum < 0 ? "right:50%" : "left:50%"}` });
-    table.append(html("tr", {}, html("th", {}, kind === "outside" ? "" : icon(kind), `${count} ${SOURCES[kind]}`), html("td", { class: "bars" }, bar), html("td", {}, signed(sum))));
+    const style = `width:${(48 * Math.abs(sum) / largest).toFixed(1)}%;${sum < 0 ? "right" : "left"}:50%`;
+    const bar = html("i", { class: sum < 0 ? "bar negative" : "bar positive", style });
+    const name = html("th", {}, kind !== "outside" && icon(kind), `${count} ${(count === 1 && ONE[kind]) || SEVERAL[kind]}`);
+    table.append(html("tr", {}, name, html("td", { class: "bars" }, bar), html("td", {}, signed(sum))));
   }
   table.append(html("tr", { class: "sum" }, html("th", {}, unit), html("td"), html("td", {}, signed(value))));
   return table;
 }
 
 function context(example, strings, most, peakOf) {
-  const line = html("p", { class: "context" });
+  const words = html("p", { class: "context" });
   example[0].forEach((word, at) => {
     const act = example[1][at];
     const share = act > 0 ? Math.sqrt(Math.min(1, act / most)) : 0;
     // The blank before a word is not coloured: it may end up at the end of a line.
     const [, blank, rest] = /^( *)([^]*)$/.exec(seenToken(strings[word]));
-    if (at > 0) line.append(blank);
-    line.append(html("span", act > 0 ? { class: "on" + (at === peakOf ? " peak" : ""), style: `--a:${(0.1 + 0.75 * share).toFixed(2)}`, title: number(act) } : {}, rest || "␣"));
+    if (at > 0) words.append(blank);
+    const style = `--a:${(0.1 + 0.75 * share).toFixed(2)}`, peak = at === peakOf ? " peak" : "";
+    words.append(html("span", act > 0 ? { class: "on" + peak, style, title: number(act) } : {}, rest || "␣"));
   });
-  return line;
+  return words;
 }
 const seenToken = (text) => text.replace(/\r?\n/g, "⏎").replace(/\t/g, "⇥");
 
 function histogram(counts, low, high, activation) {
   const w = 300, h = 46, most = Math.max(...counts, 1), step = w / counts.length;
-  const plot = svg("svg", { class: "histogram", viewBox: `0 0 ${w} ${h + 14}`, role: "img", "aria-label": "histogram of activations" });
+  const viewBox = `0 0 ${w} ${h + 14}`;
+  const plot = svg("svg", { class: "histogram", viewBox, role: "img", "aria-label": "histogram of activations" });
   counts.forEach((count, i) => {
     const tall = count ? Math.max(1, (h - 4) * Math.log1p(count) / Math.log1p(most)) : 0;
     plot.append(svg("rect", { x: i * step + 0.5, y: h - tall, width: Math.max(0.5, step - 1), height: tall }));
@@ -107,27 +136,36 @@ function histogram(counts, low, high, activation) {
 
 function norms(values) {
   const most = Math.max(...values), plot = html("p", { class: "norms" });
-  values.forEach((norm, layer) => plot.append(html("span", { title: `layer ${layer}: ${number(norm)}` }, html("i", { style: `height:${(26 * norm / most).toFixed(1)}px` }), String(layer))));
+  values.forEach((norm, layer) => {
+    const bar = html("i", { style: `height:${(26 * norm / most).toFixed(1)}px` });
+    plot.append(html("span", { title: `layer ${layer}: ${number(norm)}` }, bar, String(layer)));
+  });
   return plot;
 }
 
-function featurePart(feature, strings, node) {
-  const part = html("section", { class: "feature-data" }, html("h3", {}, "Top contexts", html("small", {}, feature.frequency === null ? "" : `active on ${percent(feature.frequency)} of tokens`)));
-  const more = html("div", { hidden: true });
+function featureParts(feature, strings, node) {
+  const often = feature.frequency === null ? "" : `active on ${percent(feature.frequency)} of tokens`;
+  const contexts = section("Top contexts", often), more = html("div", { hidden: true });
+  contexts.className = "feature-data";
   feature.contexts.forEach(([name, examples], group) => {
-    const place = group === 0 ? part : more;
     if (group > 0) more.append(html("h4", {}, name));
     examples.forEach((example, i) => {
       const peak = example[1].indexOf(Math.max(...example[1]));
-      (group === 0 && i < 3 ? place : more).append(context(example, strings, feature.range[1] || 1, peak));
+      (group === 0 && i < 3 ? contexts : more).append(context(example, strings, feature.range[1] || 1, peak));
     });
   });
-  if (more.children.length) part.append(html("button", { class: "more", onclick: (event) => { more.hidden = false; event.target.remove(); } }, "more contexts"), more);
-  if (feature.top.length || feature.bottom.length) {
-    const words = (list, kind) => html("p", { class: "words " + kind }, ...list.map((word) => html("span", {}, plainToken(strings[word]))));
-    part.append(html("h3", {}, "Raises and lowers the outputs"), words(feature.top, "positive"), words(feature.bottom, "negative"));
+  const show = (event) => { more.hidden = false; event.target.remove(); };
+  if (more.children.length) contexts.append(html("button", { class: "more", onclick: show }, "more contexts"), more);
+  const parts = [contexts];
+  const word = (number) => html("span", {}, plainToken(strings[number]));
+  const words = (list, kind) => html("p", { class: "words " + kind }, ...list.map(word));
+  if (feature.top.length || feature.bottom.length)
+    parts.push(section("Raises and lowers the outputs", "", words(feature.top, "positive"), words(feature.bottom, "negative")));
+  if (feature.norms.some((norm) => norm > 0))
+    parts.push(section("Writes to layers", "norm of its decoder", norms(feature.norms)));
+  if (feature.histogram.length) {
+    const plot = histogram(feature.histogram, feature.range[0], feature.range[1], node.activation);
+    parts.push(section("Activations", "counts on a log scale; the line is this prompt's", plot));
   }
-  if (feature.norms.some((norm) => norm > 0)) part.append(html("h3", {}, "Writes to layers", html("small", {}, "norm of its decoder")), norms(feature.norms));
-  if (feature.histogram.length) part.append(html("h3", {}, "Activations", html("small", {}, "counts on a log scale; the line is this prompt's")), histogram(feature.histogram, feature.range[0], feature.range[1], node.activation));
-  return part;
+  return parts;
 }

@@ -74,7 +74,8 @@ function edgeScores(graph, mask) {
 function prune(graph, nodeShare, edgeShare) {
   const { nodes, source, target } = graph;
   const least = cutoff(nodes.map((node) => node.influence), nodeShare, graph.influenceTotal);
-  const keep = Uint8Array.from(nodes, (node) => ((node.influence > 0 && node.influence >= least) || ALWAYS.has(node.kind) ? 1 : 0));
+  const large = (node) => node.influence > 0 && node.influence >= least;
+  const keep = Uint8Array.from(nodes, (node) => Number(large(node) || ALWAYS.has(node.kind)));
   const scores = edgeScores(graph, keep);
   const weakest = cutoff(scores, edgeShare);
   const edges = Uint8Array.from(scores, (score) => (score > 0 && score >= weakest ? 1 : 0));

@@ -95,15 +95,19 @@ class Browser:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def click(self, selector: str, shift: bool = False, count: int = 1) -> None:
+    def click(self, selector: str, shift: bool = False) -> None:
         """In the middle of the first such element, with the mouse."""
+        at = self.move(selector)
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, modifiers=8 * shift, **at)
+
+    def move(self, selector: str) -> dict[str, float]:
+        """The mouse to the middle of the first such element. -> where that is"""
         where = f"document.querySelector({json.dumps(selector)})"
         self.value(f"{where}.scrollIntoView({{block: 'nearest', inline: 'nearest'}})")
-        box = self.value(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({where}.getBoundingClientRect())")
-        at = {"x": box[0], "y": box[1]}
-        self.call("Input.dispatchMouseEvent", type="mouseMoved", **at)
-        for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=count, modifiers=8 * shift, **at)
+        x, y = self.value(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({where}.getBoundingClientRect())")
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        return {"x": x, "y": y}
 
     def key(self, name: str) -> None:
         given: dict[str, Any] = {"key": name, "windowsVirtualKeyCode": KEYS.get(name, ord(name[0].upper()))}

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from pipeline.interp import graph_scores
 from pipeline.interp.graph import Graph, Kind
 from pipeline.interp.graph_json import Supernode, node_ids
-from pipeline.interp.supernodes import grouped, load
+from pipeline.interp.supernodes import grouped, load, save
+from pipeline.interp.top_paths import strongest
 from pipeline.web.graph_page import page
 from tests.web.browser import CHROMIUM, Browser
 from tests.web.made_graph import LONG, make_feature, make_graph
@@ -144,6 +146,35 @@ def test_a_chosen_feature_shows_contexts_words_and_histogram(browser: Browser, g
     assert browser.value("document.querySelectorAll('.histogram rect').length") == 50
 
 
+def test_a_pointer_shows_what_a_node_is_and_a_list_points_into_the_picture(
+    browser: Browser, graph: Graph, tmp_path: Path
+) -> None:
+    i = top(graph)
+    keys = opened(browser, graph, tmp_path)
+    browser.click(f'#picture [data-key="n{keys[node_ids(graph)[i]]}"] .mark')
+    browser.key("Escape")
+    browser.move(f'#picture [data-key="n{keys[node_ids(graph)[i]]}"] .mark')
+    told = browser.value("document.getElementById('tip').innerText")
+    assert f"feature {int(graph.layer[i])}/{int(graph.index[i])}" in told
+    assert "activation" in told
+    browser.move("#panel .walk[data-key]:nth-child(1)")
+    assert browser.value("document.querySelectorAll('.node.hot').length") == 1
+
+
+def test_a_path_is_shown_alone_and_let_go(browser: Browser, graph: Graph, tmp_path: Path) -> None:
+    keys = opened(browser, graph, tmp_path)
+    browser.click(".paths .walk")
+    path = [f"n{keys[node_ids(graph)[i]]}" for i in strongest(graph, 1)[0].nodes]
+    drawn = browser.value(
+        "[...document.querySelectorAll('.own-edges .edge')].map((e) => [e.dataset.from, e.dataset.to])"
+    )
+    assert sorted(drawn) == sorted([a, b] for a, b in pairwise(path))
+    assert set(browser.value("[...document.querySelectorAll('.node.selected')].map((n) => n.dataset.key)")) == set(path)
+    assert "path=0" in browser.value("location.hash")
+    browser.key("Escape")
+    assert browser.value("document.querySelectorAll('.node.selected').length") == 0
+
+
 def test_pins_survive_pruning_and_a_reload(browser: Browser, graph: Graph, tmp_path: Path) -> None:
     name = node_ids(graph)[top(graph)]
     keys = opened(browser, graph, tmp_path, f"s={name}")
@@ -177,6 +208,22 @@ def test_nodes_are_grouped_named_saved_and_let_go(browser: Browser, graph: Graph
     assert browser.value("document.querySelectorAll('.node.group').length") == 0
 
 
+def test_saved_groups_are_loaded_and_what_is_no_such_file_is_said(
+    browser: Browser, graph: Graph, tmp_path: Path
+) -> None:
+    features = [name for name, kind in zip(node_ids(graph), graph.kind, strict=True) if kind == Kind.feature]
+    opened(browser, graph, tmp_path)
+    save(tmp_path / "good.json", [Supernode("mine", tuple(features[:3]))])
+    (tmp_path / "bad.json").write_text("[1, 2")
+    root = browser.call("DOM.getDocument")["root"]["nodeId"]
+    box = browser.call("DOM.querySelector", nodeId=root, selector="#open")["nodeId"]
+    for name, expected in (("good", "mine"), ("bad", "mine")):
+        browser.call("DOM.setFileInputFiles", nodeId=box, files=[str(tmp_path / f"{name}.json")])
+        browser.value("new Promise((done) => setTimeout(done, 200))")
+        assert browser.value("state.groups.map((one) => one.name).join()") == expected
+        assert ("holds no groups" in browser.value("document.getElementById('said').textContent")) == (name == "bad")
+
+
 def test_a_group_has_the_edges_that_python_gives_it(browser: Browser, graph: Graph, tmp_path: Path) -> None:
     pruned = graph_scores.prune(graph)
     kept = [i for i in pruned.nodes.nonzero().flatten().tolist() if graph.kind[i] == Kind.feature]
@@ -200,7 +247,7 @@ def test_a_kind_is_hidden_and_shown_and_sums_stay(browser: Browser, graph: Graph
     opened(browser, graph, tmp_path, f"s={node_ids(graph)[i]}")
     account = "[...document.querySelectorAll('.account tr')].map((one) => one.textContent)"
     before = browser.value(account)
-    assert any("biases" in line for line in before)
+    assert any("bias" in line for line in before)
     assert browser.value("document.querySelectorAll('#picture .bias').length") == 0
     browser.click('#legend [data-kind="bias"]')
     assert browser.value("document.querySelectorAll('#picture .node.bias').length") > 0

@@ -93,7 +93,7 @@ def test_texts_that_look_like_markup_stay_texts(evil: str) -> None:
     supernode = Supernode(evil, (node_ids(graph)[0],))
     text = page(graph, supernodes=[supernode], features=lambda *_: feature)
     found = Page(text)
-    assert found.tags["script"] == 7
+    assert found.tags["script"] == 9
     assert found.tags.get("b", 0) == 2 + 1  # the run and the model, and one output
     data = json.loads(found.scripts[0])
     assert data["tokens"][1] == evil
