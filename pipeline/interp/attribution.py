@@ -107,6 +107,9 @@ def in_dtype(model: ReplacementModel, dtype: torch.dtype) -> ReplacementModel:
     other = copy.copy(model)
     other.lm = copy.deepcopy(model.lm)
     other.lm.weights.to(dtype)
+    if dtype == torch.float64:
+        # The fused products of a mixture of experts know no float64; models without experts do not mind.
+        other.lm.weights.set_experts_implementation("eager")
     other.lm.dtype = dtype
     other.norm = other.lm.mlp_norm(dtype).to(str(other.lm.device))
     other.transcoder = copy.deepcopy(model.transcoder).to(dtype)

@@ -32,7 +32,7 @@ class Active(NamedTuple):
 
     layer: Tensor
     position: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuples have a method of this name, which nobody needs here
     activation: Tensor
     value: Tensor
     """The pre-activation."""
@@ -95,7 +95,8 @@ def columns(model: ReplacementModel, prompt: Recorded, active: Active) -> Column
         (Kind.position_0, layers[:-1], torch.zeros_like(layers[:-1])),
         (Kind.bias, layers, nowhere.expand(len(layers))),
     ]
-    places, start = {}, 0
+    places: dict[Kind, slice] = {}
+    start = 0
     for kind, layer, _ in parts:
         places[kind] = slice(places[kind].start if kind in places else start, start + len(layer))
         start += len(layer)

@@ -72,8 +72,8 @@ def outputs(model: ReplacementModel, prompt: Recorded, options: GraphOptions) ->
     if options.difference is not None:
         one, other = (_token(lm, text) for text in options.difference)
         label = " - ".join(lm.tokenizer.decode([token]) for token in (one, other))
-        values = [t[one] - t[other] for t in (W, b, prompt.head)]
-        return Outputs([label], [-1], n_layers, last, *(v[None] for v in values), prompt.head.new_ones(1))
+        row, added, value = ((t[one] - t[other])[None] for t in (W, b, prompt.head))
+        return Outputs([label], [-1], n_layers, last, row, added, value, prompt.head.new_ones(1))
     if options.targets is not None:
         ids = list(dict.fromkeys(_token(lm, text) for text in options.targets))
     else:
@@ -103,9 +103,9 @@ def _feature(model: ReplacementModel, prompt: Recorded, text: str) -> Outputs:
     (layer, index, position), transcoder = _parsed(text), model.transcoder
     n_tokens = prompt.tokens.shape[1]
     sizes = (("layer", layer, model.lm.n_layers), ("feature", index, transcoder.d_features))
-    for name, value, size in sizes:
-        if value >= size:
-            raise UserError(f"graph.feature={text}: there is no {name} {value}; they go from 0 to {size - 1}")
+    for name, number, size in sizes:
+        if number >= size:
+            raise UserError(f"graph.feature={text}: there is no {name} {number}; they go from 0 to {size - 1}")
     if not 1 <= position < n_tokens:
         raise UserError(
             f"graph.feature={text}: the prompt has positions 0 to {n_tokens - 1}, and features are traced from 1 on"

@@ -132,7 +132,7 @@ class Backward:
                 grads.append(grad)
         leaves = [*self.mlp_out, self.embedding, *self.positions]
         found = torch.autograd.grad(outputs, leaves, grads, retain_graph=True, allow_unused=True)
-        cut = [None if g is None else g[: len(layer)] for g in found]
+        cut: list[Tensor | None] = [None if g is None else g[: len(layer)] for g in found]
         n = len(self.mlp_out)
         return Gradients(cut[:n], cut[n], cut[n + 1 :])
 

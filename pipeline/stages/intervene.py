@@ -121,7 +121,8 @@ def shown(
     yield ""
     changes = intervene_report.features(found, 0)
     counts = {kind: sum(change.kind == kind for change in changes) for kind in ("appears", "vanishes", "changes")}
-    yield "other features: {appears} appear, {vanishes} vanish, {changes} change".format(**counts)
+    held = "" if cfg.intervene.layers == Response.open else " (as the stream is read; held features stay)"
+    yield "other features{}: {appears} appear, {vanishes} vanish, {changes} change".format(held, **counts)
     yield from _rows(changes, texts, top)
     for name, side in zip(("before", "after"), sides or (), strict=False):
         mean = sum(side.kl) / len(side.kl)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import pipeline
@@ -98,6 +98,17 @@ def test_a_transcoder_set_computes_what_the_run_computes(tmp_path: Path, name: s
     torch.testing.assert_close(y_hat, expected.y_hat, rtol=1e-5, atol=1e-5)
     kind = yaml.safe_load((tmp_path / "out/config.yaml").read_text())["model_kind"]
     assert kind == "transcoder_set"
+
+
+def test_thresholds_in_one_layer_are_written_in_all_since_the_first_file_decides(tmp_path: Path) -> None:
+    finished(tmp_path / "run", options("clt"))
+    file = tmp_path / "run/final/transcoder.safetensors"
+    tensors = load_file(file)
+    tensors["threshold"][:2] = 0
+    save_file(tensors, file)
+    written(export_circuit_tracer, tmp_path / "run", tmp_path / "out")
+    found = torch.stack([load_file(tmp_path / f"out/W_enc_{l}.safetensors")[f"threshold_{l}"] for l in range(L)])
+    assert torch.equal(found, tensors["threshold"])
 
 
 def test_layers_out_of_reach_are_written_as_zeros(tmp_path: Path) -> None:
@@ -264,8 +275,6 @@ def test_the_card_says_what_was_measured_and_nothing_else(tmp_path: Path) -> Non
 
 
 def test_negative_thresholds_are_refused(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     finished(tmp_path / "run", options("clt"))
     file = tmp_path / "run/final/transcoder.safetensors"
     tensors = load_file(file)
