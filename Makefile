@@ -9,10 +9,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # A process a core; the tests of a file share what they made, and so a process.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
+# Other projects, whose versions do not go with ours, have an environment of their own.
+INTEROP_VENV ?= .venv-interop
+INTEROP := $(INTEROP_VENV)/.installed
 SLOW := slow and not gpu and not net and not interop
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo seeds test test-slow test-all lint format eval report clean
+.PHONY: help install demo seeds test test-slow test-all interop lint format eval report clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +46,16 @@ test-slow: $(STAMP) ## the slow tests
 	$(PYTEST) -m "$(SLOW)"
 
 test-all: test test-slow ## both; tests that need a GPU, the network or other projects: pytest -m gpu, net, interop
+
+interop: $(STAMP) $(INTEROP) ## our exports in the real circuit-tracer and SAELens, our graphs beside theirs (4 minutes)
+	CLT_INTEROP=$(abspath $(INTEROP_VENV))/bin/python $(BIN)/python -m pytest -m interop tests/interop
+
+# torch first, as above. No build is named: one for CPUs does, and PIP_EXTRA_INDEX_URL can name where those are.
+$(INTEROP): constraints-interop.txt
+	@test -x $(INTEROP_VENV)/bin/python || $(PYTHON) -m venv $(INTEROP_VENV)
+	$(INTEROP_VENV)/bin/python -m pip install --quiet --constraint constraints-interop.txt torch
+	$(INTEROP_VENV)/bin/python -m pip install --quiet --constraint constraints-interop.txt circuit-tracer sae-lens jsonschema
+	@touch $@
 
 lint: $(STAMP) ## style and types
 	$(BIN)/ruff check .

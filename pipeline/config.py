@@ -44,7 +44,10 @@ from yaml import YAMLError
 
 from pipeline import progress
 from pipeline.errors import UserError
+from pipeline.stages.circuit_options import CircuitsConfig, WeightsConfig
+from pipeline.stages.export_options import ExportConfig, ImportConfig
 from pipeline.stages.features_options import FeaturesConfig
+from pipeline.stages.graph_options import GraphConfig
 from pipeline.stages.intervene_options import InterveneConfig
 from pipeline.stages.options import (
     BenchCacheConfig,
@@ -72,11 +75,16 @@ Config = (
     | TrainConfig
     | EvalConfig
     | GenerateConfig
+    | GraphConfig
     | InterveneConfig
     | FeaturesConfig
+    | WeightsConfig
+    | CircuitsConfig
     | PlotConfig
     | ConvertConfig
     | CompareConfig
+    | ExportConfig
+    | ImportConfig
     | ReportConfig
     | BenchExtractConfig
     | BenchCacheConfig
@@ -84,6 +92,18 @@ Config = (
     | BenchShareConfig
     | BenchTrainConfig
 )
+
+WithoutCache = (
+    PretrainConfig
+    | GenerateConfig
+    | GraphConfig
+    | InterveneConfig
+    | CircuitsConfig
+    | ExportConfig
+    | ReportConfig
+    | BenchCodecConfig
+)
+"""Those with no cache in their settings."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +119,16 @@ STAGES = {
     "train": Stage(TrainConfig, "pipeline.stages.train"),
     "eval": Stage(EvalConfig, "pipeline.stages.evaluate"),
     "generate": Stage(GenerateConfig, "pipeline.stages.generate"),
+    "graph": Stage(GraphConfig, "pipeline.stages.graph"),
     "intervene": Stage(InterveneConfig, "pipeline.stages.intervene"),
     "features": Stage(FeaturesConfig, "pipeline.stages.features"),
+    "weights": Stage(WeightsConfig, "pipeline.stages.weights"),
+    "circuits": Stage(CircuitsConfig, "pipeline.stages.circuits"),
     "plot": Stage(PlotConfig, "pipeline.stages.plot"),
     "convert": Stage(ConvertConfig, "pipeline.stages.convert"),
     "compare": Stage(CompareConfig, "pipeline.stages.compare"),
+    "export": Stage(ExportConfig, "pipeline.stages.export"),
+    "import": Stage(ImportConfig, "pipeline.stages.import_run"),
     "report": Stage(ReportConfig, "pipeline.stages.report"),
     "bench_extract": Stage(BenchExtractConfig, "pipeline.stages.bench_extract"),
     "bench_cache": Stage(BenchCacheConfig, "pipeline.stages.bench_cache"),
@@ -113,8 +138,9 @@ STAGES = {
 }
 
 TEXT_KEYS = {
-    "name", "run", "to", "prompt", "edits", "supernodes", "tokens", "swap.features", "swap.from_prompt",
-    "search", "features.ids", "plot.features", "plot.token",
+    "name", "run", "to", "path", "prompt", "edits", "supernodes", "tokens", "swap.features", "swap.from_prompt",
+    "search", "feature", "graphs", "features.ids", "graph.feature", "graph.slug", "plot.features", "plot.token",
+    "export.model_name", "export.licence", "read.revision",
     "model.path", "model.revision", "model.offload_dir", "lm.tokenizer", "cache.dir", "cache.path", "cache.local_dir",
     "train.init_from", "report.baseline", "log.project", "log.entity", "log.group",
     "dataset.name", "dataset.path", "dataset.subset", "dataset.split", "dataset.revision", "dataset.column",
@@ -485,6 +511,7 @@ class _Job:
         config = _typed(self.stage, cfg, dict(settings.runtime.choices), number, self.bases, base)
         config = _with_jobs(config, [*words, *self.searchpath])
         config = _with_own_settings(config, words)
+        _number(config, number)
         if type(config) is TrainConfig and config.train.share_pass and number is not None:
             if is_away or settings.runtime.choices.get("hydra/launcher") != "basic":
                 raise UserError(
@@ -530,11 +557,21 @@ def _typed(
             config.name = bases.setdefault(label, _free_name(label))
         if job is not None:
             config.name = f"{config.name}/{job}"
-    elif isinstance(config, PretrainConfig | GenerateConfig | InterveneConfig | ReportConfig | BenchCodecConfig):
-        pass  # no cache in their settings
+    elif isinstance(config, WithoutCache):
+        pass
     elif config.cache.path is not None:
         raise UserError(f"cache.path names what clt train reads, not clt {stage.replace('_', ' ')}; leave it out")
     return config
+
+
+def _number(config: Config, job: int | None) -> None:
+    """What a job of a sweep writes where `to=` says, beside what the others do: out.json -> out-0.json."""
+    to = getattr(config, "to", None)
+    if job is None or not to:
+        return
+    place = Path(to)
+    is_file = place.suffix in (".json", ".html")
+    config.to = str(place.with_stem(f"{place.stem}-{job}") if is_file else place.with_name(f"{place.name}-{job}"))  # type: ignore[union-attr]
 
 
 def _with_jobs(config: Config, words: Sequence[str]) -> Config:

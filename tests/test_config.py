@@ -139,6 +139,23 @@ def test_jobs_of_a_sweep_are_numbered_below_its_name(stub: Stub) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("stage", "words", "to", "numbered"),
+    [
+        ("generate", ["prompt=Once", "generate.seed=1,2"], "out/a.b.json", ["out/a.b-0.json", "out/a.b-1.json"]),
+        ("report", ["report.resamples=0,9"], "page.html", ["page-0.html", "page-1.html"]),
+        ("convert", ["run=runs/x", "device=cpu,auto"], "new.1", ["new.1-0", "new.1-1"]),
+    ],
+)
+def test_what_jobs_of_a_sweep_write_is_numbered(
+    stub: Stub, stage: str, words: list[str], to: str, numbered: list[str]
+) -> None:
+    assert start(*words, f"to={to}", stage=stage, multirun=True) == 0
+    assert start(words[0].partition(",")[0], f"to={to}", stage=stage) == 0
+    assert start(*words, stage=stage, multirun=True) == 0
+    assert [cfg.to for cfg in stub.seen] == [*numbered, to, None, None]
+
+
 def test_a_sweep_without_a_name_stays_together_though_its_folder_appears_meanwhile(stub: Stub) -> None:
     stub.then = lambda cfg: Path("runs", cfg.name).mkdir(parents=True)
     start("+experiment=topk", "optim.lr=1,2", multirun=True)

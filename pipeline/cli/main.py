@@ -126,6 +126,26 @@ def generate(
 
 
 @app.command()
+def graph(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+    validate: Annotated[bool, typer.Option("--validate", help="Check the graph against ablations.")] = False,
+) -> None:  # fmt: skip
+    """What made a prompt's next token: an attribution graph, as numbers, as JSON and as a page for a browser.
+
+    \b
+    clt graph prompt='The capital of France is'           into runs/NAME/graphs
+    clt graph run=runs/demo prompt='The capital of France is' graph.difference=[Paris,Berlin]
+    clt graph run=demo prompt='Anna lives in' graph.targets=[Berlin] graph.slug=anna graph.max_feature_nodes=200
+    clt graph run=demo prompt='Anna lives in' graph.feature=2/731@3
+    clt graph run=demo prompt='The capital of France is' --validate
+    """
+    overrides = [*(overrides or []), *(["validate=true"] if validate else [])]
+    del validate
+    launch("graph", **locals())
+
+
+@app.command()
 def intervene(
     overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
     config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
@@ -162,6 +182,35 @@ def features(
     overrides = [*(overrides or []), *(["dry_run=true"] if dry_run else [])]
     del dry_run
     launch("features", **locals())
+
+
+@app.command()
+def weights(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """What a feature reads and feeds whatever the prompt: virtual weights, along the residual stream and through heads.
+
+    \b
+    clt weights run=demo feature=1/299
+    clt weights run=demo feature=1/299 weights.n=50 to=weights.parquet
+    clt weights run=demo feature=0/12 weights.count=false   without text: by the weights alone
+    """
+    launch("weights", **locals())
+
+
+@app.command()
+def circuits(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """Features and edges that recur in the graphs of many prompts.
+
+    \b
+    clt circuits graphs=runs/demo/graphs
+    clt circuits graphs=runs/demo/graphs circuits.least=5 to=common.json
+    """
+    launch("circuits", **locals())
 
 
 @app.command()
@@ -211,6 +260,36 @@ def compare(
     clt compare name=all compare.experiments=[topk,sparse] compare.seeds=[0,1,2] compare.parameters=2M
     """
     launch("compare", **locals())
+
+
+@app.command()
+def export(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """Write a finished transcoder for circuit-tracer, for SAELens, or as a folder for the Hugging Face hub.
+
+    \b
+    clt export run=runs/demo to=circuit-tracer            into runs/demo/export/circuit-tracer
+    clt export run=demo to=huggingface path=out/demo export.licence=mit
+    clt export run=demo to=circuit-tracer export.dtype=bfloat16
+    """
+    launch("export", **locals())
+
+
+@app.command("import")
+def import_run(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """Make a finished run of a directory of circuit-tracer or SAELens, for eval, generate and graph.
+
+    \b
+    clt import path=out/clt model=world name=theirs         into runs/theirs
+    clt import path=mntss/clt-gemma-2-2b-426k model=gemma-2-2b name=published
+    clt import path=out/clt model=gpt2 dataset=text dataset.path=book.txt name=theirs
+    """
+    launch("import", **locals())
 
 
 @app.command()

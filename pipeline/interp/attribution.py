@@ -22,6 +22,7 @@ target. Features are read at positions 1 and later: the transcoder has not learn
 
 import copy
 import logging
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -67,7 +68,9 @@ def trace(model: ReplacementModel, tokens: Tensor, options: GraphOptions | None 
     clock("assemble")
     graph.texts = [model.lm.tokenizer.decode([token]) for token in graph.tokens.tolist()]
     graph.meta |= {"model": model.lm.name, "prompt": model.lm.tokenizer.decode(graph.tokens.tolist())}
-    graph.meta |= {"settings": to_plain(options), "labels": outputs.labels, "seconds": clock.seconds}
+    plain = to_plain(options)  # a command may have more
+    settings = {field.name: plain[field.name] for field in fields(GraphOptions)}
+    graph.meta |= {"settings": settings, "labels": outputs.labels, "seconds": clock.seconds}
     return graph
 
 

@@ -115,7 +115,7 @@ def position(text: str, n_tokens: int) -> int:
 
 def features(text: str, n_layers: int, d_features: int, supernodes: Supernodes | None = None) -> Iterator[Place]:
     """Features by LAYER/NUMBER or by the name of their group, with commas. UserError for those that there are not."""
-    for piece in (piece.strip() for piece in text.split(",")):
+    for piece in _names(text, supernodes or {}):
         found = re.fullmatch(r"(\d+)/(\d+)", piece)
         if supernodes is not None and piece in supernodes:
             places = list(supernodes[piece])
@@ -131,6 +131,16 @@ def features(text: str, n_layers: int, d_features: int, supernodes: Supernodes |
                     f"features 0 to {d_features - 1}"
                 )
             yield place
+
+
+def _names(text: str, supernodes: Supernodes) -> Iterator[str]:
+    """What commas divide, but for the commas within the name of a group."""
+    parts = text.split(",")
+    while parts:
+        ends = range(len(parts), 0, -1)
+        n = next((end for end in ends if ",".join(parts[:end]).strip() in supernodes), 1)
+        yield ",".join(parts[:n]).strip()
+        parts = parts[n:]
 
 
 def pieces(text: str) -> list[str]:

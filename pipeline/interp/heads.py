@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.interp import frozen, paths
+from pipeline.interp.attribution import check_linear
 from pipeline.interp.frozen import Gates
 from pipeline.interp.graph import Graph, Kind
 from pipeline.interp.paths import Effects, Target
@@ -47,7 +48,7 @@ class Crossings(NamedTuple):
 def of_edges(model: ReplacementModel, graph: Graph, target: int, sources: Sequence[int]) -> Crossings:
     """The parts of the graph's edges from `sources` (features, errors, tokens, position-0 outputs) to `target` (a
     feature, or a logit that is a token). `graph` is one of this model. UserError for other nodes."""
-    paths.check(model.transcoder)
+    check_linear(model.transcoder)
     read = _target(model, graph, target)
     written = _written(model, graph, sources)
     gates = frozen.record(model.lm, graph.tokens[None])
@@ -96,7 +97,7 @@ def _target(model: ReplacementModel, graph: Graph, i: int) -> Target:
     layer, position, index = int(graph.layer[i]), int(graph.position[i]), int(graph.index[i])
     if graph.kind[i] == Kind.feature:
         return Target(layer, position, model.transcoder.encoders[layer][index])
-    if graph.kind[i] == Kind.logit and index >= 0:
+    if graph.kind[i] == Kind.logit and index >= 0 and graph.meta["settings"]["feature"] is None:
         unembed = model.lm.weights.get_output_embeddings().weight.detach()
         return Target(model.lm.n_layers, position, unembed[index] - unembed.mean(dim=0))
     raise UserError(f"node {i} is no feature and no single token among the outputs; choose such a target")

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from pipeline.arch.base import Transcoder
 from pipeline.arch.options import Site
 from pipeline.data.models import LanguageModel
-from pipeline.errors import UserError
 from pipeline.interp import frozen
 from pipeline.interp.frozen import Gates
 
@@ -42,14 +41,6 @@ class Effects(NamedTuple):
     """[n, T, D]: of what the embedding of tokens gives."""
     value: Tensor
     """[T, D]: what it gives."""
-
-
-def check(transcoder: Transcoder) -> None:
-    """UserError for a transcoder through which effects are not sums over what features write."""
-    options = transcoder.options
-    if not (transcoder.linear and transcoder.directions and transcoder.causal) or options.site == Site.mlp_out:
-        why = "does not read the residual stream" if options.site == Site.mlp_out else "is not linear in its features"
-        raise UserError(f"arch={options.name} {why}; use a run of another arch= (clt, per_layer, skip, tied)")
 
 
 def effects(lm: LanguageModel, transcoder: Transcoder, gates: Gates, n: int, tokens: Tensor, target: Target) -> Effects:

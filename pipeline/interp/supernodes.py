@@ -47,6 +47,9 @@ MOST = 400
 TopTokens = Callable[[int, int], Sequence[str]]
 """(layer, feature) -> tokens that say what it is about, the best first; none where nothing is known."""
 
+Promoted = Callable[[Sequence[int]], Sequence[str]]
+"""Feature nodes of a graph -> the tokens that they make likely, the most likely first."""
+
 
 class Grouped(NamedTuple):
     """A graph of m nodes: groups, and nodes in no group."""
@@ -125,10 +128,14 @@ def merged(likeness: Tensor, least: float) -> list[list[int]]:
 
 
 def labelled(
-    graph: Graph, groups: Iterable[Sequence[int]], top_tokens: TopTokens, n_tokens: int = 3
+    graph: Graph,
+    groups: Iterable[Sequence[int]],
+    top_tokens: TopTokens,
+    promoted: Promoted | None = None,
+    n_tokens: int = 3,
 ) -> list[Supernode]:
     """Supernodes with readable labels, each its own: the tokens that the members' top tokens name most often, weighted
-    by activation. Where none are known, the tokens that stand at the members' positions."""
+    by activation. Where none are known, the tokens that the members stand at, and what they promote together."""
     ids, found = node_ids(graph), []
     for group in groups:
         votes: dict[str, float] = {}
@@ -136,9 +143,12 @@ def labelled(
             names = top_tokens(int(graph.layer[i]), int(graph.index[i]))
             for rank, token in enumerate(dict.fromkeys(token.strip() for token in names)):
                 votes[token] = votes.get(token, 0.0) + float(graph.activation[i]) / (1 + rank)
-        best = _most(votes, n_tokens)
-        places = dict.fromkeys(graph.texts[int(graph.position[i])].strip() for i in group)
-        label = ", ".join(best) if best else "at " + ", ".join(places)
+        label = ", ".join(_most(votes, n_tokens))
+        if not label:
+            places = dict.fromkeys(graph.texts[int(graph.position[i])].strip() for i in group)
+            label = "at " + ", ".join(places)
+            says = [token.strip() for token in promoted(group)][:n_tokens] if promoted else []
+            label += f" ({', '.join(says)})" if says else ""
         found.append(Supernode(label, tuple(ids[i] for i in group)))
     return _distinct(found, set(ids))
 
@@ -156,16 +166,23 @@ def top_tokens_of(record: Mapping[str, Any] | None, n_tokens: int = 3) -> list[s
     return _most(votes, n_tokens)
 
 
-def promoted(
-    transcoder: Transcoder, unembed: Callable[[Tensor], Tensor], token: Callable[[int], str], n_tokens: int = 3
-) -> TopTokens:
-    """Top tokens where nothing else is known: those that what the feature writes to all layers promotes most through
-    `unembed`, [D] -> logits [V], `token` being the text of an id."""
+def promoted_by(
+    graph: Graph,
+    transcoder: Transcoder,
+    unembed: Callable[[Tensor], Tensor],
+    token: Callable[[int], str],
+    n_tokens: int = 3,
+) -> Promoted:
+    """What features promote together: the top tokens of all that they write to all layers, activations included,
+    through `unembed`, [D] -> logits [V]. token: the text of an id."""
 
-    def top(layer: int, index: int) -> list[str]:
-        ids = torch.tensor([index], device=transcoder.b_dec.device)
-        written = torch.stack([transcoder.table(layer, target, ids)[0] for target in transcoder.targets(layer)])
-        return [token(int(i)) for i in unembed(written.sum(dim=0)).topk(n_tokens).indices]
+    def top(group: Sequence[int]) -> list[str]:
+        total = torch.zeros(transcoder.dims.d_model, device=transcoder.b_dec.device)
+        for i in group:
+            layer, ids = int(graph.layer[i]), graph.index[i][None].to(total.device)
+            for target in transcoder.targets(layer):
+                total += float(graph.activation[i]) * transcoder.table(layer, target, ids)[0]
+        return [token(int(i)) for i in unembed(total).topk(n_tokens).indices]
 
     return top
 

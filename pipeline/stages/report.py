@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.stages.options import ReportConfig
 from pipeline.train import run as runs
-from pipeline.web import images, report
+from pipeline.web import images, report, sweeps
 from pipeline.web.runs import is_run
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,8 @@ def _meant(word: str) -> list[Path]:
     if is_run(directory):
         return [directory]
     children = sorted((path for path in directory.iterdir() if path.is_dir() and is_run(path)), key=_natural)
+    if not children and (causes := sweeps.failures(directory)):
+        raise UserError(f"{directory}: every job of this sweep failed ({'; '.join(causes)}); mend that and sweep again")
     if not children:
         raise UserError(
             f"{directory} is no run (it has no config.yaml) and holds none; name a directory that clt train made, or "

@@ -54,6 +54,10 @@ class Recompute:
         return total / max(1, n)
 
 
+Prepare = Callable[["Inputs", Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""(inputs, resid_mid, mlp_out) -> x, y, as `Inputs` makes them or has made them before."""
+
+
 class Inputs(NamedTuple):
     """The site that the transcoder reads, the one that it writes, then the transcoder's units."""
 
@@ -64,10 +68,14 @@ class Inputs(NamedTuple):
     target: Target
     recompute: Recompute | None = None
     """Of a cache whose training rows hold no mlp_out."""
+    shared: Prepare | None = None
+    """Of several runs with one preparation (`train/shared.py`): what it gives is not to be written over."""
 
     def __call__(self, resid_mid: Tensor, mlp_out: Tensor | None) -> tuple[Tensor, Tensor]:
         """Stored rows [B, L, D] -> x, y [B, L, D] float32 in the transcoder's units, on the device. mlp_out None: it is
         recomputed."""
+        if self.shared is not None:
+            return self.shared(self, resid_mid, mlp_out)
         x, y = self.raw(resid_mid, mlp_out)
         y = self.scaling.y(y) if y is x else self.scaling.y_in_place(y)
         return self.scaling.x_in_place(x), y

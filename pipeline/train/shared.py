@@ -1,12 +1,13 @@
 """Several runs through the same batches, in one process: each batch is read once.
 
 Each run has its own trainer, and its step is the one that it takes alone. What a process has one of, the runs have in
-turns: torch's random generators (`Generators`). What they share is read alone: the batch, and with
-`cache.targets=recompute` its targets (`Targets`). Kernels and the device are one for all.
+turns: torch's random generators (`Generators`). What they share is read alone: the batch, with
+`cache.targets=recompute` its targets (`Targets`), and what is made of them for runs of the same units (`Prepared`).
+Kernels and the device are one for all.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from pipeline.data.loader import Batch
 from pipeline.progress import Progress
+from pipeline.train.inputs import Inputs
 from pipeline.train.interrupt import stop_requests
 from pipeline.train.loop import Trainer
 
@@ -71,6 +73,58 @@ class Targets:
         self._known.clear()
 
 
+class Prepared:
+    """Batches in the transcoder's units: bfloat16 to float32, the norm in front of the MLP, scaling. Computed once for
+    all runs whose units are the same, and kept while they take their steps; they read it alone. Parts of a batch
+    (`train.accumulate`) are prepared for each run, so that no more than a part is in memory."""
+
+    def __init__(self) -> None:
+        self._batch: Batch | None = None
+        self._kinds: list[Inputs] = []
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        self._versions: list[int] = []
+
+    def join(self, inputs: Inputs) -> Inputs:
+        """The same inputs, which share what they make of a batch with those before that are equal to them."""
+        kind = next((i for i, one in enumerate(self._kinds) if _same(one, inputs)), len(self._kinds))
+        if kind == len(self._kinds):
+            self._kinds.append(inputs)
+
+        def prepare(own: Inputs, resid_mid: Tensor, mlp_out: Tensor | None) -> tuple[Tensor, Tensor]:
+            batch, alone = self._batch, own._replace(shared=None)
+            if batch is None or resid_mid.data_ptr() != batch.resid_mid.data_ptr() or len(resid_mid) != len(batch.rows):
+                return alone(resid_mid, mlp_out)
+            if kind not in self._known:
+                self._known[kind] = alone(resid_mid, mlp_out)
+                self._versions += _versions(self._known[kind])
+            return self._known[kind]
+
+        return inputs._replace(shared=prepare)
+
+    def next(self, batch: Batch | None) -> None:
+        """This is the batch from now on."""
+        self._batch = batch
+        self._known.clear()
+        self._versions.clear()
+
+    def unchanged(self) -> bool:
+        """Whether what was made of the batch is as it was made."""
+        return self._versions == _versions(tensor for pair in self._known.values() for tensor in pair)
+
+
+def _same(one: Inputs, other: Inputs) -> bool:
+    """Whether they make the same of every batch."""
+    if (one.site, one.target, one.norm.kind, one.norm.eps) != (
+        other.site,
+        other.target,
+        other.norm.kind,
+        other.norm.eps,
+    ):
+        return False
+    mine, theirs = ((*i.scaling, i.norm.gain, i.norm.bias) for i in (one, other))
+    return (one.recompute is None) == (other.recompute is None) and all(map(torch.equal, mine, theirs))
+
+
 @dataclass
 class Member:
     """One of the runs."""
@@ -103,7 +157,9 @@ def train(members: list[Member], batches: Iterator[Batch], attempt: Attempt, tar
     size = members[0].trainer.plan.batch_tokens
     position = first_step(members)
     last = max(member.trainer.plan.n_steps for member in members)
+    prepared = Prepared()
     for member in members:
+        member.trainer.inputs = prepared.join(member.trainer.inputs._replace(shared=None))
         member.trainer.start()
     with stop_requests() as requested, Progress(last * size, "tok", f"train {len(members)}", position * size) as bar:
         _conclude(members, attempt)
@@ -111,10 +167,12 @@ def train(members: list[Member], batches: Iterator[Batch], attempt: Attempt, tar
             batch, waited = _next(members, batches, attempt)
             if batch is None:
                 return
+            prepared.next(batch)
             if targets is not None:
                 targets.forget()
             for member in [one for one in members if one.trainer.state.step == position]:
-                _advance(member, members, batch, waited, attempt)
+                _advance(member, members, batch, waited, attempt, prepared)
+            prepared.next(None)
             position += 1
             bar.update(size, **_shown(members))
             if requested():
@@ -145,11 +203,14 @@ def _next(members: list[Member], batches: Iterator[Batch], attempt: Attempt) -> 
     return None, 0.0
 
 
-def _advance(member: Member, members: list[Member], batch: Batch, waited: float, attempt: Attempt) -> None:
+def _advance(
+    member: Member, members: list[Member], batch: Batch, waited: float, attempt: Attempt, prepared: Prepared
+) -> None:
     def step() -> None:
         before = _versions(batch)
         member.shown |= member.trainer.advance(batch, waited)
-        assert _versions(batch) == before, "a trainer has changed the batch, which others are to read"
+        same = _versions(batch) == before and prepared.unchanged()
+        assert same, "a trainer has changed the batch, which others are to read"
 
     if not attempt([member.job], _in_turn(member, step)):
         _leave(member, members)
@@ -179,9 +240,9 @@ def _in_turn(member: Member, work: Callable[[], None]) -> Callable[[], None]:
     return turn
 
 
-def _versions(batch: Batch) -> list[int]:
+def _versions(tensors: Iterable[Tensor | None]) -> list[int]:
     """torch counts what is changed in place."""
-    return [tensor._version for tensor in batch if tensor is not None]
+    return [tensor._version for tensor in tensors if tensor is not None]
 
 
 def _shown(members: Sequence[Member]) -> dict[str, str | float]:

@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from pipeline.web.columns import COLUMNS, Interval
@@ -11,19 +12,21 @@ from pipeline.web.runs import Run, lookup
 
 
 def csv_text(runs: Sequence[Run], keys: Sequence[str]) -> str:
-    """Every headline number with its bounds, under the thresholds and under the rule of training; what differs; cost.
+    """Every headline number with its bounds, under the thresholds and under the rule of training; cost; the numbers on
+    other data sets, as DATASET:KEY; what differs.
 
     Empty: not measured. Numbers are written so that they read back as they were.
     """
     text = io.StringIO()
-    rows = [_row(run, keys) for run in runs]
+    datasets = sorted({name for run in runs for name in run.others})
+    rows = [_row(run, keys, datasets) for run in runs]
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
 
 
-def _row(run: Run, keys: Sequence[str]) -> dict[str, Any]:
+def _row(run: Run, keys: Sequence[str], datasets: Sequence[str]) -> dict[str, Any]:
     row: dict[str, Any] = {
         "run": run.name, "directory": str(run.directory), "state": run.state, "arch": run.arch,
         "activation": run.activation, "seed": run.seed, "replacement_basis": lookup(run.metrics, "replacement.basis"),
@@ -34,8 +37,12 @@ def _row(run: Run, keys: Sequence[str]) -> dict[str, Any]:
         row |= _bounded(f"{column.key}_exact", column.value_exact(run), column.interval_exact(run))
     row |= {
         "parameters": run.parameters, "tokens": run.tokens(), "seconds": run.seconds(),
-        "tokens_per_second": run.tokens_per_second(),
+        "tokens_per_second": run.tokens_per_second(), "memory_mb": run.memory_mb(),
     }  # fmt: skip
+    for dataset in datasets:
+        other = replace(run, metrics=run.others.get(dataset))
+        for column in (column for column in COLUMNS if column.shown):
+            row |= _bounded(f"{dataset}:{column.key}", column.value(other), column.interval(other))
     return row | {f"setting:{key}": None if setting(run, key) is MISSING else _plain(setting(run, key)) for key in keys}
 
 

@@ -10,7 +10,7 @@ const rowNames_ = ["tokens", ...Array.from({ length: data.n_layers }, (_, l) => 
 const tokenIds = data.tokens.map((_, p) => (graph.nodes.find((node) => node.kind === "token" && node.position === p) || { id: "" }).id);
 const store = "clt graph " + data.key;
 const initialGroups = JSON.stringify(data.supernodes);
-const defaults = { n: data.thresholds.node, e: data.thresholds.edge, d: 70, l: "auto", w: "weight", o: 0, h: "" };
+const defaults = { n: data.thresholds.node, e: data.thresholds.edge, d: 70, l: "auto", w: "weight", o: 0, h: "bias" }; // biases reach everything: on demand
 const state = { ...defaults, selected: [], pinned: new Set(), groups: [] };
 let pruned, items = [], edges = [], itemOf = new Map(), placed, hovered = null;
 
@@ -115,7 +115,7 @@ function makeItems() {
     if (itemOf.has(node.i)) continue;
     const item = { key: "n" + node.i, kind: node.kind, node, members: [node.i], row: row(node), column: node.position + 1, influence: node.influence,
       radius: node.kind === "logit" ? 5.5 : node.kind === "token" ? 4.5 : node.kind === "feature" ? radius(node.influence) : Math.min(radius(node.influence), 5.5),
-      labelled: node.kind === "feature" || node.kind === "logit", label: node.kind === "logit" ? `${plainToken(node.label)}  ${percent(node.probability)}` : label(node) };
+      labelled: node.kind === "feature" || node.kind === "logit", label: node.kind === "logit" ? `${plainToken(node.label)}  ${node.probability ? percent(node.probability) : number(node.value)}` : label(node) };
     items.push(item);
     itemOf.set(node.i, item);
   }
@@ -147,7 +147,7 @@ function makeEdges() {
 }
 
 function draw() {
-  pruned = prune(graph, state.n, state.e);
+  if (!pruned || pruned.at !== `${state.n} ${state.e}`) pruned = { ...prune(graph, state.n, state.e), at: `${state.n} ${state.e}` };
   state.selected = state.selected.filter(exists);
   makeItems();
   makeEdges();
@@ -177,8 +177,10 @@ function paint() {
   picture.append(group);
   const names = rowNames(placed, rowNames_), keys = tokenIds.map((id) => (id ? "n" + byId.get(id).i : ""));
   const axis = tokenAxis(placed, texts, keys, focus);
-  picture.append(names, axis);
+  picture.append(names, svg("g", { transform: `translate(0 ${placed.plot})` }, axis));
+  const first = !$("picture");
   $("frame").replaceChildren(picture);
+  if (first) $("frame").scrollLeft = placed.width; // the outputs stand at the end
   follow();
 }
 
@@ -187,7 +189,7 @@ function follow() {
   const frame = $("frame"), picture = $("picture");
   if (!picture) return;
   picture.querySelector(".row-names").setAttribute("transform", `translate(${frame.scrollLeft} 0)`);
-  const low = Math.min(placed.plot, frame.scrollTop + frame.clientHeight - placed.axis);
+  const low = Math.min(0, frame.scrollTop + frame.clientHeight - placed.axis - placed.plot);
   picture.querySelector(".axis").setAttribute("transform", `translate(0 ${low})`);
 }
 

@@ -8,7 +8,6 @@ a browser. What a target reads beyond that is kept as its sum, so that each acco
 import base64
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -63,8 +62,8 @@ def payload(
     influence = graph_scores.influence(graph)
     ids, most = chosen(graph, influence, max(nodes_share, MOST_SHARE))
     strings = Strings()
-    found = _features(graph, ids, influence, features, strings)
-    names = {key: feature["label"] for key, feature in found.items()} | {f"{l}/{i}": t for (l, i), t in labels.items()}
+    found = _features(graph, ids, influence, features, strings, labels)
+    names = {f"{l}/{i}": text for (l, i), text in labels.items()} | {key: one["label"] for key, one in found.items()}
     return {
         "key": _key(graph),
         "tokens": graph.texts,
@@ -146,7 +145,12 @@ def _edges(edges: Tensor) -> dict[str, Any]:
 
 
 def _features(
-    graph: Graph, ids: Tensor, influence: Tensor, read: FeatureData | None, strings: Strings
+    graph: Graph,
+    ids: Tensor,
+    influence: Tensor,
+    read: FeatureData | None,
+    strings: Strings,
+    labels: Mapping[tuple[int, int], str],
 ) -> dict[str, dict[str, Any]]:
     """By "layer/index", of the features of these nodes that have data, the most influential first."""
     if read is None:
@@ -162,16 +166,18 @@ def _features(
         tried.add((layer, index))
         given = read(layer, index)
         if given is not None:
-            found[f"{layer}/{index}"] = _feature(given, strings, 2 * layer >= graph.n_layers)
+            found[f"{layer}/{index}"] = _feature(given, strings)
+            name = labels.get((layer, index), "")
+            mine = name and name != given.get("label")
+            found[f"{layer}/{index}"]["label"] = name if mine else _named(given, 2 * layer >= graph.n_layers)
         if len(found) == MOST_FEATURES:
             break
     return found
 
 
-def _feature(given: Mapping[str, Any], strings: Strings, with_output: bool) -> dict[str, Any]:
+def _feature(given: Mapping[str, Any], strings: Strings) -> dict[str, Any]:
     groups = given.get("examples_quantiles") or []
     return {
-        "label": _named(given, with_output),
         "frequency": given.get("activation_frequency"),
         "range": [_number(given.get("act_min") or 0.0), _number(given.get("act_max") or 0.0)],
         "histogram": [int(count) for count in _binned(given.get("histogram") or [])],
@@ -192,7 +198,7 @@ def _example(example: Mapping[str, Any], strings: Strings) -> tuple[list[int], l
 
 
 def _named(given: Mapping[str, Any], with_output: bool) -> str:
-    """The token or two at which the top contexts are highest; for later layers, what the feature raises most as well."""
+    """Its label, or the token or two at which its top contexts peak; of later layers, what it raises most as well."""
     name = str(given.get("label") or ", ".join(top_tokens_of(given, 2)))
     output = str(next(iter(given.get("top_logits") or []), "")).strip()
     return f"{name} → {output}" if with_output and name and output else name

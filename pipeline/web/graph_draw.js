@@ -65,7 +65,8 @@ function drawItem(item, classes) {
   }
   made.append(svg("circle", { class: "halo", r: item.radius + 2.5 }), mark(item.kind, item.radius));
   if (item.shown) {
-    const text = svg("text", { class: "label", x: item.radius + 4, y: 4 });
+    const { dx, dy, anchor } = item.tag || { dx: item.radius + 4, dy: 0, anchor: "start" };
+    const text = svg("text", { class: "label", x: dx, y: dy + 4, "text-anchor": anchor });
     text.textContent = item.shown;
     made.append(text);
   }

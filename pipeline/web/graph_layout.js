@@ -7,12 +7,13 @@ const LINE = 20, PAD = 8, LEFT = 62, LONGEST = 118, LABELS = 90;
 const pen = document.createElement("canvas").getContext("2d");
 const widths = new Map();
 
-function textWidth(text) {
-  if (!widths.has(text)) {
-    pen.font = FONT;
-    widths.set(text, pen.measureText(text).width);
+function textWidth(text, bold = false) {
+  const key = (bold ? "b" : "n") + text;
+  if (!widths.has(key)) {
+    pen.font = (bold ? "600 " : "") + FONT;
+    widths.set(key, pen.measureText(text).width);
   }
-  return widths.get(text);
+  return widths.get(key);
 }
 
 function clip(text, most = LONGEST) {
@@ -29,27 +30,60 @@ function plainToken(text) {
 }
 
 // items: [{ row, column, radius, influence, label, labelled: may have one, box }]; sets x, y and shown (its text) of each.
-// size: { width, height } that there is. labels: auto, all or none.
+// size: { width, height } that there is. labels: auto, all or none. Where there is room all have a line of their own;
+// else columns are as narrow as their marks, and the most influential nodes get a label where nothing is in its way.
 function layout(items, tokens, nRows, size, labels) {
   const candidates = items.filter((item) => item.labelled).sort((a, b) => b.influence - a.influence);
-  let count = labels === "none" ? 0 : labels === "all" ? candidates.length : Math.min(candidates.length, LABELS);
-  for (;;) {
-    const shown = new Set(candidates.slice(0, count));
-    for (const item of items) if (item.box || item.kind === "logit") shown.add(item);
-    const placed = place(items, shown, tokens, nRows, size);
-    if (labels !== "auto" || count <= 10) return placed;
-    if (placed.width <= size.width + 1 && placed.height <= size.height * 1.35) return placed;
-    count = Math.floor(count * 0.85);
+  const always = items.filter((item) => item.box || item.kind === "logit");
+  for (const item of items) item.tag = null;
+  let count = labels === "none" ? 0 : candidates.length;
+  if (labels === "auto" && count > LABELS) count = 0;
+  // First as it is, then with some scrolling sideways, then downwards, then with fewer labels.
+  const ways = labels === "all" ? [[1, Infinity]] : [[1, 1], [1.2, 1], [1.45, 1], [1, 1.25]];
+  while (count > 0) {
+    const shown = new Set([...always, ...candidates.slice(0, count)]);
+    for (const [wide, tall] of ways) {
+      const placed = place(items, shown, tokens, nRows, { width: size.width * wide, height: size.height }, false);
+      if (labels === "all" || (placed.width <= size.width * wide + 1 && placed.height <= size.height * tall + 1)) return placed;
+    }
+    count = count > 0.7 * candidates.length ? Math.floor(count * 0.88) : 0;
+  }
+  const placed = place(items, new Set(always), tokens, nRows, size, labels === "auto");
+  if (labels === "auto") tags(candidates.filter((item) => !item.shown), items, placed);
+  return placed;
+}
+
+// A label right of its mark, or left, above or below, wherever it covers no mark and no other label.
+function tags(candidates, items, placed) {
+  const taken = items.map((item) => {
+    const right = item.shown ? item.left + item.width - 6 : item.x + item.radius + 1;
+    if (item.box) return { left: item.left + 2, right, top: item.y - 11, bottom: item.y + 11, item };
+    return { left: item.x - item.radius - 1, right, top: item.y - item.radius - 1, bottom: item.y + item.radius + 1, item };
+  });
+  const free = (box) => box.left > LEFT && box.right < placed.width && box.top > 0 && box.bottom < placed.plot
+    && taken.every((other) => other.item === box.item || other.right <= box.left || other.left >= box.right || other.bottom <= box.top || other.top >= box.bottom);
+  for (const item of candidates) {
+    const text = clip(item.label, 92), w = textWidth(text) + 2, r = item.radius;
+    const places = [[r + 4, 0, "start"], [-r - 4, 0, "end"], [0, -r - 8, "middle"], [0, r + 8, "middle"], [r, -r - 6, "start"], [r, r + 6, "start"], [-r, -r - 6, "end"], [-r, r + 6, "end"]];
+    for (const [dx, dy, anchor] of places) {
+      const left = item.x + dx - (anchor === "end" ? w : anchor === "middle" ? w / 2 : 0);
+      const box = { left, right: left + w, top: item.y + dy - 7, bottom: item.y + dy + 7, item };
+      if (!free(box)) continue;
+      taken.push({ ...box, item: null });
+      item.shown = text;
+      item.tag = { dx, dy, anchor };
+      break;
+    }
   }
 }
 
 function extent(item, shown) {
   item.shown = shown.has(item) ? clip(item.label) : "";
-  if (item.box) return textWidth(item.shown) + 24;
-  return item.shown ? 2 * item.radius + 4 + textWidth(item.shown) + 12 : 2 * item.radius + 5;
+  if (item.box) return textWidth(item.shown, true) + 26;
+  return item.shown ? 2 * item.radius + 4 + textWidth(item.shown, item.kind === "logit") + 12 : 2 * item.radius + 5;
 }
 
-function place(items, shown, tokens, nRows, size) {
+function place(items, shown, tokens, nRows, size, tight) {
   const cells = new Map(), nColumns = tokens.length + 1;
   for (const item of items) {
     item.width = extent(item, shown);
@@ -59,17 +93,17 @@ function place(items, shown, tokens, nRows, size) {
   }
   const least = new Array(nColumns).fill(0), need = new Array(nColumns).fill(0);
   for (const cell of cells.values()) {
-    const side = Math.ceil(Math.sqrt(cell.dots.length * 2.2)) * Math.max(0, ...cell.dots.map((item) => item.width));
-    const widest = Math.max(side, ...cell.labelled.map((item) => item.width));
-    least[cell.column] = Math.max(least[cell.column], widest + 2 * PAD);
-    need[cell.column] = Math.max(need[cell.column], cell.labelled.length + cell.dots.length / 6);
+    const side = Math.min(cell.dots.length, Math.ceil(Math.sqrt(cell.dots.length * (tight ? 0.6 : 2.2)))) * Math.max(0, ...cell.dots.map((item) => item.width));
+    const widest = Math.max(0, ...cell.labelled.map((item) => item.width));
+    least[cell.column] = Math.max(least[cell.column], side && side + 3, widest && widest + PAD);
+    need[cell.column] = Math.max(need[cell.column], cell.labelled.length + cell.dots.length / (tight ? 2 : 6));
   }
   const { column, rotated } = columnWidths(least, need, tokens, size.width - LEFT);
   const x = [LEFT];
   column.forEach((w, c) => x.push(x[c] + w));
   const heights = new Array(nRows).fill(0);
   for (const cell of cells.values()) {
-    fill(cell, column[cell.column] - 2 * PAD);
+    fill(cell, column[cell.column] - 3);
     heights[cell.row] = Math.max(heights[cell.row], cell.height);
   }
   const rows = rowPlaces(heights, size.height - axisHeight(tokens, rotated));
@@ -91,13 +125,18 @@ function place(items, shown, tokens, nRows, size) {
 }
 
 function columnWidths(least, need, tokens, room) {
-  const text = [0, ...tokens.map((token) => textWidth(clip(token)) + 18)];
+  const text = [0, ...tokens.map((token) => textWidth(clip(token), true) + 18)];
   const flat = least.map((w, c) => Math.max(w, text[c]));
   const sum = (list) => list.reduce((a, b) => a + b, 0);
   const rotated = sum(flat) > room;
-  const column = rotated ? least.map((w, c) => (c ? Math.max(w, 21) : w)) : flat;
-  const free = room - sum(column), total = sum(need.map((v, c) => (c ? v + 0.6 : 0)));
-  if (free > 0) column.forEach((w, c) => { if (c) column[c] = w + Math.min((free * (need[c] + 0.6)) / total, 260); });
+  const column = rotated ? least.map((w, c) => (c ? Math.max(w, 16) : w)) : flat;
+  // What is left goes to columns with much in them, and then to all.
+  const share = (weights, most) => {
+    const free = room - sum(column), total = sum(weights);
+    if (free > 0 && total > 0) weights.forEach((weight, c) => { column[c] += Math.min((free * weight) / total, most); });
+  };
+  share(need.map((v, c) => (c ? v + (rotated ? 0 : 0.6) : 0)), 280);
+  share(need.map((_, c) => (c ? 1 : 0)), 120);
   return { column, rotated };
 }
 
@@ -111,6 +150,7 @@ function fill(cell, room) {
       if (!line || line.width + item.width > room + 0.5) cell.lines.push((line = { items: [], width: 0, height }));
       line.items.push(item);
       line.width += item.width;
+      if (item.box) line.height = Math.max(line.height, LINE + 5);
     }
   };
   flow(cell.labelled, LINE);
@@ -120,7 +160,7 @@ function fill(cell, room) {
 
 function axisHeight(tokens, rotated) {
   if (!rotated) return 30;
-  return 14 + 0.86 * Math.max(20, ...tokens.map((token) => textWidth(clip(token))));
+  return 20 + 0.87 * Math.max(20, ...tokens.map((token) => textWidth(clip(token), true)));
 }
 
 function rowPlaces(heights, room) {

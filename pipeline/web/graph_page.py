@@ -13,7 +13,7 @@ import jinja2
 
 import pipeline
 from pipeline.interp import graph_scores
-from pipeline.interp.graph import Graph
+from pipeline.interp.graph import Graph, Kind
 from pipeline.interp.graph_json import Supernode
 from pipeline.web.graph_data import FeatureData, payload
 
@@ -46,7 +46,7 @@ def page(
         data=data,
         outputs=outputs,
         scripts=SCRIPTS,
-        facts=_facts(graph, data),
+        facts=_facts(graph),
         made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=pipeline.__version__,
     )
@@ -54,19 +54,19 @@ def page(
 
 def _title(graph: Graph) -> str:
     """The prompt, without the special token that begins it."""
-    if prompt := graph.meta.get("prompt"):
-        return str(prompt)
-    return "".join(text for text in graph.texts if not SPECIAL.fullmatch(text)).strip() or "".join(graph.texts)
+    prompt = str(graph.meta.get("prompt") or "".join(graph.texts))
+    begun = SPECIAL.match(prompt)
+    return (prompt[begun.end() :].strip() if begun else prompt) or prompt
 
 
-def _facts(graph: Graph, data: Mapping[str, Any]) -> dict[str, str]:
+def _facts(graph: Graph) -> dict[str, str]:
     found = {"run": graph.meta.get("run"), "model": graph.meta.get("model")}
     return {name: str(value) for name, value in found.items() if value}
 
 
 def _scores(graph: Graph) -> list[tuple[str, float | None, str]]:
-    scores = graph_scores.scores(graph)
-    theirs = graph_scores.scores(graph_scores.reference(graph))
+    told = graph.meta.get("scores") or graph_scores.report(graph)
+    scores, theirs = (graph_scores.Scores(**told[nodes]) for nodes in ("all_nodes", "circuit_tracer"))
     return [
         ("replacement", scores.replacement, "Influence of tokens, of that of tokens and errors together"),
         ("completeness", scores.completeness, "Share of the inputs that are no errors, weighted by influence"),
@@ -77,8 +77,12 @@ def _scores(graph: Graph) -> list[tuple[str, float | None, str]]:
 
 
 def _settings(graph: Graph) -> list[tuple[str, str]]:
-    told = {key: value for key, value in graph.meta.items() if key not in ("labels", "settings")}
-    return [(str(key), str(value)) for key, value in [*told.items(), *_flat(graph.meta.get("settings") or {})]]
+    told = {key: value for key, value in graph.meta.items() if key not in ("labels", "scores", "settings")}
+    return [(key, _shown(value)) for key, value in _flat(told | (graph.meta.get("settings") or {}))]
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _flat(settings: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:

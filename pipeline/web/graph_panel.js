@@ -18,7 +18,7 @@ function number(value, digits = 3) {
   if (value === null || value === undefined) return "";
   const size = Math.abs(value);
   const text = size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(1) : String(Number(value.toPrecision(digits)));
-  return text.replace("-", "−");
+  return text.replaceAll("-", "−");
 }
 const signed = (value) => (value > 0 ? "+" : "") + number(value);
 function percent(value) {
@@ -76,8 +76,10 @@ function context(example, strings, most, peakOf) {
   example[0].forEach((word, at) => {
     const act = example[1][at];
     const share = act > 0 ? Math.sqrt(Math.min(1, act / most)) : 0;
-    const span = html("span", act > 0 ? { class: "on" + (at === peakOf ? " peak" : ""), style: `--a:${(0.1 + 0.75 * share).toFixed(2)}`, title: number(act) } : {}, seenToken(strings[word]));
-    line.append(span);
+    // The blank before a word is not coloured: it may end up at the end of a line.
+    const [, blank, rest] = /^( *)([^]*)$/.exec(seenToken(strings[word]));
+    if (at > 0) line.append(blank);
+    line.append(html("span", act > 0 ? { class: "on" + (at === peakOf ? " peak" : ""), style: `--a:${(0.1 + 0.75 * share).toFixed(2)}`, title: number(act) } : {}, rest || "␣"));
   });
   return line;
 }

@@ -12,11 +12,12 @@ function walk(line) { select(line.key); }
 
 // What one or more targets read, each by its part: { rows by source, sums by kind, value }.
 function inputs(item) {
-  const byItem = new Map(), sums = new Map(), add = (kind, weight, count) => {
-    const [sum, n] = sums.get(kind) || [0, 0];
-    sums.set(kind, [sum + weight, n + count]);
+  const byItem = new Map(), sums = new Map(), add = (kind, weight, source) => {
+    if (!sums.has(kind)) sums.set(kind, { sum: 0, sources: new Set() });
+    sums.get(kind).sum += weight;
+    sums.get(kind).sources.add(source);
   };
-  let value = 0, all = 0;
+  let value = 0, all = 0, outside = 0;
   for (const t of item.members) {
     const part = partOf(item, t), node = graph.nodes[t];
     value += part * node.value;
@@ -24,13 +25,14 @@ function inputs(item) {
     for (let e = graph.start[t]; e < graph.start[t + 1]; e++) {
       const from = itemOf.get(graph.source[e]) || asNode(graph.source[e]), weight = part * graph.weight[e];
       byItem.set(from.key, { from, weight: weight + (byItem.get(from.key)?.weight ?? 0) });
-      add(graph.nodes[graph.source[e]].kind, weight, 1);
+      add(graph.nodes[graph.source[e]].kind, weight, graph.source[e]);
     }
-    if (node.outside_count) add("outside", part * node.outside_sum, node.outside_count);
+    if (node.outside_count) add("outside", part * node.outside_sum, -1);
+    outside = Math.max(outside, node.outside_count);
   }
   const rows = [...byItem.values()].map(({ from, weight }) => rowOf(from, weight, Math.abs(weight) / all, items.includes(from)));
   rows.sort((a, b) => Math.abs(b.weight) - Math.abs(a.weight));
-  return { rows, sums: [...KINDS, "outside"].filter((kind) => sums.has(kind)).map((kind) => [kind, ...sums.get(kind)]), value };
+  return { rows, sums: [...KINDS, "outside"].filter((kind) => sums.has(kind)).map((kind) => [kind, sums.get(kind).sum, kind === "outside" ? outside : sums.get(kind).sources.size]), value };
 }
 function outputsOf(i) {
   const rows = graph.leaving[i].map((e) => rowOf(asNode(graph.target[e]), graph.weight[e], Math.abs(graph.weight[e]) / graph.total[graph.target[e]], itemOf.has(graph.target[e])));
@@ -41,7 +43,7 @@ const reach = (key) => { const node = graph.nodes[Number(key.slice(1))]; return 
 function inputParts(item, unit) {
   const { rows, sums, value } = inputs(item);
   const count = sums.reduce((sum, [, , one]) => sum + one, 0);
-  return [edgeList(rows, "Inputs", "share of all that it reads", walk), html("section", {}, html("h3", {}, "What they add up to", html("small", {}, `${count} effects`)), account(sums, value, unit))];
+  return [edgeList(rows, "Inputs", "share of all that it reads", walk), html("section", {}, html("h3", {}, "What they add up to", html("small", {}, `${count} sources`)), account(sums, value, unit))];
 }
 
 function nodePanel(i) {
@@ -49,7 +51,7 @@ function nodePanel(i) {
   const parts = [html("h2", {}, icon(node.kind), title(node)), html("p", { class: "soft" }, `${ONE[node.kind]}${node.kind === "feature" ? " " + node.index : ""}, ${where(node, data)}`)];
   parts.push(buttons(i, grouped));
   parts.push(facts([["activation", node.activation ? number(node.activation) : ""], [node.kind === "logit" ? "logit above the mean" : "pre-activation", target ? number(node.value) : ""], ["probability", node.probability ? percent(node.probability) : ""], ["influence", percent(node.influence / graph.influenceTotal), "Share of all influence on the outputs"], ["group", grouped ? grouped.name : ""]]));
-  if (node.kind === "feature" && feature) parts.push(featurePart(feature, data.strings, node));
+  if (node.kind === "feature") parts.push(feature ? featurePart(feature, data.strings, node) : html("p", { class: "soft" }, "Its contexts are not on this page; they come from ", html("code", {}, `clt features features.ids=[${node.layer}/${node.index}]`), " and a new clt graph."));
   if (target) parts.push(...inputParts({ members: [i] }, node.kind === "logit" ? "logit above the mean" : "pre-activation"));
   if (node.kind !== "logit") parts.push(edgeList(outputsOf(i), "Outputs", "share of what the target reads", walk));
   return parts;
@@ -88,7 +90,7 @@ function severalPanel() {
 function overview() {
   const outputs = graph.nodes.filter((node) => node.kind === "logit").sort((a, b) => b.probability - a.probability);
   const most = Math.max(1e-30, ...outputs.map((node) => node.probability));
-  const table = html("ol", { class: "outputs" }, ...outputs.map((node) => html("li", {}, html("button", { class: "walk", "data-key": "n" + node.i, onclick: () => select("n" + node.i) }, html("i", { class: "bar plain", style: `width:${100 * node.probability / most}%` }), html("span", { class: "name" }, plainToken(node.label)), html("span", { class: "at" }, `logit ${signed(node.value)}`), html("b", {}, percent(node.probability))))));
+  const table = html("ol", { class: "outputs" }, ...outputs.map((node) => html("li", {}, html("button", { class: "walk", "data-key": "n" + node.i, onclick: () => select("n" + node.i) }, html("i", { class: "bar plain", style: `width:${100 * node.probability / most}%` }), html("span", { class: "name" }, plainToken(node.label)), html("span", { class: "at" }, node.probability ? `logit ${signed(node.value)}` : ""), html("b", {}, node.probability ? percent(node.probability) : signed(node.value))))));
   const best = items.filter((item) => item.kind === "feature" || item.box).sort((a, b) => b.influence - a.influence).slice(0, 10);
   const largest = Math.max(1e-30, ...best.map((item) => item.influence));
   const top = html("ol", {}, ...best.map((item) => html("li", {}, html("button", { class: "walk", "data-key": item.key, onclick: () => select(item.key) }, html("i", { class: "bar plain", style: `width:${(100 * item.influence / largest).toFixed(1)}%` }), icon("feature"), html("span", { class: "name" }, item.node ? title(item.node) : item.label), html("span", { class: "at" }, item.node ? short(item.node) : `${item.members.length} features`), html("b", {}, percent(item.influence / graph.influenceTotal))))));
@@ -115,6 +117,9 @@ function controls() {
   $("labels").value = state.l;
   $("width").value = state.w;
   $("only").checked = Boolean(Number(state.o));
+  $("groups-count").textContent = String(state.groups.length);
+  $("collapsed").checked = state.groups.some((one) => !one.open);
+  $("collapsed").disabled = !state.groups.length;
   $("pins").textContent = String(state.pinned.size);
   const off = String(state.h).split(" ");
   document.querySelectorAll("#legend button").forEach((button) => button.setAttribute("aria-pressed", String(!off.includes(button.dataset.kind))));
@@ -125,8 +130,13 @@ $("n").max = data.thresholds.most;
 $("labels").addEventListener("change", (event) => { state.l = event.target.value; draw(); });
 $("width").addEventListener("change", (event) => { state.w = event.target.value; draw(); });
 $("only").addEventListener("change", (event) => { state.o = event.target.checked ? 1 : 0; draw(); });
+$("collapsed").addEventListener("change", (event) => {
+  for (const one of state.groups) one.open = !event.target.checked;
+  state.selected = state.selected.filter((key) => !isGroup(key));
+  draw();
+});
 for (const kind of KINDS.filter((one) => one !== "logit" && graph.nodes.some((node) => node.kind === one)))
-  $("legend").append(html("button", { "data-kind": kind, title: "show or hide", onclick: () => {
+  $("legend").append(html("button", { "data-kind": kind, title: "show or hide; what is hidden still counts in every sum", onclick: () => {
     const off = new Set(String(state.h).split(" ").filter(Boolean));
     if (!off.delete(kind)) off.add(kind);
     state.h = [...off].join(" ");

@@ -16,7 +16,17 @@ import pipeline
 from pipeline.errors import UserError
 from pipeline.files import write_aside
 from pipeline.web import columns as headline
-from pipeline.web import contexts, faithfulness, plots_compare, plots_layers, plots_training, runs, summary, tables
+from pipeline.web import (
+    contexts,
+    faithfulness,
+    plots_compare,
+    plots_layers,
+    plots_training,
+    runs,
+    summary,
+    sweeps,
+    tables,
+)
 from pipeline.web.csv_table import csv_text
 from pipeline.web.groups import Group, differing, grouped
 from pipeline.web.paired import Pairs
@@ -74,8 +84,11 @@ def compose(directories: Sequence[Path], baseline: Path | None = None, resamples
         if detail is not None or worst:
             detailed.append({"name": run.name, "index": index, "contexts": worst, "darkest": darkest})
     against = next((run for run in read if baseline and run.directory.resolve() == baseline.resolve()), None)
+    swept = sweeps.read(read)
     content = {
-        **_about(read, groups),
+        **_about(read, groups, swept),
+        "sweeps": swept,
+        "others": tables.of_other_text(read),
         **_tables(read, groups, keys, against, Pairs(resamples)),
         "figures": figures,
         "detailed": detailed,
@@ -112,10 +125,11 @@ def _figures(groups: Sequence[Group]) -> dict[str, Figure]:
     return {name: figure for name, figure in made.items() if figure is not None}
 
 
-def _about(read: Sequence[Run], groups: Sequence[Group]) -> dict[str, Any]:
+def _about(read: Sequence[Run], groups: Sequence[Group], swept: Sequence[sweeps.Sweep]) -> dict[str, Any]:
+    facts = {"sweep" if len(swept) == 1 else f"sweep {sweep.name}": sweep.about for sweep in swept}
     return {
         "title": _titled(read, groups),
-        "facts": summary.facts(read),
+        "facts": facts | summary.facts(read),
         "warnings": summary.warnings(read),
         "unfinished": sum(run.final is None for run in read),
         "made": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
@@ -162,6 +176,7 @@ def _contents(content: dict[str, Any]) -> list[tuple[str, str]]:
         ("numbers", "Numbers", True),
         ("pareto", "Error against L0", "pareto" in figures),
         ("paired", "Differences", content["paired"]),
+        ("others", "Other text", content["others"]),
         ("training", "Training", True),
         ("layers", "By layer", {"by_layer", "replacement"} & figures.keys()),
         ("position", "By position", "by_position" in figures),
@@ -169,6 +184,7 @@ def _contents(content: dict[str, Any]) -> list[tuple[str, str]]:
         ("features", "Features", "histograms" in figures),
         ("detail", "One run", content["detailed"]),
         ("settings", "Settings", True),
+        ("sweep", "Sweep", content["sweeps"]),
         ("cost", "Cost", True),
     ]
     return [(id, name) for id, name, there in parts if there]

@@ -44,6 +44,9 @@ class Run:
     metrics: Tree | None
     """eval/metrics.json; None before `clt eval`."""
 
+    others: dict[str, Tree]
+    """By data set: eval/metrics-DATASET.json, of other text."""
+
     parameters: int | None
     """Learned numbers; None where neither a finished transcoder nor a checkpoint is there."""
 
@@ -90,6 +93,11 @@ class Run:
         spent = [(step - before) * by_step[step] / 1e3 for before, step in pairwise([0, *steps])]
         return sum(spent) if spent else None
 
+    def memory_mb(self) -> float | None:
+        """The most that training took, where it was noted: of the GPU, or of the whole process."""
+        noted = [line["memory_mb"] for line in self.timings if line.get("memory_mb") is not None]
+        return max(noted, default=None)
+
     def tokens_per_second(self) -> float | None:
         """Tokens over the time in training steps."""
         tokens, seconds = self.tokens(), self.seconds()
@@ -134,6 +142,7 @@ def _read(directory: Path, name: str) -> Run:
         timings=_lines(directory / "timings.jsonl"),
         final=final,
         metrics=_json(directory / "eval" / "metrics.json"),
+        others=_others(directory / "eval"),
         parameters=_parameters(directory),
     )
 
@@ -144,6 +153,11 @@ def _yaml(file: Path) -> Tree:
 
 def _json(file: Path) -> Tree | None:
     return _finite(json.loads(file.read_text())) if file.is_file() else None
+
+
+def _others(place: Path) -> dict[str, Tree]:
+    found = {file.stem.removeprefix("metrics-"): _json(file) for file in sorted(place.glob("metrics-*.json"))}
+    return {name: metrics for name, metrics in found.items() if metrics is not None}
 
 
 def _lines(file: Path) -> list[Tree]:

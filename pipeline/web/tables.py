@@ -1,7 +1,7 @@
 """The tables of the page, as plain rows for its template."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.web.columns import COLUMNS, Column, interval_at, shown, shown_interval
@@ -108,14 +108,28 @@ def settings(groups: Sequence[Group], keys: Sequence[str]) -> dict[str, Any]:
     return {"differing": list(keys), "brief": short_names(keys), "rows": rows, "shared": shared}
 
 
+def of_other_text(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """A table for each other data set that some run was measured on, of the columns in which one has a number."""
+    tables = []
+    for dataset in sorted({name for run in runs for name in run.others}):
+        measured = [replace(run, metrics=run.others[dataset]) for run in runs if dataset in run.others]
+        columns = [at for at in COLUMNS if at.shown and any(at.value(run) is not None for run in measured)]
+        best = {column.key: _best([(run, column.value(run)) for run in measured], column) for column in columns}
+        rows = [Row(run.name, [_cell(run, column, best[column.key]) for column in columns]) for run in measured]
+        texts = {f"{lookup(run.metrics, 'n_tokens') or 0:,} tokens, {lookup(run.metrics, 'split')}" for run in measured}
+        tables.append({"title": f"{dataset}: {listed(sorted(texts), 2)}", "columns": columns, "rows": rows})
+    return tables
+
+
 def cost(runs: Sequence[Run]) -> dict[str, Any]:
-    """Parameters, tokens, time."""
+    """Parameters, tokens, time, memory."""
     heads = [
         "parameters",
         "features a layer",
         "tokens",
         "seconds",
         "tokens a second",
+        "memory, MB",
         "eval, seconds",
     ]
     rows = []
@@ -126,6 +140,7 @@ def cost(runs: Sequence[Run]) -> dict[str, Any]:
             run.tokens(),
             run.seconds(),
             run.tokens_per_second(),
+            run.memory_mb(),
             run.number("seconds"),
         ]
         cells = [Cell(value, _whole(value)) for value in values]

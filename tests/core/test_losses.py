@@ -33,6 +33,16 @@ def test_reconstruction_is_a_mean_over_tokens_and_a_sum_over_layers_and_dimensio
     assert oracle.normwise(grad(loss, y_hat)[0], 2 * (y_hat.detach() - y) / B) < 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reconstruction_has_the_bits_of_its_formula_under_autograd(dtype: torch.dtype) -> None:
+    y_hat, y = (oracle.normal(B, L, D, seed=seed).to(dtype).requires_grad_() for seed in (3, 4))
+    found, expected = losses.reconstruction(y_hat, y.float()), (y_hat - y.float()).square().sum() / B
+    assert torch.equal(found, expected)
+    for one, other in zip(grad(3 * found, y_hat, y), grad(3 * expected, y_hat, y), strict=True):
+        assert one.dtype == dtype
+        assert torch.equal(one, other)
+
+
 def test_reconstruction_by_hand() -> None:
     # Two tokens, one layer, errors (3, 4) and (0, 0): mean of 25 and 0.
     y = torch.tensor([[[3.0, 4.0]], [[1.0, 1.0]]])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import pipeline
-from pipeline.data import model_files, models, world
+from pipeline.data import model_files, model_sites, models, world
 from pipeline.data.options import Attention, Dtype, ModelOptions
 from pipeline.errors import UserError
 from tests.families import D_MODEL, FAMILIES, N_CONTEXT, N_LAYERS, Plain
@@ -46,6 +46,14 @@ def test_rows_are_what_plain_module_hooks_see(
     normed = model.mlp_norm()(resid_mid)
     tolerance = 2e-6 if dtype is torch.float32 else 2**-7  # bfloat16 keeps 8 bits; its module rounds once or twice
     torch.testing.assert_close(normed, mlp_in.float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_known_sites_are_what_transformer_lens_says(family_model: Callable[[str], Path], family: str) -> None:
+    asked = options(family_model(family))
+    weights = models.load(asked).weights
+    assert model_sites.KNOWN[weights.config.architectures[0]] == model_sites.looked_up(asked, weights)
+    assert len(model_sites.KNOWN) == len(FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -62,5 +62,9 @@ def random_graph(
         n_layers=N_LAYERS,
         d_features=D_FEATURES,
         n_active=features + 5,
-        meta={"labels": [f" out{i}" for i in range(len(probability))], "prompt": "t1 t2 t3"},
+        meta={
+            "labels": [f" out{i}" for i in range(len(probability))],
+            "prompt": "t1 t2 t3",
+            "settings": {"feature": None},
+        },
     )

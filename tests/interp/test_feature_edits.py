@@ -78,6 +78,11 @@ def test_a_group_is_edited_by_its_name(tmp_path: Path) -> None:
     ]
     assert {edit.where for edit in parse("say Paris@2=1", T, L, F, groups)} == {Where((2,))}
     assert list(features("b, say Paris,2/2", L, F, groups)) == [Place(1, 1), Place(0, 1), Place(2, 3, 5), Place(2, 2)]
+    named = {"of, <unk>, is": [Place(0, 4)], "of": [Place(0, 5)]}
+    assert list(features("of, <unk>, is,2/2, of", L, F, named)) == [Place(0, 4), Place(2, 2), Place(0, 5)]
+    [piece, other] = read("of, <unk>, is@3*0,of@1=2")
+    assert list(parse(piece, T, L, F, named)) == [Edit(0, 4, Where((3,)), 0.0, 0.0)]
+    assert list(parse(other, T, L, F, named)) == [Edit(0, 5, Where((1,)), 0.0, 2.0)]
     with pytest.raises(UserError, match=r"'say Rome' names no feature.*; the supernodes are say Paris, b"):
         list(parse("say Rome=0", T, L, F, groups))
 

@@ -10,35 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.arch import table
-from pipeline.arch.base import Dims
 from pipeline.arch.options import Site
-from pipeline.core.activations import FixedThreshold
-from pipeline.data import models
-from pipeline.data.options import ModelOptions
 from pipeline.errors import UserError
-from pipeline.interp import frozen, heads, paths
+from pipeline.interp import attribution, frozen, heads, paths
 from pipeline.interp.graph import Graph, Kind
+from pipeline.interp.graph_options import GraphOptions
 from pipeline.interp.replacement import ReplacementModel
-from tests import oracle
 from tests.families import D_MODEL, FAMILIES, N_LAYERS
 from tests.interp.graphs import random_graph
+from tests.interp.small_models import made
 
-T, F = 6, 11
-
-
-def made(path: Path, arch: str = "clt", site: Site = Site.mlp_in, first: int = 0) -> ReplacementModel:
-    layers = None if first == 0 else [first, N_LAYERS]
-    lm = models.load(ModelOptions(name="tiny", path=str(path), device="cpu", layers=layers))
-    lm.weights.double()
-    lm.dtype = torch.float64
-    n_layers = N_LAYERS - first
-    options = oracle.arch_options(arch, d_features=F, site=site)
-    transcoder = table.build(options, Dims(n_layers, D_MODEL), FixedThreshold(torch.zeros(n_layers, F)))
-    generator = torch.Generator().manual_seed(5)
-    for parameter in transcoder.parameters():
-        parameter.data.normal_(0, 0.4, generator=generator)
-    return ReplacementModel(lm, transcoder.double().eval().requires_grad_(False), site)
+T = 6
 
 
 def graph_of(model: ReplacementModel) -> Graph:
@@ -189,6 +171,21 @@ def test_layers_that_are_not_read_count_as_constants_and_keep_their_heads(family
     assert found.heads[:2].abs().max() < 1e-12, "the first layer that is read writes behind the attention of layer 1"
 
 
+@pytest.mark.parametrize("family", ["GPT2", "Llama", "Gemma2"])
+def test_the_parts_sum_to_the_edges_of_an_attribution_graph(family_model: Callable[[str], Path], family: str) -> None:
+    model = made(family_model(family))
+    model.lm.weights.float()
+    model.lm.dtype = torch.float32
+    model.transcoder.float()
+    tokens = torch.randint(3, 60, (1, T), generator=torch.Generator().manual_seed(2))
+    graph = attribution.trace(model, tokens, GraphOptions(max_logits=2))
+    sources = [i for kind in heads.SOURCES for i in range(graph.n_nodes)[graph.of(kind)][::5]]
+    for target in (graph.n_nodes - 1, graph.of(Kind.feature).stop - 3):
+        found = heads.of_edges(model, graph, target, sources)
+        edges = graph.edges[target, sources].double()
+        torch.testing.assert_close(found.total(), edges, rtol=0, atol=2e-5 * float(edges.abs().max()))
+
+
 def test_errors_are_sources_too(tiny_gpt2: Path) -> None:
     model = made(tiny_gpt2)
     graph = graph_of(model)
@@ -207,6 +204,14 @@ def test_the_strongest_parts_come_first_by_size() -> None:
     parts[1, 0, 0], parts[0, 1, 0] = -3, 1
     found = heads.strongest(heads.Crossings(parts, torch.tensor([2.0])), 0)
     assert found == [("head 1.0", -3), ("direct", 2), ("head 0.1", 1)]
+
+
+def test_an_output_that_is_a_feature_is_no_token(tiny_gpt2: Path) -> None:
+    model = made(tiny_gpt2)
+    graph = graph_of(model)
+    graph.meta["settings"] = {"feature": "1/4@3"}
+    with pytest.raises(UserError, match="no single token"):
+        heads.of_edges(model, graph, graph.n_nodes - 1, [0])
 
 
 def test_other_nodes_are_refused(tiny_gpt2: Path) -> None:

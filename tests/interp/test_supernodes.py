@@ -184,14 +184,21 @@ def test_top_tokens_are_those_at_the_peaks_of_the_top_contexts() -> None:
     assert supernodes.top_tokens_of({"examples_quantiles": []}) == []
 
 
-def test_without_contexts_a_feature_is_named_by_what_it_promotes() -> None:
-    options = ArchOptions(name="clt", d_features=3)
-    transcoder = build(options, Dims(2, 4), FixedThreshold(torch.zeros(2, 3)))
+def test_without_contexts_a_group_is_named_by_its_place_and_by_what_it_promotes() -> None:
+    graph = random_graph(features=3)
+    graph.layer[:2], graph.index[:2], graph.position[:2] = torch.tensor([0, 1]), torch.tensor([1, 2]), 2
+    graph.activation[:2] = torch.tensor([2.0, 1.0])
+    transcoder = build(ArchOptions(name="clt", d_features=3), Dims(2, 4), FixedThreshold(torch.zeros(2, 3)))
+    transcoder.requires_grad_(False)
     first, second = transcoder.tables(0)
-    first.data[1] = torch.tensor([0.0, 5, 0, 0])
-    second.data[1] = torch.tensor([3.0, -4, 0, 1.5])
-    top = supernodes.promoted(transcoder, lambda row: row, lambda i: f"<{i}>", n_tokens=3)
-    assert top(0, 1) == ["<0>", "<3>", "<1>"], "the sum over its layers: 3, 1.5 and 5 - 4"
+    first[1], second[1] = torch.tensor([0, 5, 0, 0]), torch.tensor([3, -4, 0, 1.5])
+    (last,) = transcoder.tables(1)
+    last[2] = torch.tensor([0.0, 0, 5, 0])
+    top = supernodes.promoted_by(graph, transcoder, lambda row: row, lambda i: f" <{i}>", n_tokens=2)
+    assert top([0]) == [" <0>", " <3>"], "the sum over its layers: 3, 1, 0, 1.5"
+    assert top([0, 1]) == [" <0>", " <2>"], "6, 2, 5, 3"
+    (found,) = labelled(graph, [[0, 1]], lambda *_: [], top)
+    assert found.label == "at t2 (<0>, <2>)"
 
 
 def test_edited_groups_are_kept_and_others_are_made_anew(tmp_path: Path) -> None:

@@ -176,3 +176,14 @@ def test_images_are_drawn_by_the_browser_that_is_there(place: Path) -> None:
     for file in [*drawn, *Path("runs/demo/report-plots").iterdir()]:
         assert file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert file.stat().st_size > 5_000
+
+
+def test_a_sweep_of_which_every_job_failed_says_why(place: Path) -> None:
+    folder = Path("runs/none")
+    folder.mkdir()
+    jobs = "".join(
+        f"  {n}: {{overrides: [k={n}], started: now, failed: 'no cache; extract one', bug: false}}\n" for n in (0, 1)
+    )
+    (folder / "sweep.yaml").write_text(f"again: clt train -m\njobs:\n{jobs}")
+    with pytest.raises(UserError, match=r"none: every job of this sweep failed \(no cache; extract one\); mend"):
+        run("none")

@@ -17,7 +17,9 @@ from pipeline.stages import extract, share_pass, train
 from pipeline.stages.options import TrainConfig
 from pipeline.train import run as runs
 from pipeline.train import shared
+from pipeline.train.inputs import Inputs
 from pipeline.train.loop import Trainer
+from pipeline.train.micro import Taken
 from tests.stages.test_resume import PowerCut, before_step, run_files
 
 SHORT = ["train.n_steps=12", "train.n_tokens=null", "train.batch_tokens=128", "log.every=3"]
@@ -128,8 +130,39 @@ def test_targets_are_recomputed_once_for_all(
     monkeypatch.setattr(shared.Targets, "__call__", counted)
     assert together(*jobs).failed == {}
     assert_same(0, 1, 2)
-    assert asked.count(128) == 2 * 3
+    assert asked.count(128) == 3, "the first two have the same units"
     assert asked.count(32) >= 3 * 4  # and what AuxK reads of a whole batch
+
+
+def test_a_batch_is_prepared_once_for_all_runs_of_the_same_units(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = [*TOPK, "train.n_steps=3", "log.held_out_every=null"]
+    other = [[*few, "arch.site=resid_mid"], [*few, "train.norm=standard"], [*few, "train.accumulate=2"]]
+    jobs = [few, [*few, "optim.lr=1e-3"], *other, [*few, "optim.lr=3e-3"]]
+    alone(*jobs)
+    prepared: list[int] = []
+    given = Inputs.raw
+
+    def counted(self: Inputs, resid_mid: torch.Tensor, mlp_out: torch.Tensor | None) -> Any:
+        prepared.append(len(resid_mid))
+        return given(self, resid_mid, mlp_out)
+
+    monkeypatch.setattr(Inputs, "raw", counted)
+    assert together(*jobs).failed == {}
+    assert_same(*range(len(jobs)))
+    assert prepared.count(128) == 3 * 3, "three of the runs have the same units"
+    assert prepared.count(64) >= 2 * 3, "parts of a batch are not kept"
+
+
+def test_a_run_that_writes_over_what_others_read_is_found_out(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = Taken.add
+
+    def spoils(self: Taken, out: Any, x: torch.Tensor, y: torch.Tensor) -> None:
+        given(self, out, x, y)
+        y += 1
+
+    monkeypatch.setattr(Taken, "add", spoils)
+    with pytest.raises(AssertionError, match="changed the batch"):
+        together(TOPK, TOPK)
 
 
 def test_what_a_run_does_with_its_targets_is_not_seen_by_the_next() -> None:

@@ -50,15 +50,20 @@ def opened(browser: Browser, graph: Graph, place: Path, hash: str = "", **given:
 def top(graph: Graph, kind: Kind = Kind.feature) -> int:
     """The most influential node of a kind."""
     mine = torch.tensor([one == kind for one in graph.kind])
-    return int((graph_scores.influence(graph) * mine).argmax())
+    return int(((graph_scores.influence(graph) + graph_scores.weights(graph)) * mine).argmax())
+
+
+def drawn(graph: Graph, share: float = 0.8) -> int:
+    """Nodes that the page shows at first: biases reach everything and are drawn on demand."""
+    kept = graph_scores.prune(graph, share).nodes.tolist()
+    return sum(there and kind != Kind.bias for there, kind in zip(kept, graph.kind, strict=True))
 
 
 @pytest.mark.parametrize("texts", [LONG, LONG[:7], ["</script>", "\"<i>'", "\n", " ", "👩‍🚀", "&amp;"]])
 def test_a_page_opens_without_network_or_complaint(browser: Browser, tmp_path: Path, texts: list[str]) -> None:
     graph = make_graph(texts, per_cell=3)
     opened(browser, graph, tmp_path)
-    pruned = graph_scores.prune(graph)
-    assert browser.value("document.querySelectorAll('#picture .node').length") == int(pruned.nodes.sum())
+    assert browser.value("document.querySelectorAll('#picture .node').length") == drawn(graph)
     assert browser.value("document.querySelectorAll('#picture .axis text').length") == len(texts)
 
 
@@ -83,9 +88,7 @@ def test_a_slider_prunes_the_picture(browser: Browser, graph: Graph, tmp_path: P
     browser.value(
         "(() => { const n = document.getElementById('n'); n.value = .5; n.dispatchEvent(new Event('input')); })()"
     )
-    assert browser.value("document.querySelectorAll('#picture .node').length") == int(
-        graph_scores.prune(graph, 0.5).nodes.sum()
-    )
+    assert browser.value("document.querySelectorAll('#picture .node').length") == drawn(graph, 0.5)
     assert "n=0.5" in browser.value("location.hash")
 
 
@@ -95,9 +98,10 @@ def test_a_click_selects_a_node_and_shows_its_edges(browser: Browser, graph: Gra
     name = node_ids(graph)[i]
     browser.click(f'#picture [data-key="n{keys[name]}"] .mark')
     assert browser.value("document.querySelector('.node.selected').dataset.key") == f"n{keys[name]}"
-    drawn = browser.value("document.querySelectorAll('.own-edges .edge').length")
+    own = browser.value("document.querySelectorAll('.own-edges .edge').length")
     kept = graph_scores.prune(graph).nodes  # all of its own edges, those that are else pruned too
-    assert drawn == int((graph.edges[i][kept] != 0).sum() + (graph.edges[kept, i] != 0).sum()) > 0
+    kept &= torch.tensor([kind != Kind.bias for kind in graph.kind])
+    assert own == int((graph.edges[i][kept] != 0).sum() + (graph.edges[kept, i] != 0).sum()) > 0
     lists = browser.value(
         "[...document.querySelectorAll('.edge-list')].map((one) => one.querySelector('h3').firstChild.data)"
     )
@@ -178,7 +182,7 @@ def test_a_group_has_the_edges_that_python_gives_it(browser: Browser, graph: Gra
     kept = [i for i in pruned.nodes.nonzero().flatten().tolist() if graph.kind[i] == Kind.feature]
     groups = [Supernode("a", tuple(node_ids(graph)[i] for i in kept[:3])),
               Supernode("b", tuple(node_ids(graph)[i] for i in kept[-4:]))]  # fmt: skip
-    opened(browser, graph, tmp_path, supernodes=groups)
+    opened(browser, graph, tmp_path, "h=", supernodes=groups)
     expected = grouped(graph, groups, pruned)
     found = browser.value(
         "edges.map((edge) => [edge.to, edge.from].map((one) => one.node ? one.node.id : one.label).concat(edge.weight))"
@@ -191,11 +195,36 @@ def test_a_group_has_the_edges_that_python_gives_it(browser: Browser, graph: Gra
     assert len(found) == counted
 
 
+def test_a_kind_is_hidden_and_shown_and_sums_stay(browser: Browser, graph: Graph, tmp_path: Path) -> None:
+    i = top(graph, Kind.logit)
+    opened(browser, graph, tmp_path, f"s={node_ids(graph)[i]}")
+    account = "[...document.querySelectorAll('.account tr')].map((one) => one.textContent)"
+    before = browser.value(account)
+    assert any("biases" in line for line in before)
+    assert browser.value("document.querySelectorAll('#picture .bias').length") == 0
+    browser.click('#legend [data-kind="bias"]')
+    assert browser.value("document.querySelectorAll('#picture .node.bias').length") > 0
+    browser.click('#legend [data-kind="feature"]')
+    assert browser.value("document.querySelectorAll('#picture .node.feature').length") == 0
+    assert browser.value(account) == before
+
+
+def test_a_narrow_window_and_paper_hold_the_picture(browser: Browser, graph: Graph, tmp_path: Path) -> None:
+    opened(browser, graph, tmp_path)
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    try:
+        assert browser.value("getComputedStyle(document.getElementById('tools')).display") == "none"
+        assert browser.value("document.getElementById('picture').getBoundingClientRect().width <= innerWidth")
+    finally:
+        browser.call("Emulation.setEmulatedMedia", media="")
+
+
 def test_labels_do_not_overlap(browser: Browser, graph: Graph, tmp_path: Path) -> None:
     for texts in (LONG, None):
         opened(browser, graph if texts is None else make_graph(texts), tmp_path)
         boxes = browser.value(
-            "[...document.querySelectorAll('.node .label')].map((one) => (r => [r.left, r.top, r.right, r.bottom])(one.getBoundingClientRect()))"
+            """[...document.querySelectorAll('.node .label')].map((one) => one.getBoundingClientRect())
+            .map((box) => [box.left, box.top, box.right, box.bottom])"""
         )
         assert len(boxes) >= 10
         for n, a in enumerate(boxes):
