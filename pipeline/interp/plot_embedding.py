@@ -46,7 +46,7 @@ def rows(transcoder: Transcoder, features: list[Feature]) -> NDArray[np.float32]
             found[mine, target] = transcoder.table(source, target, ids).float().cpu().numpy()
     flat = found.reshape(len(features), -1)
     length = np.linalg.norm(flat, axis=1, keepdims=True)
-    return flat / np.where(length > 0, length, 1)
+    return np.asarray(flat / np.where(length > 0, length, 1), dtype=np.float32)
 
 
 def embeddings(vectors: NDArray[np.float32], perplexity: float, seed: int) -> list[Embedding]:

@@ -26,7 +26,7 @@ def page(
 
 def _row(name: str, record: Record) -> dict[str, Any]:
     parts = record["examples_quantiles"]
-    best = parts[0]["examples"][0] if parts else {"tokens": [], "train_token_ind": 0}
+    best: Record = parts[0]["examples"][0] if parts else {"tokens": [], "train_token_ind": 0}
     at, tokens = best["train_token_ind"], best["tokens"]
     return {
         "name": name,

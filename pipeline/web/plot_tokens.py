@@ -61,7 +61,7 @@ def coloured(
     is full at the feature's highest activation in the text."""
     words = [token.replace("\n", "\\n").replace("\t", "\\t") for token in tokens]
     shapes, x, y, text, hover = [], [], [], [], []
-    line = 0
+    line = 0.0
     labels: list[tuple[float, str, str]] = []
     for name, layer, row in zip(names, layers, values, strict=True):
         highest, at = max(row, default=0.0) or 1.0, NAME_CHARACTERS
