@@ -48,7 +48,7 @@ def run(cfg: ExportConfig) -> Path:
     target = Path(cfg.path) if cfg.path else source.run / "export" / cfg.to
     about = _about(cfg, source)
     if _is_there(target, about):
-        logger.info("already there, nothing to do\n%s", _said(cfg.to, source, target))
+        logger.info("already there, nothing to do\n%s", _said(cfg.to, source, target, cfg.export.model_name))
         return target
     made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def run(cfg: ExportConfig) -> Path:
             (aside / ABOUT).write_text(json.dumps({**about, "bytes": sizes}, indent=2) + "\n")
     finally:
         remove_empty(made)
-    logger.info(_said(cfg.to, source, target))
+    logger.info(_said(cfg.to, source, target, cfg.export.model_name))
     return target
 
 
@@ -103,7 +103,7 @@ def _is_there(target: Path, about: dict[str, Any]) -> bool:
     return True
 
 
-def _said(to: Format, source: Source, target: Path) -> str:
+def _said(to: Format, source: Source, target: Path, given: str | None) -> str:
     """Paths, sizes, and the next command."""
     weights = sorted(target.rglob("*.safetensors"))
     total = sum(file.stat().st_size for file in weights)
@@ -111,12 +111,13 @@ def _said(to: Format, source: Source, target: Path) -> str:
     place = shlex.quote(str(target))
     lines = [f"{target}   {files}, {gb(total)}"]
     if to == "circuit-tracer":
-        name = shlex.quote(export_weights.model_name(source, None))
-        lines += [
-            f"{export_circuit_tracer.kind(source)}, {source.input_hook} -> {export_weights.OUTPUT_HOOK}",
-            f"next: circuit-tracer attribute -m {name} -t {shlex.quote(str(target.absolute()))} "
-            '-p "..." --slug test --graph_file_dir "$PWD/graphs"',
-        ]
+        lines += [f"{export_circuit_tracer.kind(source)}, {source.input_hook} -> {export_weights.OUTPUT_HOOK}"]
+        name = export_weights.model_name(source, given)
+        if Path(name).is_dir():
+            lines += [f"next: docs/export.md, on how circuit-tracer takes a model that is a directory, {name}"]
+        else:
+            attribute = f"circuit-tracer attribute -m {shlex.quote(name)} -t {shlex.quote(str(target.absolute()))}"
+            lines += [f'next: {attribute} -p "..." --slug test --graph_file_dir "$PWD/graphs"']
     elif to == "saelens":
         example = target / f"layer_{source.first_layer}"
         lines += [f"next: python -c 'from sae_lens import SAE; print(SAE.load_from_disk(\"{example}\"))'"]

@@ -55,7 +55,10 @@ def test_it_says_where_what_and_what_next(finished: Path, caplog: pytest.LogCapt
         place = exported("to=circuit-tracer", "path=out/new")
     assert f"{place}   6 files of weights" in caplog.text
     assert "mlp.hook_in -> hook_mlp_out" in caplog.text
-    assert f"next: circuit-tracer attribute -m {models_path()} -t {Path.cwd()}/out/new" in caplog.text
+    assert f"takes a model that is a directory, {models_path()}" in caplog.text
+    with caplog.at_level(logging.INFO):
+        exported("to=circuit-tracer", "path=out/named", "export.model_name=gpt2")
+    assert f"next: circuit-tracer attribute -m gpt2 -t {Path.cwd()}/out/named" in caplog.text
 
 
 def models_path() -> str:
