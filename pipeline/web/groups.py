@@ -84,10 +84,11 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def described(run: Run, keys: Sequence[str], without_seed: bool = False) -> str:
-    """k=8, lr=0.001: what sets the run apart."""
+    """clt, k=8, lr=0.001: what sets the run apart. What is chosen by name says by itself what it is."""
     brief = short_names(keys)
     wanted = [key for key in keys if not (without_seed and key == SEED) and run.settings.get(key) is not None]
-    return ", ".join(f"{brief[key]}={run.settings[key]}" for key in wanted)
+    values = {key: f"{value:g}" if isinstance(value := run.settings[key], float) else str(value) for key in wanted}
+    return ", ".join(values[key] if key.endswith(".name") else f"{brief[key]}={values[key]}" for key in wanted)
 
 
 def setting(run: Run, key: str) -> Any:

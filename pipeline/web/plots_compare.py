@@ -33,7 +33,7 @@ def ranking(groups: Sequence[Group]) -> Figure | None:
         title = f"{column.title} ({'lower' if column.better < 0 else 'higher'} is better)"
         panels.append(Panel(title, column.unit or column.title, "", traces, x_log=log, y_extra=y))
     label = max(len(row) for row in rows)
-    figure = grid(panels, len(panels), row_height=max(120, 24 * len(rows) + 20), left=min(0.2, 0.0065 * label))
+    figure = grid(panels, len(panels), row_height=max(120, 24 * len(rows) + 20), left=min(0.24, 0.0065 * label))
     height = figure["layout"]["height"]
     below = {"orientation": "h", "x": 0, "xanchor": "left", "y": -58 / (height - TOP - BOTTOM), "yanchor": "top"}
     figure["layout"] |= {"height": height + 30, "legend": figure["layout"]["legend"] | below}
