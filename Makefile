@@ -15,7 +15,7 @@ INTEROP := $(INTEROP_VENV)/.installed
 SLOW := slow and not gpu and not net and not interop
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo seeds test test-slow test-all interop lint format eval report clean
+.PHONY: help install demo seeds test test-slow test-all interop lint format eval report bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,10 +30,15 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(STAMP) ## cache, train and measure on the built-in world: runs/demo
+demo: $(STAMP) ## cache, train, measure and explain a prompt on the built-in world: runs/demo
 	$(BIN)/clt extract model=world
 	$(BIN)/clt train +experiment=batchtopk_across name=demo
 	$(BIN)/clt eval run=runs/demo
+	$(BIN)/clt features run=runs/demo
+	$(BIN)/clt graph run=runs/demo prompt='The capital of France is'
+
+bench: $(STAMP) ## what a training step costs, against a plain dense one and the machine's floor (minutes; use it alone)
+	$(BIN)/clt bench train
 
 seeds: demo ## the README's table: two recipes, three seeds each (about 20 minutes)
 	$(BIN)/clt train --multirun +experiment=batchtopk_across,sparse train.seed=0,1,2 name=seeds
