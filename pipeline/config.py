@@ -94,14 +94,7 @@ Config = (
 )
 
 WithoutCache = (
-    PretrainConfig
-    | GenerateConfig
-    | GraphConfig
-    | InterveneConfig
-    | CircuitsConfig
-    | ExportConfig
-    | ReportConfig
-    | BenchCodecConfig
+    PretrainConfig | GenerateConfig | InterveneConfig | CircuitsConfig | ExportConfig | ReportConfig | BenchCodecConfig
 )
 """Those with no cache in their settings."""
 

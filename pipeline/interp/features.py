@@ -109,15 +109,16 @@ class Notes:
 
 @torch.inference_mode()
 def measure(
-    transcoder: Transcoder, text: FeatureText, chosen: Chosen, options: FeatureOptions, notes: Notes,
+    transcoder: Transcoder, text: FeatureText, chosen: Chosen, options: FeatureOptions, notes: Notes | None = None,
     done: Callable[[int], None] = lambda tokens: None,
 ) -> Measured:  # fmt: skip
-    """Both passes. `done` is told of tokens as they are read, each token twice; of those noted earlier at once."""
+    """Both passes. `done` is told of tokens as they are read, each token twice; of those noted earlier at once.
+    notes: where it goes on from, after a stop."""
     identity = chosen.identity(transcoder.d_features)
     encode = Encoder(transcoder, chosen)
     blocks = text.blocks()
     sums = Sums(identity, text.length, options.top, options.sample, options.seed)
-    stage, at, state = notes.read()
+    stage, at, state = notes.read() if notes else (0, 0, {})
     first_state = {name.removeprefix("sums."): array for name, array in state.items() if name.startswith("sums.")}
     if first_state:
         sums.restore(first_state)
@@ -128,7 +129,8 @@ def measure(
         for first, activations in encode(text.read(block)):
             sums.add(pairs(activations, first, block.start * text.length))
         done(block.n_rows)
-        notes.note(0, block.number + 1, lambda: _named(sums))
+        if notes:
+            notes.note(0, block.number + 1, lambda: _named(sums))
 
     windows = Windows(feature_examples.choose(sums, text.length, options), sums, text.length, text.n_rows, options)
     start = at if stage == 1 else 0
@@ -139,7 +141,8 @@ def measure(
         for first, activations in encode(text.read(block)):
             _extend(windows, block, activations, first, text.length)
         done(block.n_rows)
-        notes.note(1, block.number + 1, lambda: _named(sums) | windows.state())
+        if notes:
+            notes.note(1, block.number + 1, lambda: _named(sums) | windows.state())
     return Measured(sums, windows, feature_examples.quantile_values(sums))
 
 

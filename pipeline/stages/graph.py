@@ -19,7 +19,6 @@ import resource
 import shlex
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,15 +37,19 @@ from pipeline.interp import (
     supernodes,
     top_paths,
 )
+from pipeline.interp.feature_files import Record
 from pipeline.interp.graph import Graph, Kind
 from pipeline.interp.graph_json import Supernode
 from pipeline.interp.graph_plan import Clock
 from pipeline.interp.graph_scores import Pruned
 from pipeline.interp.replacement import ReplacementModel
+from pipeline.stages import graph_examples
 from pipeline.stages.generate import remarks
+from pipeline.stages.graph_examples import Place
 from pipeline.stages.graph_options import GraphConfig, GraphFileOptions
 from pipeline.train import artifact
 from pipeline.train import run as runs
+from pipeline.train.artifact import Trained
 from pipeline.web import graph_page
 
 logger = logging.getLogger(__name__)
@@ -62,8 +65,12 @@ class Shown(NamedTuple):
     graph: Graph
     pruned: Pruned
     groups: list[Supernode]
-    labels: dict[tuple[int, int], str]
-    """Of kept features by (layer, index), where `clt features` has some."""
+    records: dict[Place, Record]
+    """What is known of kept features."""
+
+    @property
+    def labels(self) -> dict[Place, str]:
+        return {place: str(record["label"]) for place, record in self.records.items() if record.get("label")}
 
 
 def run(cfg: GraphConfig) -> Path:
@@ -85,7 +92,7 @@ def run(cfg: GraphConfig) -> Path:
     traced.meta |= {"run": str(directory)}
     name, folder = cfg.graph.slug or slug(cfg.prompt), directory / FOLDER
     clock("trace")
-    shown = prepared(traced, model, directory, folder / name, cfg)
+    shown = prepared(traced, model, trained, folder / name, cfg)
     page = write(shown, directory, folder, name, cfg.graph)
     clock("files")
     seconds = {"load": clock.seconds["load"], **traced.meta["seconds"], "files": clock.seconds["files"]}
@@ -127,17 +134,13 @@ def slug(prompt: str) -> str:
     return re.sub(r"[^\w]+", "-", prompt).strip("-")[:MOST_LETTERS].strip("-") or "prompt"
 
 
-def prepared(traced: Graph, model: ReplacementModel, run: Path, file: Path, cfg: GraphConfig) -> Shown:
+def prepared(traced: Graph, model: ReplacementModel, trained: Trained, file: Path, cfg: GraphConfig) -> Shown:
     """Pruned, with labels and groups: those of a file that was edited, where there is one."""
     pruned = graph_scores.prune(traced, cfg.graph.nodes, cfg.graph.edges)
     traced.meta["scores"] = graph_scores.report(traced)
     kept = pruned.nodes[traced.of(Kind.feature)].nonzero().flatten().tolist()
-    known = {}
-    for layer, index in {(int(traced.layer[i]), int(traced.index[i])) for i in kept}:
-        record = feature_files.read(run / "features", layer, index)
-        if record is not None:
-            known[layer, index] = record
-    labels = {place: str(record["label"]) for place, record in known.items() if record.get("label")}
+    places = {(int(traced.layer[i]), int(traced.index[i])) for i in kept}
+    known = graph_examples.records(cfg, trained, model, places)
 
     def top_tokens(layer: int, index: int) -> list[str]:
         return supernodes.top_tokens_of(known.get((layer, index)))
@@ -151,7 +154,7 @@ def prepared(traced: Graph, model: ReplacementModel, run: Path, file: Path, cfg:
         return supernodes.labelled(traced, groups, top_tokens, promoted)
 
     groups = supernodes.kept_or_made(supernodes.file_of(file.parent, file.name), traced, make)
-    return Shown(traced, pruned, groups, labels)
+    return Shown(traced, pruned, groups, known)
 
 
 def write(shown: Shown, run: Path, folder: Path, name: str, options: GraphFileOptions) -> Path:
@@ -162,7 +165,10 @@ def write(shown: Shown, run: Path, folder: Path, name: str, options: GraphFileOp
         drawn = graph_scores.reference(drawn)
         pruned = graph_scores.prune(drawn, options.nodes, options.edges)
     graph_json.write(folder, graph_json.document(drawn, pruned, name, options.scan, shown.labels, shown.groups))
-    read = partial(feature_files.read, run / "features")
+
+    def read(layer: int, index: int) -> Record | None:
+        return shown.records.get((layer, index)) or feature_files.read(run / "features", layer, index)
+
     text = graph_page.page(shown.graph, shown.pruned, shown.groups, read, shown.labels, name)
     page = folder / f"{name}.html"
     write_aside(page, text.encode())

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from pipeline.data.options import CacheOptions
 from pipeline.interp.graph_options import GraphOptions
 
 
@@ -24,12 +25,17 @@ class GraphFileOptions(GraphOptions):
     """Leave out of the JSON the nodes that circuit-tracer does not have (positions, MLPs at position 0, features left
     out, biases), and prune as it would. The page and the whole graph keep them."""
 
+    examples: bool | None = None
+    """Find contexts and names of the kept features that `clt features` has not described, in the evaluation split of
+    the run's cache. Null: where that cache is at hand; true: refuse to go on without it."""
+
     heads: int = 0
     """Of so many of the strongest kept edges between two positions: through which attention heads they go."""
 
 
 @dataclass
 class GraphConfig:
+    cache: CacheOptions
     graph: GraphFileOptions
     run: str | None = None
     """Run directory, or the name of a run; null is the newest that holds a finished transcoder."""

@@ -103,6 +103,33 @@ def test_edges_between_positions_are_told_head_by_head(work: Path, caplog: pytes
     assert Kind.bias in traced.kind
 
 
+def test_features_that_nobody_described_are_seen_in_the_runs_own_text(
+    work: Path, trained_runs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ("run=batchtopk", "prompt=The old river")
+    file = Path(f"runs/batchtopk/graphs/{NAME}.json")
+
+    def names() -> dict[str, str]:
+        nodes = json.loads(file.read_text())["nodes"]
+        return {n["node_id"]: n["clerp"] for n in nodes if n["feature_type"] == "cross layer transcoder"}
+
+    cache = f"cache.dir={trained_runs / 'cache'}"
+    assert launch("graph", Request(overrides=(*words, cache, "graph.examples=false"))) == 0
+    unseen = names()
+    assert launch("graph", Request(overrides=(*words, cache))) == 0
+    seen = names()
+    assert not Path("runs/batchtopk/features").exists()
+    assert launch("features", Request(overrides=("run=batchtopk", cache, "features.related=0"))) == 0
+    assert launch("graph", Request(overrides=(*words, "graph.examples=false"))) == 0
+    assert names() == seen != unseen
+
+    shutil.rmtree("runs/batchtopk/features")
+    assert launch("graph", Request(overrides=(*words, "cache.dir=nowhere"))) == 0
+    assert names() == unseen
+    assert "features without contexts: the cache nowhere" in caplog.text
+    assert launch("graph", Request(overrides=(*words, "cache.dir=nowhere", "graph.examples=true"))) == 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
