@@ -153,4 +153,4 @@ def _said(run: Run, column: Column) -> str:
 
 
 def _shortened(label: str) -> str:
-    return safe(label if len(label) <= 40 else label[:37] + "...")
+    return safe(label if len(label) <= 48 else label[:45] + "...")
