@@ -1,7 +1,7 @@
 """The directory of features as it is made, so that a stopped run goes on and a reader sees a whole one or none.
 
 .NAME.making/request.json    what is being made; another request begins anew
-                 group-N.notes   where the passes over group N of the features stand (`features.Notes`)
+             group-N.notes   where the passes over group N of the features stand (`features.Notes`)
              group-N.done    features of group N are written: their files in out/, their rows in group-N.*.parquet
              out/            what takes the name in the end
 """
