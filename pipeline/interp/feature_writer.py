@@ -1,7 +1,7 @@
 """The directory of features as it is made, so that a stopped run goes on and a reader sees a whole one or none.
 
 .NAME.making/request.json    what is being made; another request begins anew
-             notes           where the passes over a group of features stand (`features.Notes`)
+             group-N.notes   where the passes over group N of the features stand (`features.Notes`)
              group-N.done    features of group N are written: their files in out/, their rows in group-N.*.parquet
              out/            what takes the name in the end
 """
@@ -52,9 +52,12 @@ class Making:
     ) -> None:
         os.close(self._lock)
 
-    @property
-    def notes(self) -> Notes:
-        return Notes(self._work / "notes")
+    def notes(self, group: int) -> Notes:
+        """Of a group's own name: those of the one before may still be there."""
+        return Notes(self._notes(group))
+
+    def _notes(self, group: int) -> Path:
+        return self._work / f"group-{group}.notes"
 
     def has(self, group: int) -> bool:
         return (self._work / f"group-{group}.done").exists()
@@ -79,7 +82,7 @@ class Making:
                 contexts.write_table(Table.from_pylist(rows, of_contexts))
         sync([*files, *tables, self._work / "out"])
         write_aside(self._work / f"group-{group}.done", b"")
-        (self._work / "notes").unlink(missing_ok=True)
+        self._notes(group).unlink(missing_ok=True)
 
     def finish(self, n_groups: int, about: Record, packed: tuple[int, int] | None) -> None:
         """Put everything in its place. packed: features of a layer and layers, where the files are to be packed."""

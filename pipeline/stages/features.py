@@ -147,7 +147,9 @@ def _write_groups(
     done = 2 * text.n_rows * (len(groups) - len(left))
     with Progress(2 * text.n_rows * len(groups), unit="tok", desc="features", initial=done) as progress:
         for number in left:
-            measured = features.measure(transcoder, text, groups[number], options, making.notes, progress.update)
+            measured = features.measure(
+                transcoder, text, groups[number], options, making.notes(number), progress.update
+            )
             found = weights(lm, transcoder, groups[number], met, options)
             name = runs.name_of(trained.path)
             records = Records(name, text, words, groups[number], measured, found, transcoder.d_features, options)

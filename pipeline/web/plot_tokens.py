@@ -32,7 +32,7 @@ def heatmap(
     if n * n_tokens <= CELLS_WITH_NUMBERS and n_tokens <= 30:
         trace |= {"texttemplate": "%{z:.2g}", "textfont": {"size": 10}}
     breaks = [i for i in range(1, n) if layers[i] != layers[i - 1]]
-    head = HEAD if long else HEAD // 3
+    head = HEAD if long else HEAD // 2
     layout = {
         "height": head + ROW * n + FOOT, "margin": {"l": 10, "r": 10, "t": head, "b": FOOT},
         "xaxis": {
