@@ -44,6 +44,11 @@ from yaml import YAMLError
 
 from pipeline import progress
 from pipeline.errors import UserError
+from pipeline.stages.circuit_options import CircuitsConfig, WeightsConfig
+from pipeline.stages.export_options import ExportConfig, ImportConfig
+from pipeline.stages.features_options import FeaturesConfig
+from pipeline.stages.graph_options import GraphConfig
+from pipeline.stages.intervene_options import InterveneConfig
 from pipeline.stages.options import (
     BenchCacheConfig,
     BenchCodecConfig,
@@ -59,6 +64,7 @@ from pipeline.stages.options import (
     ReportConfig,
     TrainConfig,
 )
+from pipeline.stages.plot_options import PlotConfig
 from pipeline.stages.sweep import Sweep
 
 logger = logging.getLogger(__name__)
@@ -69,8 +75,16 @@ Config = (
     | TrainConfig
     | EvalConfig
     | GenerateConfig
+    | GraphConfig
+    | InterveneConfig
+    | FeaturesConfig
+    | WeightsConfig
+    | CircuitsConfig
+    | PlotConfig
     | ConvertConfig
     | CompareConfig
+    | ExportConfig
+    | ImportConfig
     | ReportConfig
     | BenchExtractConfig
     | BenchCacheConfig
@@ -78,6 +92,18 @@ Config = (
     | BenchShareConfig
     | BenchTrainConfig
 )
+
+WithoutCache = (
+    PretrainConfig
+    | GenerateConfig
+    | GraphConfig
+    | InterveneConfig
+    | CircuitsConfig
+    | ExportConfig
+    | ReportConfig
+    | BenchCodecConfig
+)
+"""Those with no cache in their settings."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +119,16 @@ STAGES = {
     "train": Stage(TrainConfig, "pipeline.stages.train"),
     "eval": Stage(EvalConfig, "pipeline.stages.evaluate"),
     "generate": Stage(GenerateConfig, "pipeline.stages.generate"),
+    "graph": Stage(GraphConfig, "pipeline.stages.graph"),
+    "intervene": Stage(InterveneConfig, "pipeline.stages.intervene"),
+    "features": Stage(FeaturesConfig, "pipeline.stages.features"),
+    "weights": Stage(WeightsConfig, "pipeline.stages.weights"),
+    "circuits": Stage(CircuitsConfig, "pipeline.stages.circuits"),
+    "plot": Stage(PlotConfig, "pipeline.stages.plot"),
     "convert": Stage(ConvertConfig, "pipeline.stages.convert"),
     "compare": Stage(CompareConfig, "pipeline.stages.compare"),
+    "export": Stage(ExportConfig, "pipeline.stages.export"),
+    "import": Stage(ImportConfig, "pipeline.stages.import_run"),
     "report": Stage(ReportConfig, "pipeline.stages.report"),
     "bench_extract": Stage(BenchExtractConfig, "pipeline.stages.bench_extract"),
     "bench_cache": Stage(BenchCacheConfig, "pipeline.stages.bench_cache"),
@@ -104,7 +138,9 @@ STAGES = {
 }
 
 TEXT_KEYS = {
-    "name", "run", "to", "prompt",
+    "name", "run", "to", "path", "prompt", "edits", "supernodes", "tokens", "swap.features", "swap.from_prompt",
+    "search", "feature", "graphs", "features.ids", "graph.feature", "graph.slug", "graph.scan", "plot.features",
+    "plot.token", "export.model_name", "export.licence", "read.revision",
     "model.path", "model.revision", "model.offload_dir", "lm.tokenizer", "cache.dir", "cache.path", "cache.local_dir",
     "train.init_from", "report.baseline", "log.project", "log.entity", "log.group",
     "dataset.name", "dataset.path", "dataset.subset", "dataset.split", "dataset.revision", "dataset.column",
@@ -521,8 +557,8 @@ def _typed(
             config.name = bases.setdefault(label, _free_name(label))
         if job is not None:
             config.name = f"{config.name}/{job}"
-    elif isinstance(config, PretrainConfig | GenerateConfig | ReportConfig | BenchCodecConfig):
-        pass  # no cache in their settings
+    elif isinstance(config, WithoutCache):
+        pass
     elif config.cache.path is not None:
         raise UserError(f"cache.path names what clt train reads, not clt {stage.replace('_', ' ')}; leave it out")
     return config

@@ -76,7 +76,8 @@ def test_the_examples_of_a_command_compose(command: str) -> None:
     examples = re.findall(rf"^  clt {command}(?: (.*?))?(?:  .*)?$", help_of(*command.split()), re.MULTILINE)
     assert len(examples) >= 2
     for example in examples:
-        words = [word for word in shlex.split(example) if word not in {"-m", "--cfg", "job", "--dry-run", "--png"}]
+        flags = {"-m", "--cfg", "job", "--dry-run", "--png", "--validate"}
+        words = [word for word in shlex.split(example) if word not in flags]
         sweep = "-m" in shlex.split(example)
         config.compose(command.replace(" ", "_"), [word.split(",")[0] for word in words] if sweep else words)
 

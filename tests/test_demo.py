@@ -45,6 +45,21 @@ def test_the_demo_is_as_good_as_promised(work: Path) -> None:
     # The transcoder keeps what the model knows.
     tasks = metrics["tasks"]["mean"]
     assert tasks["threshold"] >= tasks["original"] - 0.05
+    # Answers follow a country's features; those were chosen on text without the questions.
+    for relation in ("capital", "language"):
+        assert metrics["world"]["country_swap"][relation]["features"]["follows"] >= 0.95
+
+
+def test_its_graphs_say_what_ablations_do(work: Path) -> None:
+    run = work / "runs/batchtopk_across"
+    if not (run / "final").is_dir():
+        clt(work, "train", "+experiment=batchtopk_across", "name=batchtopk_across")
+    clt(work, "graph", f"run={run}", "prompt=The capital of France is", "--validate")
+    found = json.loads((run / "graphs/The-capital-of-France-is.check.json").read_text())
+    for kind in ("features", "outputs"):
+        assert found["direct"][kind]["error"] <= 1e-5
+        assert found["frozen"][kind]["error"] <= 1e-5
+        assert found["gates"][kind]["r2"] >= 0.9
 
 
 def test_few_features_are_enough(work: Path) -> None:

@@ -126,6 +126,115 @@ def generate(
 
 
 @app.command()
+def graph(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+    validate: Annotated[bool, typer.Option("--validate", help="Check the graph against ablations.")] = False,
+) -> None:  # fmt: skip
+    """What made a prompt's next token: an attribution graph, as numbers, as JSON and as a page for a browser.
+
+    \b
+    clt graph prompt='The capital of France is'           into runs/NAME/graphs
+    clt graph run=runs/demo prompt='The capital of France is' graph.difference=[Paris,Berlin]
+    clt graph run=demo prompt='Anna lives in' graph.targets=[Berlin] graph.slug=anna graph.max_feature_nodes=200
+    clt graph run=demo prompt='Anna lives in' graph.feature=2/731@3
+    clt graph run=demo prompt='The capital of France is' --validate
+    """
+    overrides = [*(overrides or []), *(["validate=true"] if validate else [])]
+    del validate
+    launch("graph", **locals())
+
+
+@app.command()
+def intervene(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write it here too; the same as to=FILE.")] = None,
+) -> None:  # fmt: skip
+    """Edit features on a prompt (set =, scale *, add +, swap) and see what changes: next token, later features.
+
+    \b
+    clt intervene prompt='The capital of France is' edits=0/342@4=0 tokens=Paris
+    clt intervene run=demo prompt='Anna lives in' edits='0/17@-1*2,2/5@all=3' intervene.layers=constrained
+    clt intervene prompt='The capital of France is' swap.features=all swap.at=4 swap.from_prompt='The capital of Japan'
+    clt intervene prompt='Anna' edits=1/8@new+2.5 intervene.n_tokens=20 intervene.model=replacement
+    """
+    overrides = [*(overrides or []), *([f"to={json}"] if json else [])]
+    del json
+    launch("intervene", **locals())
+
+
+@app.command()
+def features(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None, dry_run: DryRun = False,
+) -> None:  # fmt: skip
+    """What features respond to and write, for circuit-tracer, Neuronpedia and Parquet; and which respond to a text.
+
+    \b
+    clt features run=runs/demo                               all of them, into runs/demo/features
+    clt features run=demo features.n=1000 features.choose=most_active --dry-run
+    clt features run=demo features.ids=[0/12,1/7] to=two     layer/feature
+    clt features run=demo features.layers=[0,1] features.split=training features.n_tokens=1M
+    clt features run=demo search=France                      features whose contexts have it
+    clt features run=demo prompt='The capital of France is'  features active at each token
+    """
+    overrides = [*(overrides or []), *(["dry_run=true"] if dry_run else [])]
+    del dry_run
+    launch("features", **locals())
+
+
+@app.command()
+def weights(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """What a feature reads and feeds whatever the prompt: virtual weights, along the residual stream and through heads.
+
+    \b
+    clt weights run=demo feature=1/299
+    clt weights run=demo feature=1/299 weights.n=50 to=weights.parquet
+    clt weights run=demo feature=0/12 weights.count=false   without text: by the weights alone
+    """
+    launch("weights", **locals())
+
+
+@app.command()
+def circuits(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """Features and edges that recur in the graphs of many prompts.
+
+    \b
+    clt circuits graphs=runs/demo/graphs
+    clt circuits graphs=runs/demo/graphs circuits.least=5 to=common.json
+    """
+    launch("circuits", **locals())
+
+
+@app.command()
+def plot(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+    png: Annotated[bool, typer.Option("--png", help="Also write the picture as an image.")] = False,
+) -> None:  # fmt: skip
+    """A picture of features, as a page that opens without a network. Labels come from clt features.
+
+    \b
+    clt plot kind=heatmap run=demo prompt='The capital of France is'  tokens x features
+    clt plot kind=tokens run=demo prompt='Anna lives in Rome'         the text, coloured by each feature
+    clt plot kind=embedding run=demo --png                            maps of what features write
+    clt plot kind=correlation run=demo                                across layers
+    clt plot kind=ranking run=demo prompt='The capital of France is' plot.by=effect plot.token=Paris
+    clt plot kind=token_probability run=demo prompt='The capital of France is' plot.features=[0/321]
+    """
+    overrides = [*(overrides or []), *(["plot.png=true"] if png else [])]
+    del png
+    launch("plot", **locals())
+
+
+@app.command()
 def convert(
     overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
     config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
@@ -151,6 +260,36 @@ def compare(
     clt compare name=all compare.experiments=[topk,sparse] compare.seeds=[0,1,2] compare.parameters=2M
     """
     launch("compare", **locals())
+
+
+@app.command()
+def export(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """Write a finished transcoder for circuit-tracer, for SAELens, or as a folder for the Hugging Face hub.
+
+    \b
+    clt export run=runs/demo to=circuit-tracer            into runs/demo/export/circuit-tracer
+    clt export run=demo to=huggingface path=out/demo export.licence=mit
+    clt export run=demo to=circuit-tracer export.dtype=bfloat16
+    """
+    launch("export", **locals())
+
+
+@app.command("import")
+def import_run(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+) -> None:  # fmt: skip
+    """Make a finished run of a directory of circuit-tracer or SAELens, for eval, generate and graph.
+
+    \b
+    clt import path=out/clt model=world name=theirs         into runs/theirs
+    clt import path=mntss/clt-gemma-2-2b-426k model=gemma-2-2b name=published
+    clt import path=out/clt model=gpt2 dataset=text dataset.path=book.txt name=theirs
+    """
+    launch("import", **locals())
 
 
 @app.command()

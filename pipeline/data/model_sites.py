@@ -31,14 +31,39 @@ class Sites(NamedTuple):
     """RMSNorm; else LayerNorm."""
     gain_offset: float
     """Added to the norm's weight: 1 in Gemma, which stores gain - 1."""
+    final_norm: str
+    """The norm in front of the unembedding."""
+
+
+_LLAMA = Sites("model.layers", "post_attention_layernorm", "mlp", "mlp", True, 0.0, "model.norm")
+
+KNOWN = {
+    "GPT2LMHeadModel": Sites("transformer.h", "ln_2", "mlp", "mlp", False, 0.0, "transformer.ln_f"),
+    "LlamaForCausalLM": _LLAMA,
+    "Qwen2ForCausalLM": _LLAMA,
+    "Gemma2ForCausalLM": _LLAMA._replace(
+        norm="pre_feedforward_layernorm", mlp_out="post_feedforward_layernorm", gain_offset=1.0
+    ),
+    "GPTNeoXForCausalLM": Sites(
+        "gpt_neox.layers", "post_attention_layernorm", "mlp", "mlp", False, 0.0, "gpt_neox.final_layer_norm"
+    ),
+}
+"""What transformer_lens says of the usual ones. Importing it takes over a second, as long as a small model's graph."""
 
 
 def sites_of(options: ModelOptions, weights: "PreTrainedModel") -> Sites:
-    """Raises UserError for an architecture that transformer_lens does not know, and one without a norm of its own in
-    front of each MLP or without a module whose output is what the MLP adds."""
+    """As `KNOWN` has it, else as transformer_lens says. Raises UserError as `looked_up` does."""
+    known = KNOWN.get(weights.config.architectures[0])
+    return looked_up(options, weights) if known is None else known
+
+
+def looked_up(options: ModelOptions, weights: "PreTrainedModel") -> Sites:
+    """What transformer_lens says. Raises UserError for an architecture that it does not know, and one without a norm of
+    its own in front of each MLP or without a module whose output is what the MLP adds."""
     architecture = weights.config.architectures[0]
     adapter = _adapter(options, weights, architecture)
-    block = adapter.get_component_mapping()["blocks"]
+    components = adapter.get_component_mapping()
+    block = components["blocks"]
     added = (block.hook_aliases.get("hook_mlp_out") or "").removesuffix(".hook_out")
     if "ln2" not in block.submodules or not added:
         why = f"{architecture} has no norm of its own in front of the MLP to read the residual at"
@@ -52,6 +77,7 @@ def sites_of(options: ModelOptions, weights: "PreTrainedModel") -> Sites:
         mlp=block.submodules["mlp"].name if "mlp" in block.submodules else None,
         is_rms=bool(cfg.uses_rms_norm),
         gain_offset=float(bool(getattr(cfg, "rmsnorm_uses_offset", False))),
+        final_norm=components["ln_final"].name,
     )
 
 

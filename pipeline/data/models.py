@@ -65,7 +65,9 @@ class LanguageModel:
         self.weights = weights
         self.tokenizer = tokenizer
         self.eos_token_id: int = tokenizer.eos_token_id
-        self.layers = layers_of(options, config.num_hidden_layers)
+        self.n_base_layers: int = config.num_hidden_layers
+        """Those that are not read included."""
+        self.layers = layers_of(options, self.n_base_layers)
         """The layers of the base model that are read and replaced."""
         self.n_layers: int = len(self.layers)
         self.d_model: int = config.hidden_size
@@ -192,25 +194,39 @@ class LanguageModel:
         listed = named if isinstance(named, list) else [] if named is None else [named]
         return frozenset({self.eos_token_id, *listed})
 
-    def mlp_norm(self) -> MlpNorm:
-        """The norm in front of each MLP that is read, in float32 on the CPU, with weights as this model rounds them.
+    def mlp_norm(self, dtype: torch.dtype = torch.float32) -> MlpNorm:
+        """The norm in front of each MLP that is read, in float32 (or float64) on the CPU, with weights as this model
+        rounds them.
 
         Its formula is checked against the module itself, so that an architecture with another kind of norm is refused
         (UserError) rather than misread.
         """
-        modules = [_float_copy(norm) for norm in self._norms]
-        zeros, ones = torch.zeros(self.d_model), torch.ones(self.d_model)
+        modules = [_float_copy(norm).to(dtype) for norm in self._norms]
+        zeros, ones = torch.zeros(self.d_model, dtype=dtype), torch.ones(self.d_model, dtype=dtype)
         weights, biases = ([getattr(module, name, None) for module in modules] for name in ("weight", "bias"))
         gain = torch.stack([ones if w is None else w.detach() + self._sites.gain_offset for w in weights])
         bias = torch.stack([zeros if b is None else b.detach() for b in biases])
         norm = MlpNorm("rms" if self._sites.is_rms else "layer", gain, bias, _eps(modules[0]))
-        probe = torch.linspace(-2, 3, 2 * self.d_model).view(2, self.d_model).sin()
+        probe = torch.linspace(-2, 3, 2 * self.d_model, dtype=dtype).view(2, self.d_model).sin()
         for layer, module in enumerate(modules):
             with torch.no_grad():
                 if not torch.allclose(norm.layer(probe, layer), module(probe), rtol=1e-4, atol=1e-5):
                     found = f"{type(module).__name__} of {self.architecture}"
                     raise UserError(f"model={self.name}: {found} is no plain LayerNorm or RMSNorm; use another model")
         return norm
+
+    def read_out(self, direction: Tensor) -> Tensor:
+        """What directions of the residual stream [n, D] add to the logits, [n, V] in float32: through the gain of the
+        final norm, in front of which a LayerNorm takes the mean off, and the unembedding. The norm's denominator, which
+        depends on the rest of the stream, its bias, and a soft cap of the logits are left out."""
+        norm = _float_copy(self.weights.get_submodule(self._sites.final_norm))
+        weight = getattr(norm, "weight", None)
+        gain = torch.ones(self.d_model) if weight is None else weight.detach() + self._sites.gain_offset
+        direction = direction.float().cpu()
+        if not self._sites.is_rms:
+            direction = direction - direction.mean(dim=-1, keepdim=True)
+        unembedding = self.weights.get_output_embeddings().weight.detach()
+        return ((direction * gain).to(unembedding.device) @ unembedding.float().T).cpu()
 
     def mlps(self) -> Mlps:
         """The norm and the MLP of each layer that is read (in Gemma-2 the norm behind it too): this model's own
@@ -225,6 +241,22 @@ class LanguageModel:
             names.pop()  # the MLP's own output is what is added
         layers = [[self._module(layer, name) for name in names if name is not None] for layer in self.layers]
         return Mlps(layers, self.d_model, self.dtype, self.device, f"model={self.name}")
+
+    def modules(self, base_layer: int) -> tuple[nn.Module, nn.Module, nn.Module | None]:
+        """Of a layer of the base model, read or not: the norm whose input is resid_mid, the module whose output is
+        mlp_out, and the MLP, where it is a module."""
+        mlp = None if self._sites.mlp is None else self._module(base_layer, self._sites.mlp)
+        return self._module(base_layer, self._sites.norm), self._module(base_layer, self._sites.mlp_out), mlp
+
+    def layer_of(self, name: str) -> int | None:
+        """The layer of the base model that a module or parameter of this name (as in `named_modules`) is in."""
+        prefix = f"{self._sites.blocks}."
+        return int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else None
+
+    def is_inside_mlp(self, name: str) -> bool:
+        """Whether a module of this name is an MLP of the base model or a part of one."""
+        layer = self.layer_of(name)
+        return layer is not None and f"{name}.".startswith(f"{self._sites.blocks}.{layer}.{self._sites.mlp}.")
 
     def weights_hash(self) -> str:
         """sha256 of the weights as they are stored, whatever dtype and device they were loaded to."""

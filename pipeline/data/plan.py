@@ -152,17 +152,13 @@ def describe(
     """The attributes that are known before anything is extracted. bos_token_id: what stands at position 0 of each
     context, None for ordinary tokens."""
     names = ("torch", "transformers", "transformer-lens", "datasets", "zarr", "numpy")
-    fields = ("name", "path", "revision", "architecture", "n_layers", "d_model", "vocab_size")
     norm = model.mlp_norm()
     targets = {"targets": request["targets"]} if "targets" in request else {}
     return {
         "kind": KIND,
         "schema": SCHEMA,
         "request": request,
-        "model": {field: getattr(model, field) for field in fields}
-        | {"weights_sha256": model.weights_hash(), "tokenizer_sha256": model.tokenizer_hash()}
-        | {"dtype": str(model.dtype).removeprefix("torch."), "attention": model.attention}
-        | {"layers": [model.layers.start, model.layers.stop]},
+        "model": about_model(model),
         "dataset": json.loads(json.dumps(asdict(dataset)))
         | {"fingerprint": tokens.fingerprint(packed), "resolved": tokens.resolved(dataset)},
         "hooks": HOOKS,
@@ -178,6 +174,17 @@ def describe(
         "block_contexts": _block_contexts(model.n_layers, model.d_model, dataset.context),
         "versions": {n: importlib.metadata.version(n) for n in names} | {"clt-pipeline": pipeline.__version__},
     }
+
+
+def about_model(model: LanguageModel) -> Json:
+    """What identifies a base model, for those who come later."""
+    fields = ("name", "path", "revision", "architecture", "n_layers", "d_model", "vocab_size")
+    return (
+        {field: getattr(model, field) for field in fields}
+        | {"weights_sha256": model.weights_hash(), "tokenizer_sha256": model.tokenizer_hash()}
+        | {"dtype": str(model.dtype).removeprefix("torch."), "attention": model.attention}
+        | {"layers": [model.layers.start, model.layers.stop]}
+    )
 
 
 def make_plan(path: Path, about: Json, norm: MlpNorm, packed: dict[Split, Packed], shard_mb: str) -> Plan:

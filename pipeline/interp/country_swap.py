@@ -2,8 +2,9 @@
 
 Prompts ask for a country's capital or language ("The capital of France is"). At the position of the country's name, the
 features that tell countries apart are taken out and those of another country's prompt are put in; the answer at the end
-of the prompt follows when it is the other country's. Which features do is found in other text: they are active on at
-least half of the tokens that name some country, and so for at most a quarter of the countries.
+of the prompt follows when it is the other country's. Which features do is found in other text, none of whose documents
+holds one of the prompts: they are active on at least half of the tokens that name some country, and so for at most a
+quarter of the countries.
 
 In the original model, what the features write is swapped in the MLP outputs at that position,
 

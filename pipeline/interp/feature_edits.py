@@ -10,11 +10,10 @@ prompt), `new` (every generated token) or `all` (both; what is meant where none 
 the prompt's end. Position 0 has no features: it is left out of ranges, and refused by its number. A feature of a
 supernode that names a position is edited there, unless the edit says where.
 
-Every edit is a map a -> scale a + add of one activation. Edits of the same activation act in the order in which they are
-given. A result of 0 is an inactive feature; a negative one is allowed.
+Every edit is a map a -> scale a + add of one activation. Edits of the same activation act in the order in which they
+are given. A result of 0 is an inactive feature; a negative one is allowed.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -114,11 +113,9 @@ def position(text: str, n_tokens: int) -> int:
     return found
 
 
-def features(
-    text: str, n_layers: int, d_features: int, supernodes: Supernodes | None = None
-) -> Iterator[Place]:
+def features(text: str, n_layers: int, d_features: int, supernodes: Supernodes | None = None) -> Iterator[Place]:
     """Features by LAYER/NUMBER or by the name of their group, with commas. UserError for those that there are not."""
-    for piece in (piece.strip() for piece in text.split(",")):
+    for piece in _names(text, supernodes or {}):
         found = re.fullmatch(r"(\d+)/(\d+)", piece)
         if supernodes is not None and piece in supernodes:
             places = list(supernodes[piece])
@@ -134,6 +131,16 @@ def features(
                     f"features 0 to {d_features - 1}"
                 )
             yield place
+
+
+def _names(text: str, supernodes: Supernodes) -> Iterator[str]:
+    """What commas divide, but for the commas within the name of a group."""
+    parts = text.split(",")
+    while parts:
+        ends = range(len(parts), 0, -1)
+        n = next((end for end in ends if ",".join(parts[:end]).strip() in supernodes), 1)
+        yield ",".join(parts[:n]).strip()
+        parts = parts[n:]
 
 
 def pieces(text: str) -> list[str]:

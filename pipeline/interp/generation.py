@@ -7,9 +7,11 @@ not where the dice fell otherwise.
 KL(P_original || P_replaced) in nats at a token is that of the two distributions that it was drawn from, without
 temperature and cuts, given everything before it: of the replacement's continuation, and, teacher-forced, of the
 original's.
+
+The same for a model with features edited (`under`), at the prompt's positions or at every new token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -19,6 +21,9 @@ from torch import Tensor
 from pipeline.core.metrics_predictions import Predictions
 from pipeline.data.models import LanguageModel
 from pipeline.errors import UserError
+from pipeline.interp.feature_edits import Compiled, Edit
+from pipeline.interp.intervene import Edited, unedited
+from pipeline.interp.intervene_options import InterveneOptions
 from pipeline.interp.options import GenerateOptions
 from pipeline.interp.original import Prompt
 from pipeline.interp.replacement import ReplacementModel
@@ -78,6 +83,22 @@ def generate(model: ReplacementModel, prompt: Prompt, options: GenerateOptions) 
     )
 
 
+@torch.inference_mode()
+def under(
+    model: ReplacementModel, tokens: Tensor, edits: Sequence[Edit], options: InterveneOptions
+) -> tuple[Side, Side]:
+    """The continuations of one prompt [1, T] by a model as it is and with features edited, greedily: (before, after).
+    Each one's KL(before || after) in nats is of the two at its own tokens."""
+    drawn = GenerateOptions(n_tokens=options.n_tokens)
+    plain, edited = (partial(edited_steps, model, some, tokens.shape[1], options) for some in ((), edits))
+    before, after = (continuation(steps(), tokens, model.lm, drawn) for steps in (plain, edited))
+    of_before, of_after = given(edited(), tokens, before.tokens), given(plain(), tokens, after.tokens)
+    return (
+        Side(before.tokens, token_kl(before.logits, of_before).tolist(), before.ended),
+        Side(after.tokens, token_kl(of_after, after.logits).tolist(), after.ended),
+    )
+
+
 def check(options: GenerateOptions) -> None:
     """Raises UserError for settings that mean nothing, before anything is loaded."""
     if options.n_tokens < 1:
@@ -101,6 +122,24 @@ def replacement_steps(model: ReplacementModel, options: GenerateOptions) -> Step
     """The replacement, token by token."""
     logits = partial(model.logits, layers=options.layers, keep_error=options.keep_error)
     return partial(logits, past=model.new_past()) if options.kv_cache else recomputing(logits)
+
+
+def edited_steps(model: ReplacementModel, edits: Sequence[Edit], n_prompt: int, options: InterveneOptions) -> Step:
+    """A model with features edited, token by token, from the first of the prompt's n_prompt on."""
+    past = model.new_past()
+
+    def follow(tokens: Tensor) -> Tensor:
+        n_past = past.replaced.get_seq_length()
+        before = unedited(model, tokens, options, past)
+        compiled = Compiled([edits], n_prompt, n_past, tokens.shape[1], model.transcoder.d_features)
+        return Edited(model, before, compiled, options, first=n_past == 0).logits(tokens, past.replaced)
+
+    def again(tokens: Tensor) -> Tensor:
+        length = tokens.shape[1]
+        compiled = Compiled([edits], n_prompt, 0, length, model.transcoder.d_features)
+        return Edited(model, unedited(model, tokens, options), compiled, options).logits(tokens)
+
+    return follow if options.kv_cache else recomputing(again)
 
 
 def recomputing(logits: Step) -> Step:

@@ -73,8 +73,8 @@ class SwapOptions:
     """Another prompt. Null: the same one."""
 
     at: str = "last"
-    """Position of the prompt whose features are replaced, from 0 (the token that begins a context is one); negative ones
-    count from the end."""
+    """Position of the prompt whose features are replaced, from 0 (the token that begins a context is one); negative
+    ones count from the end."""
 
     from_at: str | None = None
-    """Position of the other prompt. Null: that of `at`."""
+    """Position of the other prompt. Null: what `at` says, of that prompt."""

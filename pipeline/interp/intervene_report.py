@@ -54,12 +54,13 @@ def tokens(found: Intervened, row: int, top: int, chosen: Iterable[int] = ()) ->
 
 def made(found: Intervened, row: int) -> list[Change]:
     """What the edits name, by layer, position and feature: before, and as it was decoded after."""
-    length, changes = found.tokens.shape[1], []
+    length, changes = found.tokens.shape[1], list[Change]()
     for layer, named in sorted(_named(found, row).items()):
         before, after = _flat(found.before.features[layer], 0, length), _flat(found.edited[layer], row, length)
         width = found.edited[layer][0].n_features
-        for key in sorted(named):
-            changes.append(Change(layer, key % width, key // width, before.get(key, 0.0), after.get(key, 0.0)))
+        changes += [
+            Change(layer, key % width, key // width, before.get(key, 0.0), after.get(key, 0.0)) for key in sorted(named)
+        ]
     return changes
 
 

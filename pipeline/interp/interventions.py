@@ -180,8 +180,8 @@ class Planned(NamedTuple):
     def some(self, which: Tensor) -> "Planned":
         """Those of which int64 [k] names the rows, as far as their effects are looked at."""
         length = int(self.position[which].max()) + POSITIONS
-        whole = (part[which, :length] for part in self[:5])
-        return Planned(*whole, self.position[which], self.change[which])
+        tokens, scored, logits, mlp_out, error = (part[which, :length] for part in self[:5])
+        return Planned(tokens, scored, logits, mlp_out, error, self.position[which], self.change[which])
 
 
 def _compare(sides: Sides, planned: Planned) -> Effects:

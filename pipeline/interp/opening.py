@@ -32,8 +32,13 @@ def opened(trained: Trained, lm: LanguageModel) -> ReplacementModel:
     """The same from what was loaded already; a text begins as the run's contexts did."""
     check_replaces(trained)
     model = ReplacementModel(lm, trained.transcoder.to(lm.device), trained.site)
-    model.bos_token_id = tokens.bos_of(_dataset(trained), lm.tokenizer)
+    model.bos_token_id = begins_with(trained, lm)
     return model
+
+
+def begins_with(trained: Trained, lm: LanguageModel) -> int | None:
+    """The token at position 0 of the run's contexts, or None where text begins there."""
+    return tokens.bos_of(_dataset(trained), lm.tokenizer)
 
 
 def check_replaces(trained: Trained) -> None:

@@ -1,6 +1,7 @@
 """Held-out documents of the built-in world, and where countries stand in them."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from functools import cache
 from itertools import islice
 from typing import NamedTuple
 
@@ -35,9 +36,13 @@ class Text(NamedTuple):
 def halves(lm: LanguageModel) -> tuple[Text, Text]:
     """Two texts that share no document: one to choose features on, one to score the choice on. No document of either
     was trained on: which are held out depends on their content alone."""
-    texts = dict.fromkeys(d.text for d in islice(world.documents(SEED), N_DOCUMENTS))
-    held_out = [text for text in texts if split_of(text) is Split.evaluation]
+    held_out = _held_out(N_DOCUMENTS)
     return _packed(lm, held_out[::2]), _packed(lm, held_out[1::2])
+
+
+def unasked(lm: LanguageModel, prompts: Collection[str]) -> Text:
+    """The first half without the documents that hold one of these prompts."""
+    return _packed(lm, [text for text in _held_out(N_DOCUMENTS)[::2] if not any(one in text for one in prompts)])
 
 
 def country_ids(lm: LanguageModel) -> Tensor:
@@ -93,6 +98,12 @@ def mass(sides: Sides, text: Text, batch_tokens: int) -> tuple[Mass, Tensor]:
             fires[source].index_add_(0, at, (values > 0).double().cpu())
     shape = (transcoder.n_sources, transcoder.d_features, n_columns)
     return Mass(activation.view(shape), fires.view(shape), n_tokens), torch.cat(others)[:N_OTHERS]
+
+
+@cache
+def _held_out(n_documents: int) -> list[str]:
+    texts = dict.fromkeys(d.text for d in islice(world.documents(SEED), n_documents))
+    return [text for text in texts if split_of(text) is Split.evaluation]
 
 
 def _packed(lm: LanguageModel, texts: list[str]) -> Text:

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.arch.base import Transcoder
 from pipeline.core.metrics import Tree
 from pipeline.data.models import LanguageModel
-from pipeline.data.world import encode_task, tasks
+from pipeline.data.world import encode_task, swap_pairs, tasks
 from pipeline.interp import country_swap, purity, world_text
 from pipeline.interp.edits import Sides
 from pipeline.interp.evaluation import Logits
@@ -26,10 +26,13 @@ def measure(lm: LanguageModel, transcoder: Transcoder, batch_tokens: int, resamp
     thresholds."""
     sides = Sides(lm, transcoder)
     here, there = world_text.halves(lm)
-    mass, others = world_text.mass(sides, here, batch_tokens)
+    mass, _ = world_text.mass(sides, here, batch_tokens)
     values: Tree = {"purity": purity.score(sides, purity.choose(mass), there, batch_tokens)}
     if basis(transcoder) is None:
         return {"country_swap": None, "no_country_swap": no_basis(transcoder.options), **values}, {}
+    # No prompt that is scored is among the text on which the features to swap are chosen.
+    text = world_text.unasked(lm, {pair.source for pair in swap_pairs()})
+    mass, others = world_text.mass(sides, text, batch_tokens)
     swap, ci95 = country_swap.measure(sides, country_swap.tell_apart(mass), others, resamples)
     return {"country_swap": swap, **values}, {"country_swap": ci95} if ci95 else {}
 

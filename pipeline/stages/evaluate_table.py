@@ -40,7 +40,7 @@ def table(metrics: Tree) -> list[str]:
         cells = [_cell(side, place) for side in sides]
         if any(cells):
             lines.append(_line(label, cells))
-    lines += _tasks(metrics)
+    lines += [*_tasks(metrics), *_swaps(metrics)]
     if not replaced:
         lines.append(f"no replacement: {metrics['no_replacement']}")
     if "note" in replaced:
@@ -54,6 +54,17 @@ def _tasks(metrics: Tree) -> list[str]:
     mean = metrics["tasks"]["mean"]
     cells = [_shown(mean["threshold"])] + ([_shown(mean["exact"])] if "exact" in mean else [])
     return [_line("task accuracy", cells), _line("  of the model itself", [_shown(mean["original"])])]
+
+
+def _swaps(metrics: Tree) -> list[str]:
+    """Of the built-in world: do answers follow when one country's features take the place of another's?"""
+    swaps, ends = (((side or {}).get("world") or {}).get("country_swap") or {} for side in (metrics, metrics["ci95"]))
+    lines: list[str] = []
+    for relation, swap in swaps.items():
+        side = {"swap": swap["features"], "ci95": {"swap": (ends.get(relation) or {}).get("features")}}
+        label = "country swap, followed" if not lines else ""
+        lines.append(_line(label, [f"{_cell(side, ('swap', 'follows'))} of {swap['n']} ({relation})"]))
+    return lines
 
 
 def _by_layer(metrics: Tree) -> str:

@@ -31,6 +31,8 @@ from pipeline.plain import from_plain, to_plain
 
 SCHEMA = 1
 
+WEIGHTS = "transcoder.safetensors"
+
 
 @dataclass
 class Trained:
@@ -80,10 +82,13 @@ def save(
     """Write runs/NAME/final at once. `transcoder` is folded; `config` holds everything but the schema."""
     tensors = {**transcoder.weights(), "threshold": threshold, "y_mean": y_mean}
     tensors |= {} if rank_norms is None else {"rank_norms": rank_norms}
+    return write(run, tensors, config)
+
+
+def write(run: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Path:
+    """The same from tensors by their names in the file."""
     with atomic_directory(run / "final") as aside:
-        save_file(
-            {k: v.detach().float().contiguous().cpu() for k, v in tensors.items()}, aside / "transcoder.safetensors"
-        )
+        save_file({k: v.detach().float().contiguous().cpu() for k, v in tensors.items()}, aside / WEIGHTS)
         (aside / "config.json").write_text(json.dumps({"schema": SCHEMA, **config}, indent=2) + "\n")
     return run / "final"
 
@@ -98,22 +103,39 @@ def describe(arch: ArchOptions, dims: Dims, activation: ActivationOptions) -> di
     }
 
 
-def read(run: str | Path) -> Trained:
-    """A finished run. UserError when there is none or it is of another schema."""
+def folder(run: str | Path) -> Path:
+    """Where a run's transcoder lies: in its final/, or, of an exported one (`clt export to=huggingface`), in the
+    directory itself. UserError when there is none."""
     path = Path(run)
-    file = path / "final" / "config.json"
-    if not file.exists():
-        raise UserError(f"{path} holds no finished transcoder (no {file}); finish it with clt train name={path.name}")
-    config = json.loads(file.read_text())
+    for place in (path / "final", path):
+        if (place / "config.json").exists() and (place / WEIGHTS).exists():
+            return place
+    raise UserError(
+        f"{path} holds no finished transcoder (no {path / 'final' / 'config.json'}); "
+        f"finish it with clt train name={path.name}"
+    )
+
+
+def config_of(place: Path) -> dict[str, Any]:
+    """config.json of a transcoder's folder. UserError when it is of another schema."""
+    file = place / "config.json"
+    config: dict[str, Any] = json.loads(file.read_text())
     if config.get("schema") != SCHEMA:
         raise UserError(f"{file} has schema {config.get('schema')}, this version reads {SCHEMA}; train the run again")
-    tensors = load_file(file.with_name("transcoder.safetensors"))
+    return config
+
+
+def read(run: str | Path) -> Trained:
+    """A finished run. UserError when there is none or it is of another schema."""
+    place = folder(run)
+    config = config_of(place)
+    tensors = {name: tensor.float() for name, tensor in load_file(place / WEIGHTS).items()}
     transcoder = build(
         from_plain(ArchOptions, config["arch"]), Dims(**config["dims"]), FixedThreshold(tensors["threshold"])
     )
     transcoder.load_weights(tensors)
     frozen = transcoder.eval().requires_grad_(False)
-    return Trained(path, frozen, tensors["y_mean"], config, tensors.get("rank_norms"))
+    return Trained(Path(run), frozen, tensors["y_mean"], config, tensors.get("rank_norms"))
 
 
 def load(run: str | Path, device: str | torch.device = "cpu") -> Transcoder:

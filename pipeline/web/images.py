@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.files import atomic_directory
+from pipeline.files import aside_of, atomic_directory
 from pipeline.web.panels import FONT, Figure
 
 WIDTH, SCALE = 1200, 1.5
@@ -17,18 +17,30 @@ def write(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
 
     Raises UserError where kaleido or a browser is missing, or the browser does not do its work.
     """
+    several = "detail1" in figures  # what is picked on the page would be one image of each run
+    shown = {name: figure for name, figure in figures.items() if not (several and name.startswith("detail"))}
+    with atomic_directory(folder) as aside:
+        _draw({aside / f"{name}.png": figure for name, figure in shown.items()})
+    return [folder / f"{name}.png" for name in shown]
+
+
+def write_one(figure: Figure, file: Path) -> None:
+    """One PNG, whole or not at all. Raises UserError as `write`."""
+    aside = aside_of(file).with_suffix(".png")
+    _draw({aside: figure})
+    aside.replace(file)
+
+
+def _draw(figures: Mapping[Path, Figure]) -> None:
     try:
         import kaleido
         from kaleido.errors import BrowserClosedError, BrowserFailedError, ChromeNotFoundError, KaleidoError
     except ModuleNotFoundError as error:
         raise UserError("images need kaleido; pip install 'clt-pipeline[report]', or leave --png out") from error
-    several = "detail1" in figures  # what is picked on the page would be one image of each run
-    shown = {name: figure for name, figure in figures.items() if not (several and name.startswith("detail"))}
     try:
-        with atomic_directory(folder) as aside:
-            specs = [_spec(figure, aside / f"{name}.png") for name, figure in shown.items()]
-            # Mathematics would be typeset by a script from the network.
-            kaleido.write_fig_from_object_sync(specs, kopts={"mathjax": False})
+        specs = [_spec(figure, file) for file, figure in figures.items()]
+        # Mathematics would be typeset by a script from the network.
+        kaleido.write_fig_from_object_sync(specs, kopts={"mathjax": False})
     except ChromeNotFoundError as error:
         raise UserError(
             "images need Chrome or Chromium; install one (apt-get install chromium) or name it in BROWSER_PATH, or "
@@ -36,7 +48,6 @@ def write(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
         ) from error
     except (BrowserClosedError, BrowserFailedError, KaleidoError, TimeoutError) as error:
         raise UserError(f"the browser drew no images ({error}); run again, or leave --png out") from error
-    return [folder / f"{name}.png" for name in shown]
 
 
 def _spec(figure: Figure, file: Path) -> dict[str, object]:

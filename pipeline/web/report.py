@@ -92,10 +92,10 @@ def compose(directories: Sequence[Path], baseline: Path | None = None, resamples
         **_tables(read, groups, keys, against, Pairs(resamples)),
         "figures": figures,
         "detailed": detailed,
-        "plotly": _plotly(),
+        "plotly": plotly_script(),
     }
     content["contents"] = _contents(content)
-    return Report(read, groups, keys, figures, _template().render(content))
+    return Report(read, groups, keys, figures, template().render(content))
 
 
 def _check(directories: Sequence[Path], baseline: Path | None) -> None:
@@ -190,13 +190,15 @@ def _contents(content: dict[str, Any]) -> list[tuple[str, str]]:
     return [(id, name) for id, name, there in parts if there]
 
 
-def _template() -> jinja2.Template:
+def template(name: str = "page.html.j2") -> jinja2.Template:
+    """A page of this folder, for text that is escaped."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.get_template("page.html.j2")
+    return environment.get_template(name)
 
 
-def _plotly() -> Markup:
+def plotly_script() -> Markup:
+    """Plotly's JavaScript. Raises UserError where plotly is missing."""
     try:
         from plotly.offline import get_plotlyjs
     except ModuleNotFoundError as error:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import pipeline
-from pipeline.data import model_files, models, world
+from pipeline.data import model_files, model_sites, models, world
 from pipeline.data.options import Attention, Dtype, ModelOptions
 from pipeline.errors import UserError
 from tests.families import D_MODEL, FAMILIES, N_CONTEXT, N_LAYERS, Plain
@@ -46,6 +46,19 @@ def test_rows_are_what_plain_module_hooks_see(
     normed = model.mlp_norm()(resid_mid)
     tolerance = 2e-6 if dtype is torch.float32 else 2**-7  # bfloat16 keeps 8 bits; its module rounds once or twice
     torch.testing.assert_close(normed, mlp_in.float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_known_sites_are_what_transformer_lens_says(family_model: Callable[[str], Path], family: str) -> None:
+    asked = options(family_model(family))
+    weights = models.load(asked).weights
+    found = model_sites.looked_up(asked, weights)
+    assert model_sites.KNOWN.get(weights.config.architectures[0], found) == found
+
+
+def test_known_sites_are_of_families_that_are_tested() -> None:
+    tested = {f"{family}{end}" for family in FAMILIES for end in ("LMHeadModel", "ForCausalLM")}
+    assert model_sites.KNOWN.keys() <= tested
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,5 +1,6 @@
 """Edits of features in a model and its replacement, against loops over plain Hugging Face hooks."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from torch import Tensor
 from pipeline.arch import table
 from pipeline.arch.base import Dims, Transcoder
 from pipeline.arch.options import Site
+from pipeline.arch.table import ARCHS as ARCHS_TABLE
 from pipeline.core.activations import FixedThreshold
 from pipeline.data import models
 from pipeline.data.models import LanguageModel
@@ -19,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.interp import intervene_report
 from pipeline.interp.feature_edits import Edit, Where
 from pipeline.interp.intervene import intervene
-from pipeline.interp.intervene_options import InterveneOptions, Model, Response
+from pipeline.interp.intervene_options import Hold, InterveneOptions, Model, Response
 from pipeline.interp.replacement import ReplacementModel
 from tests import oracle
 from tests.families import D_MODEL, N_LAYERS, Plain
@@ -34,10 +36,11 @@ class Case(NamedTuple):
     plain: Plain
 
 
-def transcoder(arch: str, scale: float = 0.25) -> Transcoder:
+def transcoder(arch: str, scale: float = 0.25, d_features: int = F) -> Transcoder:
     generator = torch.Generator().manual_seed(3)
-    threshold = torch.rand(N_LAYERS, F, generator=generator)
-    model = table.build(oracle.arch_options(arch, d_features=F), Dims(N_LAYERS, D_MODEL), FixedThreshold(threshold))
+    options, dims = oracle.arch_options(arch, d_features=d_features), Dims(N_LAYERS, D_MODEL)
+    threshold = torch.rand(table.n_sources(options, dims), d_features, generator=generator)
+    model = table.build(options, dims, FixedThreshold(threshold))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, scale, generator=generator)
@@ -270,6 +273,50 @@ def test_later_features_that_change_are_those_of_the_edited_stream(family: tuple
 def _dense(values: tuple, n: int) -> Tensor:  # type: ignore[type-arg]
     pattern, amounts = values
     return torch.zeros(n, F).index_put((pattern.tokens, pattern.indices), amounts)
+
+
+@pytest.mark.parametrize(("kind", "errors"), MODELS)
+@pytest.mark.parametrize(("attention", "norms"), [(True, False), (False, True), (True, True)])
+def test_attention_and_norms_are_held_at_those_without_the_edit(
+    family: tuple[LanguageModel, Plain], kind: Model, errors: bool, attention: bool, norms: bool
+) -> None:
+    """Between MLP outputs that stand still everything is linear where both are held, and only there."""
+    model = ReplacementModel(family[0], transcoder("clt"), Site.mlp_in)
+    held = {"attention": Hold("frozen" if attention else "live"), "norms": Hold("frozen" if norms else "live")}
+    options = InterveneOptions(model=kind, keep_error=errors, layers=Response.constrained, **held)
+    edits = [[Edit(0, 3, Where((4,)), 1.0, add)] for add in (1.0, -2.0, 0.0)]
+    found = intervene(model, tokens(), edits, options)
+    torch.testing.assert_close(found.logits[2], found.before.logits[0], atol=3e-5, rtol=0)
+    up, down = (logits[-1] for logits in found.logits[:2] - found.logits[2])
+    if model.lm.architecture.startswith("Gemma"):  # undo the soft cap
+        up, down = (30 * ((found.logits[row, -1] / 30).atanh() - (found.logits[2, -1] / 30).atanh()) for row in (0, 1))
+    assert up.abs().max() > 1e-2
+    assert torch.allclose(down, -2 * up, atol=2e-4) == (attention and norms)
+    live = intervene(
+        model, tokens(), edits, InterveneOptions(model=kind, keep_error=errors, layers=Response.constrained)
+    )
+    assert (live.logits[0] - found.logits[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHS_TABLE.keys() - {"crosscoder"}))
+def test_a_feature_set_to_0_everywhere_is_one_that_never_fires(family: tuple[LanguageModel, Plain], arch: str) -> None:
+    """In every architecture that can run live, a MOLT's transforms and an SAE's features among them."""
+    clt = transcoder(arch, d_features=12)
+    model = ReplacementModel(family[0], clt, clt.options.site)
+    everywhere, options = Where(tuple(range(1, 9))), InterveneOptions(Model.replacement, keep_error=False)
+    found = intervene(model, tokens(), [[Edit(1, i, everywhere, 0.0, 0.0)] for i in range(12)], options)
+    changes = (found.logits - found.before.logits).abs().amax(dim=(1, 2))
+    feature = int(changes.argmax())
+    assert changes[feature] > 1e-2
+    never = copy.deepcopy(clt)
+    never.activation.threshold[1, feature] = torch.inf  # type: ignore[index, operator]
+    expected = ReplacementModel(family[0], never, clt.options.site).logits(tokens())
+    torch.testing.assert_close(found.logits[feature][None], expected, atol=2e-4, rtol=1e-4)
+
+
+def test_an_acausal_architecture_is_refused_with_the_reason(family: tuple[LanguageModel, Plain]) -> None:
+    with pytest.raises(UserError, match=r"arch=crosscoder reads all layers at once"):
+        ReplacementModel(family[0], transcoder("crosscoder"), Site.mlp_in)
 
 
 @pytest.mark.parametrize(

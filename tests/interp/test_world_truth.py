@@ -270,3 +270,29 @@ def test_tasks_are_scored_by_their_answers(lm: LanguageModel, monkeypatch: pytes
         own = found["sets"][f"{task.name}/{task.split}"]
         assert (own["n"], own["original"]) == (len(asked), float((given == expected).double().mean()))
     assert found["mean"]["original"] > 0.9
+
+
+def test_no_prompt_of_a_swap_is_in_the_text_that_features_are_chosen_on(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = {pair.source for pair in world.swap_pairs()}
+    here, _ = world_text.halves(lm)
+    unasked = world_text.unasked(lm, prompts)
+    said = [lm.tokenizer.decode(text.tokens[:, 1:].flatten()) for text in (here, unasked)]
+    assert any(prompt in said[0] for prompt in prompts)
+    assert not any(prompt in said[1] for prompt in prompts)
+    documents = [set(text.split(lm.tokenizer.eos_token)[:-1]) for text in said]
+    left_out = {document for document in documents[0] if any(prompt in document for prompt in prompts)}
+    cut = 3  # documents that the end of either text may cut
+    assert len(documents[1] - documents[0]) <= cut
+    assert len(documents[0] - documents[1] - left_out) <= cut < len(left_out)
+    used: list[Text] = []
+    mass = world_text.mass
+
+    def note(sides: Sides, text: Text, batch_tokens: int) -> tuple[world_text.Mass, Tensor]:
+        used.append(text)
+        return mass(sides, text, batch_tokens)
+
+    monkeypatch.setattr(world_text, "mass", note)
+    world_truth.measure(lm, knows_capitals(lm), 4096)
+    assert torch.equal(used[-1].tokens, unasked.tokens)
