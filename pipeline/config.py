@@ -131,9 +131,9 @@ STAGES = {
 }
 
 TEXT_KEYS = {
-    "name", "run", "to", "path", "prompt", "edits", "supernodes", "tokens", "swap.features", "swap.from_prompt",
-    "search", "feature", "graphs", "features.ids", "graph.feature", "graph.slug", "graph.scan", "plot.features",
-    "plot.token", "export.model_name", "export.licence", "read.revision",
+    "name", "run", "to", "path", "prompt", "prompts", "edits", "supernodes", "tokens", "swap.features",
+    "swap.from_prompt", "search", "feature", "graphs", "features.ids", "graph.feature", "graph.slug", "graph.scan",
+    "plot.features", "plot.token", "export.model_name", "export.licence", "read.revision",
     "model.path", "model.revision", "model.offload_dir", "lm.tokenizer", "cache.dir", "cache.path", "cache.local_dir",
     "train.init_from", "report.baseline", "log.project", "log.entity", "log.group",
     "dataset.name", "dataset.path", "dataset.subset", "dataset.split", "dataset.revision", "dataset.column",

@@ -139,6 +139,7 @@ def graph(
     clt graph run=demo prompt='Anna lives in' graph.targets=[Berlin] graph.slug=anna graph.max_feature_nodes=200
     clt graph run=demo prompt='Anna lives in' graph.feature=2/731@3
     clt graph run=demo prompt='The capital of France is' --validate
+    clt graph run=demo prompts=prompts.txt                 a prompt a line; then clt circuits
     """
     overrides = [*(overrides or []), *(["validate=true"] if validate else [])]
     del validate

@@ -2,6 +2,7 @@
 
 clt graph prompt='The capital of France is'
 clt graph run=demo prompt='The capital of France is' graph.difference=[Paris,Berlin]
+clt graph run=demo prompts=prompts.txt
 
 runs/NAME/graphs/
     SLUG.safetensors        the whole graph (`interp/graph.py`)
@@ -21,6 +22,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.files import write_aside, write_report
@@ -74,28 +77,66 @@ class Shown(NamedTuple):
 
 
 def run(cfg: GraphConfig) -> Path:
-    """Trace a prompt and write its files. -> the page"""
+    """Trace a prompt, or each of a file, and write its files. -> the page, or the folder of the pages"""
     clock = Clock()
-    if cfg.prompt is None:
-        raise UserError("there is no prompt; add prompt='some text'")
     check(cfg)
+    prompts = named(cfg)
     directory = runs.chosen(cfg.run)
     trained = artifact.read(directory)
     attribution.check_linear(trained.transcoder)
     opening.check_replaces(trained)
     model = opening.opened(trained, opening.base_model(trained, cfg.device))
-    tokens = model.tokens(cfg.prompt)
-    for remark in remarks(model, tokens[0].tolist(), trained.config["dataset"]["context"]):
-        logger.warning(remark)
+    tokens = {name: model.tokens(prompt) for name, prompt in prompts.items()}
     clock("load")
+    for name, prompt in prompts.items():
+        for remark in remarks(model, tokens[name][0].tolist(), trained.config["dataset"]["context"]):
+            logger.warning(remark)
+        page = explain(cfg, trained, model, name, prompt, tokens[name], clock)
+        clock = Clock()
+    if cfg.prompts is None:
+        return page
+    folder = directory / FOLDER
+    logger.info("%d graphs in %s", len(prompts), folder)
+    logger.info("next: clt circuits graphs=%s", shlex.quote(str(folder)))
+    return folder
+
+
+def named(cfg: GraphConfig) -> dict[str, str]:
+    """The prompts by the names of their files. Raises UserError where there is none."""
+    if cfg.prompts is None:
+        if cfg.prompt is None:
+            raise UserError("there is no prompt; add prompt='some text'")
+        return {cfg.graph.slug or slug(cfg.prompt): cfg.prompt}
+    if cfg.prompt is not None or cfg.graph.slug is not None:
+        raise UserError("prompts= holds the prompts, which name their files; leave prompt= and graph.slug= out")
+    try:
+        lines = Path(cfg.prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts={cfg.prompts} cannot be read ({error}); name a text file, a prompt a line") from error
+    found: dict[str, str] = {}
+    for prompt in dict.fromkeys(line for line in lines if line.strip()):
+        name, n = slug(prompt), 1
+        while (numbered := name if n == 1 else f"{name}-{n}") in found:
+            n += 1
+        found[numbered] = prompt
+    if not found:
+        raise UserError(f"prompts={cfg.prompts} holds no prompt; write one on each line")
+    return found
+
+
+def explain(
+    cfg: GraphConfig, trained: Trained, model: ReplacementModel, name: str, prompt: str, tokens: Tensor, clock: Clock
+) -> Path:
+    """One prompt's graph. tokens int64 [1, T]. -> the page"""
+    directory = trained.path
+    folder = directory / FOLDER
     traced = attribution.trace(model, tokens, cfg.graph)
     traced.meta |= {"run": str(directory)}
-    name, folder = cfg.graph.slug or slug(cfg.prompt), directory / FOLDER
     clock("trace")
     shown = prepared(traced, model, trained, folder / name, cfg)
     page = write(shown, directory, folder, name, cfg.graph)
     clock("files")
-    seconds = {"load": clock.seconds["load"], **traced.meta["seconds"], "files": clock.seconds["files"]}
+    seconds = {"load": clock.seconds.get("load", 0.0), **traced.meta["seconds"], "files": clock.seconds["files"]}
     for line in lines(shown):
         logger.info(line)
     if cfg.graph.heads:
@@ -112,7 +153,7 @@ def run(cfg: GraphConfig) -> Path:
         write_report(folder / f"{name}.check.json", found)
         for line in graph_check.table(found, traced.texts, traced.labels):
             logger.info(line)
-    for line in [*costs(seconds), *files(folder, name, shown, cfg, directory)]:
+    for line in [*costs(seconds), *files(folder, name, shown, cfg, prompt)]:
         logger.info(line)
     return page
 
@@ -214,7 +255,7 @@ def costs(seconds: dict[str, float]) -> Iterator[str]:
     yield f"seconds   {parts}; peak memory {peak}"
 
 
-def files(folder: Path, name: str, shown: Shown, cfg: GraphConfig, run: Path) -> Iterator[str]:
+def files(folder: Path, name: str, shown: Shown, cfg: GraphConfig, prompt: str) -> Iterator[str]:
     """Where everything is, and what comes next."""
     ends = {"safetensors": "the whole graph", "json": "pruned", "supernodes.json": "groups, to edit"}
     ends |= {"heads.json": "edges by attention head"} if cfg.graph.heads else {}
@@ -225,7 +266,8 @@ def files(folder: Path, name: str, shown: Shown, cfg: GraphConfig, run: Path) ->
     features = [path.nodes[-2] for path in top_paths.strongest(shown.graph, 1)]
     if features:
         edit = f"{_place(shown.graph, features[0])}=0"
-        yield f"next: clt intervene run={shlex.quote(str(run))} prompt={shlex.quote(cfg.prompt or '')} edits={edit}"
+        run = shlex.quote(str(folder.parent))
+        yield f"next: clt intervene run={run} prompt={shlex.quote(prompt)} edits={edit}"
 
 
 def node(shown: Shown, i: int) -> str:

@@ -43,6 +43,9 @@ class GraphConfig:
     prompt: str | None = None
     """What is explained, tokenised as the run's text was."""
 
+    prompts: str | None = None
+    """A text file with a prompt on each line: a graph of each, with one loading of the model."""
+
     validate: bool = False
     """Ablate the features of most influence, one by one, and compare what the graph predicts with what happens.
     `--validate` sets it."""

@@ -103,6 +103,22 @@ def test_edges_between_positions_are_told_head_by_head(work: Path, caplog: pytes
     assert Kind.bias in traced.kind
 
 
+def test_a_file_of_prompts_gives_a_graph_of_each(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Path("prompts.txt").write_text("The old river\n\nThe old: river\nA day\nA day\n")
+    assert launch("graph", Request(overrides=("run=batchtopk", "prompts=prompts.txt"))) == 0
+    folder = Path("runs/batchtopk/graphs")
+    found = {file.stem: graphs.load(file).meta["prompt"] for file in folder.glob("*.safetensors")}
+    assert found == {
+        NAME: "<bos>The old river",
+        f"{NAME}-2": "<bos>The old<unk> river",
+        "A-day": "<bos>A day",
+    }
+    model = pipeline.replace("runs/batchtopk", device="cpu")
+    alone = trace(model, model.tokens("A day"))
+    torch.testing.assert_close(graphs.load(folder / "A-day.safetensors").edges, alone.edges)
+    assert "next: clt circuits graphs=runs/batchtopk/graphs" in caplog.text
+
+
 def test_features_that_nobody_described_are_seen_in_the_runs_own_text(
     work: Path, trained_runs: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -134,6 +150,8 @@ def test_features_that_nobody_described_are_seen_in_the_runs_own_text(
     ("words", "message"),
     [
         ([], "there is no prompt; add prompt="),
+        (["prompts=none.txt"], "prompts=none.txt cannot be read"),
+        (["prompts=none.txt", "prompt=a"], "leave prompt= and graph.slug= out"),
         (["prompt=a", "graph.nodes=0"], "graph.nodes=0.0 is no share"),
         (["prompt=a", "graph.heads=-1"], "graph.heads=-1 is no number of edges"),
         (["prompt=a", "graph.slug=../a"], "is no name of a file"),
