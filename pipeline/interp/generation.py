@@ -21,12 +21,12 @@ from torch import Tensor
 from pipeline.core.metrics_predictions import Predictions
 from pipeline.data.models import LanguageModel
 from pipeline.errors import UserError
-from pipeline.interp.feature_edits import Compiled, Edit
-from pipeline.interp.intervene import Edited, unedited
-from pipeline.interp.intervene_options import InterveneOptions
 from pipeline.interp.options import GenerateOptions
 from pipeline.interp.original import Prompt
 from pipeline.interp.replacement import ReplacementModel
+from pipeline.interp.steering.feature_edits import Compiled, Edit
+from pipeline.interp.steering.intervene import Edited, unedited
+from pipeline.interp.steering.intervene_options import InterveneOptions
 
 Step = Callable[[Tensor], Tensor]
 """The tokens that come next, int64 [1, t] -> their logits [1, t, V]. It remembers what came before."""

@@ -13,9 +13,9 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.files import write_aside, write_report
-from pipeline.interp import graph, recurring
-from pipeline.interp.graph import Graph
-from pipeline.interp.recurring import Recurring
+from pipeline.interp.circuits import graph, recurring
+from pipeline.interp.circuits.graph import Graph
+from pipeline.interp.circuits.recurring import Recurring
 from pipeline.progress import Progress
 from pipeline.stages.circuit_options import CircuitsConfig
 from pipeline.train import run as runs

@@ -19,9 +19,9 @@ import pipeline
 from pipeline.data.layout import gb
 from pipeline.errors import UserError
 from pipeline.files import atomic_directory, remove_empty
-from pipeline.interp import export_circuit_tracer, export_huggingface, export_saelens, export_weights
-from pipeline.interp.export_options import Format
-from pipeline.interp.export_weights import Source
+from pipeline.interp.exchange import export_circuit_tracer, export_huggingface, export_saelens, export_weights
+from pipeline.interp.exchange.export_options import Format
+from pipeline.interp.exchange.export_weights import Source
 from pipeline.plain import to_plain
 from pipeline.stages.export_options import ExportConfig
 from pipeline.train import run as runs

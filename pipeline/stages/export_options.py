@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pipeline.data.options import CacheOptions, DatasetOptions, ModelOptions
-from pipeline.interp.export_options import ExportOptions, Format, ImportOptions
+from pipeline.interp.exchange.export_options import ExportOptions, Format, ImportOptions
 
 
 @dataclass

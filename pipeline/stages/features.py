@@ -23,13 +23,14 @@ from pipeline.data.address import cache_place
 from pipeline.data.cache import Cache
 from pipeline.data.models import LanguageModel
 from pipeline.errors import UserError
-from pipeline.interp import feature_activity, feature_files, feature_sums, feature_writer, features, opening
-from pipeline.interp.feature_ids import named
-from pipeline.interp.feature_options import Choose, FeatureOptions
-from pipeline.interp.feature_records import Records, weights
-from pipeline.interp.feature_text import FeatureText, Words
-from pipeline.interp.feature_weights import has_logits
-from pipeline.interp.features import Chosen
+from pipeline.interp import opening
+from pipeline.interp.dashboards import feature_activity, feature_files, feature_sums, feature_writer, features
+from pipeline.interp.dashboards.feature_ids import named
+from pipeline.interp.dashboards.feature_options import Choose, FeatureOptions
+from pipeline.interp.dashboards.feature_records import Records, weights
+from pipeline.interp.dashboards.feature_text import FeatureText, Words
+from pipeline.interp.dashboards.feature_weights import has_logits
+from pipeline.interp.dashboards.features import Chosen
 from pipeline.plain import to_plain
 from pipeline.progress import Progress, clock_time
 from pipeline.stages import features_listed

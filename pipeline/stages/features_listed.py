@@ -5,9 +5,10 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.files import write_report
-from pipeline.interp import feature_files, feature_search, opening
+from pipeline.interp import opening
+from pipeline.interp.dashboards import feature_files, feature_search
+from pipeline.interp.dashboards.feature_text import Words
 from pipeline.interp.edits import Sides
-from pipeline.interp.feature_text import Words
 from pipeline.interp.original import prompt_tokens
 from pipeline.stages.features_options import FeaturesConfig
 from pipeline.train import artifact

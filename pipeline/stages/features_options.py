@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pipeline.data.options import CacheOptions
-from pipeline.interp.feature_options import FeatureOptions
+from pipeline.interp.dashboards.feature_options import FeatureOptions
 
 
 @dataclass

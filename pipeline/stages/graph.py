@@ -5,11 +5,11 @@ clt graph run=demo prompt='The capital of France is' graph.difference=[Paris,Ber
 clt graph run=demo prompts=prompts.txt
 
 runs/NAME/graphs/
-    SLUG.safetensors        the whole graph (`interp/graph.py`)
+    SLUG.safetensors        the whole graph (`interp/circuits/graph.py`)
     SLUG.json               what pruning keeps of it, for circuit-tracer's front end and Neuronpedia
     SLUG.supernodes.json    groups of features, which may be edited
     SLUG.html               a page
-    SLUG.check.json         with --validate: predicted effects against measured ones (`interp/graph_check.py`)
+    SLUG.check.json         with --validate: predicted effects against measured ones (`interp/circuits/graph_check.py`)
     SLUG.heads.json         with graph.heads: through which attention heads edges go
     graph-metadata.json     the list of the JSON files
 """
@@ -27,24 +27,24 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.files import write_aside, write_report
-from pipeline.interp import (
+from pipeline.interp import opening
+from pipeline.interp.circuits import (
     attribution,
-    feature_files,
     graph,
     graph_check,
     graph_json,
     graph_scores,
     graph_targets,
     heads,
-    opening,
     supernodes,
     top_paths,
 )
-from pipeline.interp.feature_files import Record
-from pipeline.interp.graph import Graph, Kind
-from pipeline.interp.graph_json import Supernode
-from pipeline.interp.graph_plan import Clock
-from pipeline.interp.graph_scores import Pruned
+from pipeline.interp.circuits.graph import Graph, Kind
+from pipeline.interp.circuits.graph_json import Supernode
+from pipeline.interp.circuits.graph_plan import Clock
+from pipeline.interp.circuits.graph_scores import Pruned
+from pipeline.interp.dashboards import feature_files
+from pipeline.interp.dashboards.feature_files import Record
 from pipeline.interp.replacement import ReplacementModel
 from pipeline.stages import graph_examples
 from pipeline.stages.generate import remarks

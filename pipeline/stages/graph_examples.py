@@ -8,12 +8,12 @@ import numpy as np
 from pipeline.data import cache as caches
 from pipeline.data.address import cache_place
 from pipeline.errors import UserError
-from pipeline.interp import feature_files, features
-from pipeline.interp.feature_files import Record
-from pipeline.interp.feature_options import FeatureOptions
-from pipeline.interp.feature_records import Records, weights
-from pipeline.interp.feature_text import FeatureText, Words
-from pipeline.interp.features import Chosen
+from pipeline.interp.dashboards import feature_files, features
+from pipeline.interp.dashboards.feature_files import Record
+from pipeline.interp.dashboards.feature_options import FeatureOptions
+from pipeline.interp.dashboards.feature_records import Records, weights
+from pipeline.interp.dashboards.feature_text import FeatureText, Words
+from pipeline.interp.dashboards.features import Chosen
 from pipeline.interp.replacement import ReplacementModel
 from pipeline.stages.graph_options import GraphConfig
 from pipeline.train import run as runs

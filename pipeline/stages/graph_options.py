@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pipeline.data.options import CacheOptions
-from pipeline.interp.graph_options import GraphOptions
+from pipeline.interp.circuits.graph_options import GraphOptions
 
 
 @dataclass

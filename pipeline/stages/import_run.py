@@ -31,8 +31,8 @@ from pipeline.data.layout import HOOKS, command_of, found_at, key_of, request_of
 from pipeline.data.plan import about_model
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
-from pipeline.interp import import_files, import_hub
-from pipeline.interp.import_files import Found
+from pipeline.interp.exchange import import_files, import_hub
+from pipeline.interp.exchange.import_files import Found
 from pipeline.plain import to_plain
 from pipeline.stages.export_options import ImportConfig
 from pipeline.train import artifact

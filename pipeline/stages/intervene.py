@@ -14,14 +14,15 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.files import write_report
-from pipeline.interp import feature_edits, generation, intervene_report, opening, swaps
-from pipeline.interp import intervene as passes
-from pipeline.interp.feature_edits import Edit
+from pipeline.interp import generation, opening
 from pipeline.interp.generation import Side
-from pipeline.interp.intervene import Intervened
-from pipeline.interp.intervene_options import Model, Response
-from pipeline.interp.intervene_report import Change
 from pipeline.interp.replacement import ReplacementModel
+from pipeline.interp.steering import feature_edits, intervene_report, swaps
+from pipeline.interp.steering import intervene as passes
+from pipeline.interp.steering.feature_edits import Edit
+from pipeline.interp.steering.intervene import Intervened
+from pipeline.interp.steering.intervene_options import Model, Response
+from pipeline.interp.steering.intervene_report import Change
 from pipeline.plain import to_plain
 from pipeline.stages.generate import remarks, text
 from pipeline.stages.intervene_options import InterveneConfig

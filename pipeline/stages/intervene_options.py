@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipeline.interp.intervene_options import InterveneOptions, SwapOptions
+from pipeline.interp.steering.intervene_options import InterveneOptions, SwapOptions
 
 
 @dataclass

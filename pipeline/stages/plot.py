@@ -10,10 +10,11 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.files import write_aside
-from pipeline.interp import feature_files, opening
-from pipeline.interp.feature_files import Record
-from pipeline.interp.plot_data import Feature
-from pipeline.interp.plot_options import By, Kind
+from pipeline.interp import opening
+from pipeline.interp.dashboards import feature_files
+from pipeline.interp.dashboards.feature_files import Record
+from pipeline.interp.plots.plot_data import Feature
+from pipeline.interp.plots.plot_options import By, Kind
 from pipeline.stages.plot_kinds import DRAW, TITLES, Subject
 from pipeline.stages.plot_options import PlotConfig
 from pipeline.train import artifact

@@ -11,14 +11,16 @@ from pipeline.data import cache as caches
 from pipeline.data.address import cache_place
 from pipeline.data.models import LanguageModel
 from pipeline.errors import UserError
-from pipeline.interp import feature_files, opening, plot_data, plot_effects, plot_embedding
+from pipeline.interp import opening
+from pipeline.interp.dashboards import feature_files
+from pipeline.interp.dashboards.feature_ids import named
+from pipeline.interp.dashboards.feature_options import Text
+from pipeline.interp.dashboards.feature_text import FeatureText, Words
 from pipeline.interp.edits import Sides
-from pipeline.interp.feature_ids import named
-from pipeline.interp.feature_options import Text
-from pipeline.interp.feature_text import FeatureText, Words
 from pipeline.interp.original import prompt_tokens
-from pipeline.interp.plot_data import Feature
-from pipeline.interp.plot_options import By, Kind
+from pipeline.interp.plots import plot_data, plot_effects, plot_embedding
+from pipeline.interp.plots.plot_data import Feature
+from pipeline.interp.plots.plot_options import By, Kind
 from pipeline.stages.plot_options import PlotConfig
 from pipeline.train.artifact import Trained
 from pipeline.web import plot_effects as drawn_effects

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pipeline.data.options import CacheOptions
-from pipeline.interp.plot_options import Kind, PlotOptions
+from pipeline.interp.plots.plot_options import Kind, PlotOptions
 
 
 @dataclass

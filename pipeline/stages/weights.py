@@ -18,12 +18,14 @@ from pipeline.data import cache as caches
 from pipeline.data.address import cache_place
 from pipeline.errors import UserError
 from pipeline.files import write_aside
-from pipeline.interp import attribution, feature_files, global_weights, opening
-from pipeline.interp.feature_options import Text
-from pipeline.interp.feature_text import FeatureText
-from pipeline.interp.global_weights import Strongest, Together, Weight
+from pipeline.interp import opening
+from pipeline.interp.circuits import attribution, global_weights
+from pipeline.interp.circuits.global_weights import Strongest, Together, Weight
+from pipeline.interp.circuits.supernodes import top_tokens_of
+from pipeline.interp.dashboards import feature_files
+from pipeline.interp.dashboards.feature_options import Text
+from pipeline.interp.dashboards.feature_text import FeatureText
 from pipeline.interp.replacement import ReplacementModel
-from pipeline.interp.supernodes import top_tokens_of
 from pipeline.progress import Progress
 from pipeline.stages.circuit_options import WeightsConfig
 from pipeline.train import artifact

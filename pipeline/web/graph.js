@@ -66,7 +66,7 @@ function nodeItem(node) {
   };
 }
 
-// A member's part of its group: of the activation of those that are drawn, as in pipeline/interp/supernodes.py.
+// A member's part of its group: of the activation of those that are drawn, as in pipeline/interp/circuits/supernodes.py.
 function partOf(item, i) {
   if (item.members.length === 1) return 1;
   const size = (m) => (graph.nodes[m].kind === "logit" ? graph.nodes[m].probability : graph.nodes[m].activation);

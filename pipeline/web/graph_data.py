@@ -1,6 +1,6 @@
 """What the page of an attribution graph holds: nodes and edges in numbers, and what is known of the features.
 
-The page prunes further by itself, by the rules of `interp/graph_scores.py`. So it is given more than it shows at first:
+The page prunes further by itself, as `circuits/graph_scores.py` does. So it is given more than it shows at first:
 the nodes that hold `MOST_SHARE` of all influence and every edge among them, fewer only where that would be too much for
 a browser. What a target reads beyond that is kept as its sum, so that each account on the page closes.
 """
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.interp import graph_scores, top_paths
-from pipeline.interp.graph import Graph, Kind
-from pipeline.interp.graph_json import Supernode, node_ids
-from pipeline.interp.supernodes import top_tokens_of
+from pipeline.interp.circuits import graph_scores, top_paths
+from pipeline.interp.circuits.graph import Graph, Kind
+from pipeline.interp.circuits.graph_json import Supernode, node_ids
+from pipeline.interp.circuits.supernodes import top_tokens_of
 
 MOST_SHARE = 0.95
 MOST_NODES = 1500
@@ -35,7 +35,7 @@ BINS = 50
 PATHS = 5
 
 FeatureData = Callable[[int, int], Mapping[str, Any] | None]
-"""(layer, index) -> the feature's JSON as `interp/feature_files.py` reads it, None where there is none."""
+"""(layer, index) -> the feature's JSON as `interp/dashboards/feature_files.py` reads it, None where there is none."""
 
 
 class Strings:

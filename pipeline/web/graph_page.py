@@ -12,9 +12,9 @@ from typing import Any
 import jinja2
 
 import pipeline
-from pipeline.interp import graph_scores
-from pipeline.interp.graph import Graph, Kind
-from pipeline.interp.graph_json import Supernode
+from pipeline.interp.circuits import graph_scores
+from pipeline.interp.circuits.graph import Graph, Kind
+from pipeline.interp.circuits.graph_json import Supernode
 from pipeline.web.graph_data import FeatureData, payload
 
 SPECIAL = re.compile(r"<\|?[\w ]+\|?>")

@@ -1,5 +1,5 @@
 "use strict";
-// The graph as the page holds it, and how it is pruned: the same rules as pipeline/interp/graph_scores.py.
+// The graph as the page holds it, and how it is pruned: the same rules as pipeline/interp/circuits/graph_scores.py.
 
 const KINDS = ["feature", "error", "token", "position", "position_0", "rest", "bias", "logit"];
 const ALWAYS = new Set(["token", "logit"]);

@@ -39,7 +39,7 @@ function remember() {
   return given;
 }
 
-// The groups of a file, in the form that pipeline/interp/supernodes.py writes.
+// The groups of a file, in the form that pipeline/interp/circuits/supernodes.py writes.
 function listed(groups) {
   if (!Array.isArray(groups)) return null;
   return groups.filter((one) => one && Array.isArray(one.nodes)).map((one) => [one.label, ...one.nodes]);

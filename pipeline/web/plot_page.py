@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pipeline
-from pipeline.interp.feature_files import Record
+from pipeline.interp.dashboards.feature_files import Record
 from pipeline.web.panels import Figure
 from pipeline.web.report import plotly_script, template
 

@@ -18,9 +18,9 @@ from pipeline.arch.options import ArchOptions, Site
 from pipeline.core.activations import FixedThreshold
 from pipeline.core.options import ActivationOptions
 from pipeline.data.model_files import weights_hash
-from pipeline.interp import export_circuit_tracer, export_saelens
-from pipeline.interp.export_options import ExportOptions
-from pipeline.interp.export_weights import Source
+from pipeline.interp.exchange import export_circuit_tracer, export_saelens
+from pipeline.interp.exchange.export_options import ExportOptions
+from pipeline.interp.exchange.export_weights import Source
 from pipeline.train import artifact
 from tests.conftest import CHARACTERS, SPECIAL, tiny_tokenizer
 

@@ -20,11 +20,12 @@ import torch
 
 from pipeline.data.model_files import BUILTIN, local_directory
 from pipeline.data.options import ModelOptions
-from pipeline.interp import attribution, export_circuit_tracer
-from pipeline.interp.export_options import ExportOptions
-from pipeline.interp.export_weights import Source
-from pipeline.interp.graph import Kind
-from pipeline.interp.graph_options import GraphOptions
+from pipeline.interp.circuits import attribution
+from pipeline.interp.circuits.graph import Kind
+from pipeline.interp.circuits.graph_options import GraphOptions
+from pipeline.interp.exchange import export_circuit_tracer
+from pipeline.interp.exchange.export_options import ExportOptions
+from pipeline.interp.exchange.export_weights import Source
 from tests.interop import compare
 from tests.interop.cases import Case, Sizes, arch, for_transformers_4, make
 

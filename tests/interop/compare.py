@@ -10,9 +10,9 @@ from torch import Tensor
 
 from pipeline.data import models
 from pipeline.data.options import ModelOptions
-from pipeline.interp import attribution, graph_scores
-from pipeline.interp.graph import Graph, Kind
-from pipeline.interp.graph_options import GraphOptions
+from pipeline.interp.circuits import attribution, graph_scores
+from pipeline.interp.circuits.graph import Graph, Kind
+from pipeline.interp.circuits.graph_options import GraphOptions
 from pipeline.interp.replacement import ReplacementModel
 from pipeline.train import artifact
 

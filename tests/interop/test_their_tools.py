@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.interp import attribution, graph_scores
-from pipeline.interp.graph import Graph, Kind
-from pipeline.interp.graph_json import document
-from pipeline.interp.graph_options import GraphOptions
+from pipeline.interp.circuits import attribution, graph_scores
+from pipeline.interp.circuits.graph import Graph, Kind
+from pipeline.interp.circuits.graph_json import document
+from pipeline.interp.circuits.graph_options import GraphOptions
 from pipeline.train import artifact
 from tests.interop import compare
 from tests.interop.cases import CLTS, OTHERS, SILENT, SKIPS, SMALL, SPARSE, Case, make

@@ -2,7 +2,7 @@
 
 import torch
 
-from pipeline.interp.graph import Graph, Kind
+from pipeline.interp.circuits.graph import Graph, Kind
 
 N_LAYERS, D_FEATURES = 3, 11
 

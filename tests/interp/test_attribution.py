@@ -17,10 +17,10 @@ from pipeline.data import models
 from pipeline.data.models import LanguageModel
 from pipeline.data.options import ModelOptions
 from pipeline.errors import UserError
-from pipeline.interp import attribution, graph_rows, graph_targets
-from pipeline.interp.attribution import trace
-from pipeline.interp.graph import Graph, Kind
-from pipeline.interp.graph_options import GraphOptions, Precision
+from pipeline.interp.circuits import attribution, graph_rows, graph_targets
+from pipeline.interp.circuits.attribution import trace
+from pipeline.interp.circuits.graph import Graph, Kind
+from pipeline.interp.circuits.graph_options import GraphOptions, Precision
 from pipeline.interp.replacement import ReplacementModel
 from tests import oracle
 from tests.families import D_MODEL, FAMILIES, N_LAYERS
@@ -188,7 +188,7 @@ class Held:
     """The held model with sources changed: what every target becomes."""
 
     def __init__(self, model: ReplacementModel, ids: Tensor) -> None:
-        from pipeline.interp import held_prompt
+        from pipeline.interp.circuits import held_prompt
 
         self.model = attribution.in_dtype(model, torch.float64)
         self.prompt = held_prompt.recorded(self.model, ids)
@@ -197,7 +197,7 @@ class Held:
     @torch.no_grad()
     def targets(self, graph: Graph, changes: dict[int, Tensor] | None = None) -> Tensor:
         """changes: added to what the MLP of a layer writes [T, D]. -> [m]"""
-        from pipeline.interp import frozen
+        from pipeline.interp.circuits import frozen
 
         lm, transcoder = self.model.lm, self.model.transcoder
         reads: dict[int, Tensor] = {}

@@ -13,9 +13,9 @@ from torch import Tensor
 import pipeline
 from pipeline.arch.options import Site, Target, Tie
 from pipeline.errors import UserError
-from pipeline.interp import export_circuit_tracer, export_huggingface, export_saelens
-from pipeline.interp.export_options import ExportOptions, StoredDtype
-from pipeline.interp.export_weights import Source
+from pipeline.interp.exchange import export_circuit_tracer, export_huggingface, export_saelens
+from pipeline.interp.exchange.export_options import ExportOptions, StoredDtype
+from pipeline.interp.exchange.export_weights import Source
 from tests.interp.exports import ABOUT, D, F, L, finished, inputs, options
 
 CLTS: dict[str, dict[str, Any]] = {

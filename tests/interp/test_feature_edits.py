@@ -8,7 +8,7 @@ import torch
 
 from pipeline.core.pattern import from_mask
 from pipeline.errors import UserError
-from pipeline.interp.feature_edits import (
+from pipeline.interp.steering.feature_edits import (
     Compiled,
     Edit,
     Place,

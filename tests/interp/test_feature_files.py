@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.interp import feature_files
+from pipeline.interp.dashboards import feature_files
 
 
 def some(layer: int, feature: int) -> dict[str, object]:

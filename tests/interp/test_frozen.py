@@ -9,7 +9,7 @@ from pipeline.data import models
 from pipeline.data.models import LanguageModel
 from pipeline.data.options import ModelOptions
 from pipeline.errors import UserError
-from pipeline.interp import frozen
+from pipeline.interp.circuits import frozen
 from tests.families import D_MODEL, FAMILIES, N_LAYERS
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from pipeline.arch.options import Site
 from pipeline.core.activations import FixedThreshold
 from pipeline.errors import UserError
-from pipeline.interp import frozen
-from pipeline.interp.frozen import Gates
-from pipeline.interp.global_weights import count, into, out_of, strongest, typical
+from pipeline.interp.circuits import frozen
+from pipeline.interp.circuits.frozen import Gates
+from pipeline.interp.circuits.global_weights import count, into, out_of, strongest, typical
 from pipeline.interp.replacement import ReplacementModel
 from tests import oracle
 from tests.families import D_MODEL, N_LAYERS

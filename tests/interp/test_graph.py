@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.interp import graph as graphs
-from pipeline.interp.graph import Graph, Kind
+from pipeline.interp.circuits import graph as graphs
+from pipeline.interp.circuits.graph import Graph, Kind
 
 
 def made() -> Graph:

@@ -11,15 +11,15 @@ from torch import Tensor
 from pipeline.arch.options import Site
 from pipeline.data.models import LanguageModel
 from pipeline.errors import UserError
-from pipeline.interp import graph_scores
-from pipeline.interp.attribution import trace
-from pipeline.interp.feature_edits import Edit, Where
-from pipeline.interp.graph import Graph, Kind
-from pipeline.interp.graph_check import check, predicted, table
-from pipeline.interp.graph_options import GraphOptions, Precision
-from pipeline.interp.intervene import intervene
-from pipeline.interp.intervene_options import InterveneOptions, Model
+from pipeline.interp.circuits import graph_scores
+from pipeline.interp.circuits.attribution import trace
+from pipeline.interp.circuits.graph import Graph, Kind
+from pipeline.interp.circuits.graph_check import check, predicted, table
+from pipeline.interp.circuits.graph_options import GraphOptions, Precision
 from pipeline.interp.replacement import ReplacementModel
+from pipeline.interp.steering.feature_edits import Edit, Where
+from pipeline.interp.steering.intervene import intervene
+from pipeline.interp.steering.intervene_options import InterveneOptions, Model
 from tests.interp.test_attribution import T, model_of, opened, random, tokens
 
 EXACT = ("direct", "frozen")

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.interp import graph_json, graph_scores
-from pipeline.interp.graph import Graph, Kind
-from pipeline.interp.graph_json import Supernode, document, node_ids
-from pipeline.interp.graph_scores import prune, reference
+from pipeline.interp.circuits import graph_json, graph_scores
+from pipeline.interp.circuits.graph import Graph, Kind
+from pipeline.interp.circuits.graph_json import Supernode, document, node_ids
+from pipeline.interp.circuits.graph_scores import prune, reference
 from tests.interp.graphs import D_FEATURES, N_LAYERS, random_graph
 
 SCHEMA = {

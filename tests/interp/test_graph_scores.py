@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.interp import graph_scores
-from pipeline.interp.graph import Graph, Kind
-from pipeline.interp.graph_scores import prune, reference, scores
+from pipeline.interp.circuits import graph_scores
+from pipeline.interp.circuits.graph import Graph, Kind
+from pipeline.interp.circuits.graph_scores import prune, reference, scores
 from tests.interp.graphs import random_graph
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from pipeline.arch.options import Site
 from pipeline.errors import UserError
-from pipeline.interp import attribution, frozen, graph_scores, heads, paths
-from pipeline.interp.graph import Graph, Kind
-from pipeline.interp.graph_json import node_ids
-from pipeline.interp.graph_options import GraphOptions
+from pipeline.interp.circuits import attribution, frozen, graph_scores, heads, paths
+from pipeline.interp.circuits.graph import Graph, Kind
+from pipeline.interp.circuits.graph_json import node_ids
+from pipeline.interp.circuits.graph_options import GraphOptions
 from pipeline.interp.replacement import ReplacementModel
 from tests.families import D_MODEL, FAMILIES, N_LAYERS
 from tests.interp.graphs import random_graph

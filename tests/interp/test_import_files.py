@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.interp import export_circuit_tracer, export_saelens, import_files
-from pipeline.interp.export_options import ExportOptions
-from pipeline.interp.export_weights import Source
+from pipeline.interp.exchange import export_circuit_tracer, export_saelens, import_files
+from pipeline.interp.exchange.export_options import ExportOptions
+from pipeline.interp.exchange.export_weights import Source
 from tests.interp.exports import D, F, L, finished, options
 
 

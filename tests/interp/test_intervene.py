@@ -18,11 +18,11 @@ from pipeline.data import models
 from pipeline.data.models import LanguageModel
 from pipeline.data.options import Attention, ModelOptions
 from pipeline.errors import UserError
-from pipeline.interp import intervene_report
-from pipeline.interp.feature_edits import Edit, Where
-from pipeline.interp.intervene import intervene
-from pipeline.interp.intervene_options import Hold, InterveneOptions, Model, Response
 from pipeline.interp.replacement import ReplacementModel
+from pipeline.interp.steering import intervene_report
+from pipeline.interp.steering.feature_edits import Edit, Where
+from pipeline.interp.steering.intervene import intervene
+from pipeline.interp.steering.intervene_options import Hold, InterveneOptions, Model, Response
 from tests import oracle
 from tests.families import D_MODEL, N_LAYERS, Plain
 
@@ -201,8 +201,8 @@ def test_constrained_edits_act_through_the_decoders_of_the_feature_alone(family:
     model = ReplacementModel(lm, transcoder("clt"), Site.mlp_in)
     feature, value = busy(model, 0, 4)
     seen: list[Tensor] = []
-    from pipeline.interp.feature_edits import Compiled
-    from pipeline.interp.intervene import Edited, unedited
+    from pipeline.interp.steering.feature_edits import Compiled
+    from pipeline.interp.steering.intervene import Edited, unedited
 
     options = InterveneOptions(layers=Response.constrained)
     before = unedited(model, tokens(), options)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.interp import graph_scores
-from pipeline.interp.graph import Graph, Kind
-from pipeline.interp.recurring import as_plain, recurring
+from pipeline.interp.circuits import graph_scores
+from pipeline.interp.circuits.graph import Graph, Kind
+from pipeline.interp.circuits.recurring import as_plain, recurring
 from tests.interp.graphs import random_graph
 
 

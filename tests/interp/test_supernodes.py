@@ -11,11 +11,11 @@ from pipeline.arch.options import ArchOptions
 from pipeline.arch.table import build
 from pipeline.core.activations import FixedThreshold
 from pipeline.errors import UserError
-from pipeline.interp import supernodes
-from pipeline.interp.graph import Graph, Kind
-from pipeline.interp.graph_json import Supernode, node_ids
-from pipeline.interp.graph_scores import Pruned, prune
-from pipeline.interp.supernodes import grouped, kept_or_made, labelled, load, merged, save
+from pipeline.interp.circuits import supernodes
+from pipeline.interp.circuits.graph import Graph, Kind
+from pipeline.interp.circuits.graph_json import Supernode, node_ids
+from pipeline.interp.circuits.graph_scores import Pruned, prune
+from pipeline.interp.circuits.supernodes import grouped, kept_or_made, labelled, load, merged, save
 from tests.interp.graphs import D_FEATURES, N_LAYERS, random_graph
 
 

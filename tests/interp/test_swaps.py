@@ -9,12 +9,12 @@ from pipeline.arch.options import Site
 from pipeline.data import models
 from pipeline.data.options import ModelOptions
 from pipeline.errors import UserError
-from pipeline.interp.feature_edits import Edit, Place, Where, where
 from pipeline.interp.generation import edited_steps, original_steps, under
-from pipeline.interp.intervene import intervene
-from pipeline.interp.intervene_options import InterveneOptions, Model, Response, SwapOptions
 from pipeline.interp.replacement import ReplacementModel
-from pipeline.interp.swaps import swap
+from pipeline.interp.steering.feature_edits import Edit, Place, Where, where
+from pipeline.interp.steering.intervene import intervene
+from pipeline.interp.steering.intervene_options import InterveneOptions, Model, Response, SwapOptions
+from pipeline.interp.steering.swaps import swap
 from tests.interp.test_intervene import MODELS, transcoder
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.interp.top_paths import strongest
+from pipeline.interp.circuits.top_paths import strongest
 from tests.interp.test_graph import made
 
 

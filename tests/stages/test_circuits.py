@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.config import Request, compose, launch
 from pipeline.errors import UserError
-from pipeline.interp import graph, recurring
+from pipeline.interp.circuits import graph, recurring
 from pipeline.stages import circuits
 from tests.interp.graphs import random_graph
 

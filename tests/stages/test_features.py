@@ -24,7 +24,8 @@ from pipeline.config import Request, compose, launch
 from pipeline.data.cache import Cache
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
-from pipeline.interp import feature_files, feature_writer, features, opening
+from pipeline.interp import opening
+from pipeline.interp.dashboards import feature_files, feature_writer, features
 from pipeline.stages import features as stage
 from pipeline.stages import train
 from pipeline.train import artifact

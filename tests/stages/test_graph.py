@@ -10,10 +10,10 @@ import torch
 
 import pipeline
 from pipeline.config import Request, compose, launch
-from pipeline.interp import graph as graphs
-from pipeline.interp import graph_json, graph_scores
-from pipeline.interp.attribution import trace
-from pipeline.interp.graph import Kind
+from pipeline.interp.circuits import graph as graphs
+from pipeline.interp.circuits import graph_json, graph_scores
+from pipeline.interp.circuits.attribution import trace
+from pipeline.interp.circuits.graph import Kind
 from pipeline.stages import graph
 
 NAME = "The-old-river"

@@ -10,9 +10,9 @@ import pytest
 import pipeline
 from pipeline.config import compose
 from pipeline.errors import UserError
-from pipeline.interp.feature_edits import Edit, Where
-from pipeline.interp.intervene import intervene as interventions
-from pipeline.interp.intervene_options import InterveneOptions
+from pipeline.interp.steering.feature_edits import Edit, Where
+from pipeline.interp.steering.intervene import intervene as interventions
+from pipeline.interp.steering.intervene_options import InterveneOptions
 from pipeline.stages import intervene
 
 PROMPT = "The old sailor"

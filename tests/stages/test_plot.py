@@ -16,7 +16,8 @@ from pipeline.config import Request, compose, launch
 from pipeline.data.cache import Cache
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
-from pipeline.interp import feature_files, plot_embedding
+from pipeline.interp.dashboards import feature_files
+from pipeline.interp.plots import plot_embedding
 from pipeline.interp.replacement import ReplacementModel
 from pipeline.stages import plot, train
 from pipeline.web import plot_tokens

@@ -13,7 +13,7 @@ from pipeline.config import Request, compose, launch
 from pipeline.data import cache as caches
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
-from pipeline.interp import global_weights
+from pipeline.interp.circuits import global_weights
 from pipeline.interp.edits import Sides
 from pipeline.stages import weights
 from pipeline.train import artifact

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pipeline.interp.graph import Graph, Kind
+from pipeline.interp.circuits.graph import Graph, Kind
 
 FRANCE = ["<bos>", "The", " capital", " of", " France", " is"]
 LONG = (
@@ -78,7 +78,7 @@ WORDS = [" France", " Germany", " capital", " Paris", " Berlin", " the", " is", 
 
 
 def make_feature(layer: int, index: int) -> Mapping[str, Any] | None:
-    """What `interp/feature_files.py` reads; None for every ninth feature."""
+    """What `interp/dashboards/feature_files.py` reads; None for every ninth feature."""
     if index % 9 == 0:
         return None
     draw = torch.Generator().manual_seed(layer * 10_000 + index)

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.interp import graph_scores
-from pipeline.interp.graph import Graph, Kind
-from pipeline.interp.graph_json import Supernode, node_ids
-from pipeline.interp.supernodes import grouped, load, save
-from pipeline.interp.top_paths import strongest
+from pipeline.interp.circuits import graph_scores
+from pipeline.interp.circuits.graph import Graph, Kind
+from pipeline.interp.circuits.graph_json import Supernode, node_ids
+from pipeline.interp.circuits.supernodes import grouped, load, save
+from pipeline.interp.circuits.top_paths import strongest
 from pipeline.web.graph_page import page
 from tests.web.browser import CHROMIUM, Browser
 from tests.web.made_graph import LONG, make_feature, make_graph

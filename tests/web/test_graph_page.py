@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.interp import graph_scores
-from pipeline.interp.graph import Graph, Kind
-from pipeline.interp.graph_json import Supernode, node_ids
+from pipeline.interp.circuits import graph_scores
+from pipeline.interp.circuits.graph import Graph, Kind
+from pipeline.interp.circuits.graph_json import Supernode, node_ids
 from pipeline.web import graph_data
 from pipeline.web.graph_page import page
 from tests.web.made_graph import FRANCE, LONG, make_feature, make_graph

@@ -1,0 +1,1 @@
+"""What single features respond to and write."""

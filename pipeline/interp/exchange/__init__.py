@@ -1,0 +1,1 @@
+"""Transcoders for other tools, and from them."""

@@ -1,0 +1,1 @@
+"""Features that are edited on a prompt."""
