@@ -13,6 +13,7 @@ from pipeline.stages.options import TrainConfig
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 SMALL = ["arch.d_features=112", "train.n_tokens=null", "train.n_steps=2", "train.batch_tokens=64", "newest_cache=true"]
 SMALL += ["train.dead_window=64"]
+FOR_THREE_LAYERS = {"readable": ["activation.k_per_layer=[2,4,4]"]}
 
 
 def test_the_debugging_experiment_runs_as_it_is(cached: Path) -> None:
@@ -24,7 +25,8 @@ def test_the_debugging_experiment_runs_as_it_is(cached: Path) -> None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_trains(cached: Path, experiment: str) -> None:
-    directory = train.run(compose("train", [f"+experiment={experiment}", "name=short", *SMALL]))
+    words = [f"+experiment={experiment}", "name=short", *SMALL, *FOR_THREE_LAYERS.get(experiment, [])]
+    directory = train.run(compose("train", words))
     assert (directory / "final" / "transcoder.safetensors").exists()
 
 
