@@ -285,7 +285,7 @@ def test_a_run_killed_again_and_again_goes_on_to_the_same_bytes(finished: Path) 
     whole = files(described(*words))
     shutil.rmtree("runs/batchtopk/features")
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent)}
-    code = "import sys; from pipeline.interp.dashboards import features; features.Notes.__init__.__defaults__ = (0.0,); "
+    code = "import sys; from pipeline.interp.dashboards.features import Notes; Notes.__init__.__defaults__ = (0.0,); "
     code += "from pipeline.config import Request, launch; sys.exit(launch('features', Request(overrides=sys.argv[1:])))"
     work, left = Path("runs/batchtopk/.features.making"), 6
     while left:
