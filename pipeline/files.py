@@ -1,11 +1,13 @@
 """Files and directories that are on disk as a whole, or not at all: after a crash, and after a loss of power."""
 
+import csv
 import fcntl
+import io
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,15 @@ def write_report(file: Path, report: Any) -> None:
     """What people read as well, as JSON; its folder is made."""
     file.parent.mkdir(parents=True, exist_ok=True)
     write_aside(file, (json.dumps(report, indent=2) + "\n").encode())
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """A header line and a line for each row; None is empty, numbers read back as they were."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def sync(paths: Iterable[Path]) -> None:

@@ -88,6 +88,16 @@ def written(transcoder: Transcoder, features: Sparse, x: Tensor) -> Tensor:
     return transcoder.decode(features, x) - transcoder.b_dec
 
 
+def decoder_rows(transcoder: Transcoder, source: int, ids: Tensor) -> Tensor:
+    """What a unit of each feature ids int64 [n] of `source` writes to every layer, 0 where none. -> [n, L, D]
+    in the weights' dtype, on their device"""
+    ids = ids.to(transcoder.b_dec.device)
+    rows = transcoder.b_dec.new_zeros(len(ids), *transcoder.dims)
+    for target in transcoder.targets(source):
+        rows[:, target] = transcoder.table(source, target, ids)
+    return rows
+
+
 def one_each(transcoder: Transcoder, source: int, ids: Tensor, values: Tensor) -> Sparse:
     """One feature of `source` at work for each token, no other. ids int64 [B], values [B]"""
     n, device = ids.numel(), ids.device

@@ -4,15 +4,13 @@ clt circuits graphs=runs/demo/graphs
 clt circuits graphs=runs/demo/graphs circuits.least=5 to=common.json
 """
 
-import csv
-import io
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.files import write_aside, write_report
+from pipeline.files import csv_text, write_aside, write_report
 from pipeline.interp.circuits import graph, recurring
 from pipeline.interp.circuits.graph import Graph
 from pipeline.interp.circuits.recurring import Recurring
@@ -71,9 +69,4 @@ def _read(files: list[Path]) -> Iterator[Graph]:
 
 
 def _write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
-    text = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    write_aside(file, text.getvalue().encode())
+    write_aside(file, (csv_text(list(rows[0]), rows) if rows else "").encode())

@@ -4,7 +4,6 @@ clt weights run=demo feature=1/299
 clt weights run=demo feature=1/299 weights.n=50 to=weights.parquet
 """
 
-import csv
 import io
 import logging
 import re
@@ -17,7 +16,7 @@ import torch
 from pipeline.data import cache as caches
 from pipeline.data.address import cache_place
 from pipeline.errors import UserError
-from pipeline.files import write_aside
+from pipeline.files import csv_text, write_aside
 from pipeline.interp import opening
 from pipeline.interp.circuits import attribution, global_weights
 from pipeline.interp.circuits.global_weights import Strongest, Together, Weight
@@ -124,11 +123,7 @@ def write(file: Path, found: Strongest) -> None:
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".csv":
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_aside(file, text.getvalue().encode())
+        write_aside(file, csv_text(COLUMNS, rows).encode())
         return
     import pyarrow as pa  # type: ignore[import-untyped]
     from pyarrow import parquet

@@ -1,11 +1,10 @@
 """The CSV beside the page: a line for each run."""
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from pipeline import files
 from pipeline.web.columns import COLUMNS, Interval
 from pipeline.web.groups import MISSING, setting
 from pipeline.web.runs import Run, lookup
@@ -17,13 +16,9 @@ def csv_text(runs: Sequence[Run], keys: Sequence[str]) -> str:
 
     Empty: not measured. Numbers are written so that they read back as they were.
     """
-    text = io.StringIO()
     datasets = sorted({name for run in runs for name in run.others})
     rows = [_row(run, keys, datasets) for run in runs]
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return files.csv_text(list(rows[0]), rows)
 
 
 def _row(run: Run, keys: Sequence[str], datasets: Sequence[str]) -> dict[str, Any]:

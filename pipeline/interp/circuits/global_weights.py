@@ -37,7 +37,7 @@ from pipeline.interp.circuits import frozen, paths
 from pipeline.interp.circuits.attribution import check_linear
 from pipeline.interp.circuits.frozen import Gates
 from pipeline.interp.circuits.paths import Target
-from pipeline.interp.edits import chosen, features_of
+from pipeline.interp.edits import chosen, decoder_rows, features_of
 from pipeline.interp.replacement import ReplacementModel
 
 RESIDUAL = "residual"
@@ -135,9 +135,7 @@ def out_of(model: ReplacementModel, gates: Gates, layer: int, feature: int) -> I
     transcoder, lm = model.transcoder, model.lm
     names, at_once = _paths(gates, lm.n_base_layers)
     added = torch.zeros(lm.n_layers, 2, lm.d_model, dtype=transcoder.b_dec.dtype, device=transcoder.b_dec.device)
-    ids = torch.tensor([feature], device=transcoder.b_dec.device)
-    for m in transcoder.targets(layer):
-        added[m, 1] = transcoder.table(layer, m, ids)[0]
+    added[:, 1] = decoder_rows(transcoder, layer, torch.tensor([feature]))[0]
     read = paths.responses(lm, transcoder, at_once, len(names), _two(lm), added)
     for k, name in enumerate(names):
         found = torch.zeros(transcoder.n_sources, transcoder.d_features, dtype=read[0].dtype)

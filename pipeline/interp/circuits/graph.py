@@ -29,10 +29,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.files import write_aside
 
 SCHEMA = 1
 
@@ -125,12 +126,7 @@ def save(graph: Graph, file: Path) -> Path:
     tensors = {name: value.contiguous().cpu() for name, value in _tensors(graph)}
     texts = {field.name: getattr(graph, field.name) for field in fields(graph) if field.name not in tensors}
     file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.partial")
-    try:
-        save_file(tensors, aside, metadata={"graph": json.dumps({"schema": SCHEMA, **texts})})
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_aside(file, to_bytes(tensors, metadata={"graph": json.dumps({"schema": SCHEMA, **texts})}))
     return file
 
 

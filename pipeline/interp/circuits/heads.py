@@ -29,6 +29,7 @@ from pipeline.interp.circuits.graph import Graph, Kind
 from pipeline.interp.circuits.graph_json import node_ids
 from pipeline.interp.circuits.graph_scores import Pruned
 from pipeline.interp.circuits.paths import Effects, Target
+from pipeline.interp.edits import decoder_rows
 from pipeline.interp.replacement import ReplacementModel
 
 SOURCES = (Kind.feature, Kind.error, Kind.token, Kind.position_0)
@@ -147,9 +148,8 @@ def _written(model: ReplacementModel, graph: Graph, sources: Sequence[int]) -> l
             raise UserError(f"node {i} is a {kind}; choose features, errors, tokens or position-0 outputs as sources")
         rows = torch.zeros(tuple(transcoder.dims), dtype=torch.float64)
         if kind == Kind.feature:
-            ids = graph.index[i][None].to(transcoder.b_dec.device)
-            for m in transcoder.targets(layer):
-                rows[m] = float(graph.activation[i]) * transcoder.table(layer, m, ids)[0].double().cpu()
+            unit = decoder_rows(transcoder, layer, graph.index[i][None])[0]
+            rows = float(graph.activation[i]) * unit.double().cpu()
         elif kind == Kind.error:
             missed = missed or model.at_original(original).y_hat
             rows[layer] = (original.mlp_out[layer][0, position].double() - missed[layer][0, position].double()).cpu()

@@ -36,6 +36,7 @@ from pipeline.files import write_aside
 from pipeline.interp.circuits.graph import Graph, Kind
 from pipeline.interp.circuits.graph_json import Supernode, node_ids
 from pipeline.interp.circuits.graph_scores import Pruned
+from pipeline.interp.edits import decoder_rows
 
 ALIKE = 0.5
 NEAR = 1
@@ -98,10 +99,9 @@ def of_decoders(graph: Graph, transcoder: Transcoder, features: Tensor) -> Tenso
     rows = torch.zeros(len(features), n_layers, d_model, dtype=torch.float64)
     writes = torch.zeros(len(features), n_layers, dtype=torch.float64)
     for i, feature in enumerate(features.tolist()):
-        layer, index = int(graph.layer[feature]), graph.index[feature][None]
-        for target in transcoder.targets(layer):
-            rows[i, target] = transcoder.table(layer, target, index.to(transcoder.b_dec.device))[0].double().cpu()
-            writes[i, target] = 1
+        layer = int(graph.layer[feature])
+        rows[i] = decoder_rows(transcoder, layer, graph.index[feature][None])[0].double().cpu()
+        writes[i, list(transcoder.targets(layer))] = 1
     products = torch.einsum("imd,jmd->ij", rows, rows)
     shared = torch.einsum("im,jm->ij", rows.square().sum(dim=2), writes)  # |row i|^2 over what j writes too
     return products / (shared * shared.T).sqrt().clamp(min=1e-30)

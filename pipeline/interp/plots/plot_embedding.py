@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.arch.base import Transcoder
 from pipeline.errors import UserError
+from pipeline.interp.edits import decoder_rows
 from pipeline.interp.plots.plot_data import Feature
 
 DIMENSIONS = 50
@@ -37,13 +38,11 @@ def rows(transcoder: Transcoder, features: list[Feature]) -> NDArray[np.float32]
     if not transcoder.directions:
         name = transcoder.options.name
         raise UserError(f"arch={name}: features write no fixed direction, so there is no map of them; use another run")
-    n_layers, d_model = transcoder.dims
-    found = np.zeros((len(features), n_layers, d_model), dtype=np.float32)
+    found = np.zeros((len(features), *transcoder.dims), dtype=np.float32)
     for source in range(transcoder.n_sources):
         mine = [i for i, (layer, _) in enumerate(features) if layer == source]
-        ids = torch.tensor([features[i][1] for i in mine], dtype=torch.int64, device=transcoder.b_enc.device)
-        for target in transcoder.targets(source):
-            found[mine, target] = transcoder.table(source, target, ids).float().cpu().numpy()
+        ids = torch.tensor([features[i][1] for i in mine], dtype=torch.int64)
+        found[mine] = decoder_rows(transcoder, source, ids).float().cpu().numpy()
     flat = found.reshape(len(features), -1)
     length = np.linalg.norm(flat, axis=1, keepdims=True)
     return np.asarray(flat / np.where(length > 0, length, 1), dtype=np.float32)

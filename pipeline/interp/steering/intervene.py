@@ -66,7 +66,7 @@ class Before(NamedTuple):
 
     def tiled(self, n: int) -> "Before":
         """n copies of one context, side by side; the logits stay one."""
-        features = [(_tile(pattern, n), values.repeat(n)) for pattern, values in self.features]
+        features = [(_joined([pattern] * n), values.repeat(n)) for pattern, values in self.features]
         y_hat, outputs = ([layer.expand(n, -1, -1) for layer in one] for one in (self.y_hat, self.outputs))
         return Before(self.logits, features, y_hat, outputs, self.others)
 
@@ -299,12 +299,10 @@ def concatenated(parts: Sequence[Values]) -> Values:
     """Features of tokens that follow one another."""
     if len(parts) == 1:
         return parts[0]
-    steps = torch.cat([pattern.offsets.diff() for pattern, _ in parts])
-    indices = torch.cat([pattern.indices for pattern, _ in parts])
-    pattern = Pattern(indices, torch.cat([steps.new_zeros(1), steps.cumsum(0)]), parts[0][0].n_features)
-    return pattern, torch.cat([values for _, values in parts])
+    return _joined([pattern for pattern, _ in parts]), torch.cat([values for _, values in parts])
 
 
-def _tile(pattern: Pattern, n: int) -> Pattern:
-    steps = pattern.offsets.diff().repeat(n)
-    return Pattern(pattern.indices.repeat(n), torch.cat([steps.new_zeros(1), steps.cumsum(0)]), pattern.n_features)
+def _joined(patterns: Sequence[Pattern]) -> Pattern:
+    steps = torch.cat([pattern.offsets.diff() for pattern in patterns])
+    indices = torch.cat([pattern.indices for pattern in patterns])
+    return Pattern(indices, torch.cat([steps.new_zeros(1), steps.cumsum(0)]), patterns[0].n_features)
