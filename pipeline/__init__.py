@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.interp.opening import replace
-    from pipeline.train.artifact import load
+    from pipeline.train.finished import load
 
 __all__ = ["__version__", "load", "replace"]
 
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from pipeline.train.artifact import load
+        from pipeline.train.finished import load
 
         return load
     if name == "replace":

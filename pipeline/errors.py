@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""The exceptions that are no bugs of ours; `UserError` means: the user can mend this."""
 
 
 class UserError(Exception):
@@ -7,3 +7,11 @@ class UserError(Exception):
     The message is a single line that names the cause and the fix. The command line prints it without a trace and
     leaves with exit code 2; in a sweep it fails its own job only. Everything else that is raised is our bug.
     """
+
+
+class Preempted(KeyboardInterrupt):
+    """The machine asks for its place back (SIGUSR1, SIGUSR2). A checkpoint is there; the job is to be queued again."""
+
+
+class LostPeers(Exception):
+    """Another rank of the run is gone, and this one cannot go on alone. Why it is gone, that one says."""

@@ -1,22 +1,30 @@
 """Files and directories that are on disk as a whole, or not at all: after a crash, and after a loss of power."""
 
 import csv
+import errno
 import fcntl
 import io
 import json
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from pipeline.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 logger = logging.getLogger(__name__)
+
+LOCK = "lock"
+"""File in a directory that the one at work on it has locked."""
 
 
 def write_aside(file: Path, data: bytes) -> None:
@@ -58,6 +66,19 @@ class atomic_directory:
             raise UserError(f"{self.target} could not be written ({error}); free some space and run again") from error
 
 
+def save_tensors(tensors: "dict[str, Tensor]", file: Path) -> None:
+    """A safetensors file with the mode that any new file has there; the library's own can be read by its owner alone.
+
+    Tensors are contiguous and on the CPU. OSError or SafetensorError when the disk cannot hold it.
+    """
+    from safetensors.torch import save_file
+
+    file.touch()  # the umask decides, or the folder's default ACL; asking for the umask means to change it
+    mode = stat.S_IMODE(file.stat().st_mode)
+    save_file(tensors, file)
+    file.chmod(mode)
+
+
 def write_report(file: Path, report: Any) -> None:
     """What people read as well, as JSON; its folder is made."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -94,13 +115,33 @@ def existing(path: Path) -> Path:
 
 
 def remove_empty(directories: list[Path]) -> None:
-    """Remove those of the directories (innermost first) that are empty."""
+    """Remove those of the directories (innermost first) that are empty; other processes may be at the same."""
     for directory in directories:
-        if directory.is_dir() and not any(directory.iterdir()):
+        try:
             directory.rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+                raise
 
 
-def take_lock(directory: Path, what: object, name: str = "lock", shared: bool = False, wait: str = "") -> int:
+def empty_held(directory: Path) -> None:
+    """Remove all that is in a directory but the lock in it, which the caller holds (`take_lock`)."""
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def remove_held(directory: Path) -> None:
+    """Remove a directory whose lock the caller holds. The lock goes last: from then on another process may take a new
+    one there, and the directory is its own."""
+    empty_held(directory)
+    (directory / LOCK).unlink()
+    remove_empty([directory])
+
+
+def take_lock(directory: Path, what: object, name: str = LOCK, shared: bool = False, wait: str = "") -> int:
     """Makes the directory and locks a file in it. -> an open file that holds the lock: closing it (or dying) releases
     it. shared: with others who share it.
 
@@ -109,10 +150,14 @@ def take_lock(directory: Path, what: object, name: str = "lock", shared: bool = 
     file = directory / name
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     while True:
-        directory.mkdir(parents=True, exist_ok=True)
         try:
+            directory.mkdir(parents=True, exist_ok=True)
             fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:  # the one at work has just finished and removed the directory
+            continue
+        except FileExistsError as error:  # likewise; or it is no directory
+            if os.path.lexists(error.filename) and not os.path.isdir(error.filename):
+                raise
             continue
         try:
             fcntl.flock(fd, kind | fcntl.LOCK_NB)
@@ -139,7 +184,7 @@ def holds(fd: int, file: Path) -> bool:
         return False
 
 
-def holder(directory: Path, name: str = "lock") -> str | None:
+def holder(directory: Path, name: str = LOCK) -> str | None:
     """The process that holds the lock of `take_lock` there, alone or with others, "?" where it has not said so yet;
     None when nobody does."""
     file = directory / name

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import STAGES, compose
+from pipeline.config import compose
+from pipeline.config.table import STAGES
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 

@@ -45,7 +45,7 @@ def test_a_missing_attribute_is_an_attribute_error() -> None:
 
 
 def test_load_is_the_one_that_reads_runs() -> None:
-    from pipeline.train.artifact import load
+    from pipeline.train.finished import load
 
     assert pipeline.load is load
 

@@ -19,13 +19,17 @@ times slower.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.arch.held import Held
 from pipeline.arch.options import ArchOptions
+from pipeline.arch.rows import Axes, FeatureRows, axis_of
 from pipeline.core.activations import Activation
 from pipeline.core.normalize import Scaling
 from pipeline.core.norms import row_norms
@@ -72,7 +76,7 @@ class Transcoder(nn.Module):
     linear: bool = True
     """Whether y_hat is linear in the features (and x), so that attribution through it is exact."""
 
-    directions: ClassVar[bool] = True
+    directions: bool = True
     """Whether a feature writes a fixed direction, its row of W_dec; without that there is no W_dec."""
 
     uses: ClassVar[frozenset[str]] = frozenset()
@@ -80,6 +84,18 @@ class Transcoder(nn.Module):
 
     fixed: ClassVar[dict[str, Any]] = {}
     """Options that have one value in this architecture, which its YAML sets."""
+
+    axes: ClassVar[Axes] = {"encoders": 0, "decoders": 0, "b_enc": 1, "b_dec": None, "W_skip": None}
+    """Where parameters and buffers have their features, by the first part of their names (`arch/rows.py`)."""
+
+    stored_axes: ClassVar[Axes] = {"W_enc": 1, "b_enc": 1, "W_dec": 0, "b_dec": None, "W_skip": None}
+    """The same of `weights`."""
+
+    tables_on: ClassVar[str | None] = None
+    """The device that the tables are made on; None: the default one."""
+
+    in_memory: ClassVar[bool] = True
+    """Whether the tables are, all of them at once."""
 
     W_skip: nn.Parameter | None
 
@@ -94,10 +110,10 @@ class Transcoder(nn.Module):
         self.options, self.dims, self.activation = options, dims, activation
         self.d_features = d_features = options.d_features
         n_layers, d_model = dims
-        self.encoders = nn.ParameterList(torch.zeros(d_features, self.width()) for _ in range(self.n_sources))
+        table = partial(torch.zeros, d_features, device=self.tables_on)
+        self.encoders = nn.ParameterList(table(self.width()) for _ in range(self.n_sources))
         self.decoders = nn.ModuleList(
-            nn.ParameterList(torch.zeros(d_features, d_model) for _ in range(self.n_tables(source)))
-            for source in range(self.n_sources)
+            nn.ParameterList(table(d_model) for _ in range(self.n_tables(source))) for source in range(self.n_sources)
         )
         self.b_enc = nn.Parameter(torch.zeros(self.n_sources, d_features))
         self.b_dec = nn.Parameter(torch.zeros(n_layers, d_model))
@@ -163,7 +179,7 @@ class Transcoder(nn.Module):
     @property
     def W_enc(self) -> Tensor:
         """[L, F, D], a copy."""
-        return torch.stack(list(self.encoders))
+        return torch.stack([self.encoder_rows(source) for source in range(self.n_sources)])
 
     @property
     def W_dec(self) -> list[Tensor]:
@@ -179,14 +195,34 @@ class Transcoder(nn.Module):
         assert isinstance(decoder, nn.ParameterList)
         return iter(decoder)
 
+    def encoder_rows(self, source: int, ids: Tensor | None = None) -> Tensor:
+        """What the features of a source (or those in `ids` [n]) read with. -> [F, width()] or [n, width()]"""
+        return self.encoders[source] if ids is None else self.encoders[source][ids]
+
+    def encoder_row(self, source: int, feature: int) -> Tensor:
+        """The same of one feature. -> [width()]"""
+        return self.encoder_rows(source, torch.tensor([feature], device=self.b_enc.device))[0]
+
+    def kept_rows(self, source: int, slot: int, ids: Tensor | None = None) -> Tensor:
+        """One of `tables(source)`, or rows of it. -> [F, D] or [n, D]"""
+        table = next(islice(self.tables(source), slot, None))
+        return table if ids is None else table[ids]
+
+    def place(self, source: int, target: int) -> tuple[int, int]:
+        """The table that is kept of what a source writes to a target, as `kept_rows` takes it: (source, slot)."""
+        return source, target - self.targets(source).start
+
     def table(self, source: int, target: int, ids: Tensor | None = None) -> Tensor:
         """What a unit of each feature of `source` (or of those in `ids` [n]) writes to `target`. -> [F, D] or [n, D]"""
-        table = list(self.tables(source))[target - self.targets(source).start]
-        return table if ids is None else table[ids]
+        return self.kept_rows(*self.place(source, target), ids)
 
     def readers(self, source: int) -> Iterator[tuple[Tensor, float]]:
         """Weights [n, D] that read the input beside the encoder, and the bound of their uniform draw."""
         return iter(())
+
+    def table_rows(self, held: Held) -> Held:
+        """The rows of `tables` and `readers` that features have."""
+        return held
 
     def start_tables(self, source: int) -> dict[int, Tensor]:
         """The tables that `arch/init.py` fills from data, by the layer whose outputs they are filled with."""
@@ -197,6 +233,10 @@ class Transcoder(nn.Module):
         weight = self.encoders[layer]
         bias = self.b_enc[layer].to(weight.dtype)
         return nn.functional.linear(x, weight, bias) if out is None else torch.addmm(bias, x, weight.T, out=out)
+
+    def pre_acts_of(self, x: Tensor, source: int, ids: Tensor) -> Tensor:
+        """Those of some features of a source. x [B, width()], ids int64 [n] -> [B, n]"""
+        return nn.functional.linear(x, self.encoder_rows(source, ids), self.b_enc[source][ids])
 
     def encode(self, x: Tensor) -> Tensor:
         """x [B, L, D] -> pre_acts [B, S, F]"""
@@ -234,7 +274,7 @@ class Transcoder(nn.Module):
 
     def written(self, features: Features) -> Tensor:
         """What the features write, without biases and skip path. -> [B, L, D]"""
-        if isinstance(features, Sparse):
+        if isinstance(features, Sparse) and self.in_memory:
             writes = [(i, target, self.table(i, target)) for i in range(self.n_sources) for target in self.targets(i)]
             return bags(features, writes, self.dims.n_layers).to(self.b_dec.dtype)
         rows: list[Tensor | None] = [None for _ in range(self.dims.n_layers)]
@@ -248,7 +288,12 @@ class Transcoder(nn.Module):
 
     def write(self, features: Features, source: int, target: int) -> Tensor:
         """What the features of one source write to one layer. -> [B, D]"""
-        return self._write(features, source, self.table(source, target))
+        return self.product(of_layer(features, source), *self.place(source, target))
+
+    def product(self, features: Tensor | Chosen, source: int, slot: int) -> Tensor:
+        """One source's features, [B, F] or in sparse form, times a table that is kept. -> [B, D]"""
+        table = self.kept_rows(source, slot)
+        return bag(*features, table) if isinstance(features, Chosen) else features @ table
 
     def write_rows(self, z: Tensor, ids: Tensor, source: int, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         """What features `ids` [n] of a source write with activations z [B, n] on what it reads, x [B, width()], for
@@ -269,6 +314,11 @@ class Transcoder(nn.Module):
         dense = self.activation.layer(self.encode_layer(x, layer), layer, self.rank_norms())
         pattern = from_mask(dense > 0)
         return pattern, dense[pattern.tokens, pattern.indices]
+
+    def all_features(self, x: Tensor) -> Sparse:
+        """Those of every source, one after the other. x [B, L, D]"""
+        found = [self.layer_features(h, source) for source, h in enumerate(self.inputs(x))]
+        return Sparse([pattern for pattern, _ in found], [values for _, values in found])
 
     def forward(self, x: Tensor, need_pre_acts: bool = False) -> Output:
         """x [B, L, D] -> Output. Sparse where the activation chooses, unless the pre-activations are asked for."""
@@ -325,36 +375,64 @@ class Transcoder(nn.Module):
             for target, table in zip(self.targets(source), self.tables(source), strict=True):
                 table.copy_(table.double() * y_scale[target])
 
+    def feature_axis(self, name: str) -> int | None:
+        """The axis of a parameter or buffer that has features, or rows of them; None where it has none. KeyError for a
+        name that nothing is said of."""
+        return axis_of(self.axes, name)
+
+    def feature_rows(self, name: str, d_features: int) -> FeatureRows | None:
+        """The same with the entries of each feature, in a transcoder like this one with so many features."""
+        axis = self.feature_axis(name)
+        return None if axis is None else FeatureRows(axis, ((d_features, 1),))
+
+    def stored_rows(self, name: str, d_features: int) -> FeatureRows | None:
+        """The same for the names of `weights`."""
+        axis = axis_of(self.stored_axes, name)
+        return None if axis is None else FeatureRows(axis, ((d_features, 1),))
+
     def weights(self) -> dict[str, Tensor]:
         """The weights as they stand in files: W_enc, b_enc, W_dec.0 ... W_dec.{S-1}, b_dec, with a skip path W_skip."""
         skip = {} if self.W_skip is None else {"W_skip": self.W_skip}
         return {"W_enc": self.W_enc, "b_enc": self.b_enc, **self._decoder_weights(), "b_dec": self.b_dec, **skip}
 
     @torch.no_grad()
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """The inverse of `weights`."""
+        self.load_small(weights)
+        W_enc = weights["W_enc"]
+        for source, weight in enumerate(self.encoders):
+            at = self.stored_encoder(source)[1]
+            weight.copy_(self.encoder_from(W_enc if at is None else W_enc[at]))
+        self._load_decoders(weights)
+
+    @torch.no_grad()
+    def load_small(self, weights: Mapping[str, Tensor]) -> None:
+        """The same of everything but the tables."""
         self.b_enc.copy_(weights["b_enc"])
         self.b_dec.copy_(weights["b_dec"])
         if self.W_skip is not None:
             self.W_skip.copy_(weights["W_skip"])
-        self._load_encoder(weights["W_enc"])
-        self._load_decoders(weights)
 
-    def _load_encoder(self, W_enc: Tensor) -> None:
-        for layer, weight in enumerate(self.encoders):
-            weight.copy_(W_enc[layer])
+    def stored_encoder(self, source: int) -> tuple[str, int | None]:
+        """Where a source's encoder stands in `weights`: the tensor, and which entry it is of the other of the first two
+        axes than the features'; None where it is all of them."""
+        return "W_enc", source
+
+    def encoder_from(self, stored: Tensor) -> Tensor:
+        """Encoder rows [n, width()] from what stands there for n features."""
+        return stored
+
+    def stored_table(self, source: int, slot: int) -> tuple[str, int]:
+        """The same of a table that is kept."""
+        return f"W_dec.{source}", slot
 
     def _decoder_weights(self) -> dict[str, Tensor]:
         return {f"W_dec.{source}": W for source, W in enumerate(self.W_dec)}
 
-    def _load_decoders(self, weights: dict[str, Tensor]) -> None:
+    def _load_decoders(self, weights: Mapping[str, Tensor]) -> None:
         for source in range(self.n_sources):
             for slot, table in enumerate(self.tables(source)):
                 table.copy_(weights[f"W_dec.{source}"][:, slot])
-
-    def _write(self, features: Features, layer: int, table: Tensor) -> Tensor:
-        one = of_layer(features, layer)
-        return bag(*one, table) if isinstance(one, Chosen) else one @ table
 
 
 def safe_root(square: Tensor) -> Tensor:

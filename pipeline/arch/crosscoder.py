@@ -41,10 +41,13 @@ class Crosscoder(Transcoder):
 
     @property
     def W_enc(self) -> Tensor:
-        return self.encoders[0].unflatten(1, self.dims).transpose(0, 1).contiguous()
+        return self.encoder_rows(0).unflatten(1, self.dims).transpose(0, 1).contiguous()
 
-    def _load_encoder(self, W_enc: Tensor) -> None:
-        self.encoders[0].copy_(W_enc.transpose(0, 1).flatten(1))
+    def stored_encoder(self, source: int) -> tuple[str, int | None]:
+        return "W_enc", None
+
+    def encoder_from(self, stored: Tensor) -> Tensor:
+        return stored.transpose(0, 1).flatten(1)
 
     def start_tables(self, source: int) -> dict[int, Tensor]:
         return dict(zip(self.targets(source), self.tables(source), strict=True))

@@ -47,7 +47,6 @@ goes with each of the above. Null is `firing`/F for `data` and `random_rows`, an
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -55,6 +54,7 @@ from torch import Tensor
 
 from pipeline.arch import table
 from pipeline.arch.base import Transcoder
+from pipeline.arch.held import Held
 from pipeline.arch.init_random import active_subspace, transposed, uniform, zero_decoder
 from pipeline.arch.init_rows import FIRING, firing_bias, from_data
 from pipeline.arch.options import ArchOptions, Init
@@ -65,8 +65,8 @@ from pipeline.errors import UserError
 class Start(NamedTuple):
     """How one name of `arch.init` fills a transcoder."""
 
-    fill: Callable[[Transcoder, Tensor, Tensor, torch.Generator, float], None]
-    """(model, x, y, generator, firing), x and y [n, L, D] the sample; the weights of the model are 0."""
+    fill: Callable[[Transcoder, Tensor, Tensor, torch.Generator, float, Held], None]
+    """(model, x, y, generator, firing, held), x and y [n, L, D] the sample; the weights of the model are 0."""
     draws_rows: bool = False
     """Whether each feature takes a row of the sample of its own, so that there must be as many."""
     needs_sample: bool = True
@@ -113,22 +113,37 @@ def needs_sample(options: ArchOptions) -> bool:
 
 
 @torch.no_grad()
-def initialise(model: Transcoder, x: Tensor, y: Tensor, generator: torch.Generator, firing: float = FIRING) -> None:
+def initialise(
+    model: Transcoder,
+    x: Tensor,
+    y: Tensor,
+    generator: torch.Generator,
+    firing: float = FIRING,
+    held: Held | None = None,
+) -> None:
     """Fill a fresh transcoder as `arch.init` says. x, y [n, L, D]: a sample in the transcoder's units. firing: active
     features of a token and source to begin with, for rules that do not choose them, where `arch.init_firing` is null
-    and the start draws rows."""
-    INITS[model.options.init].fill(model, x, y, generator, firing)
+    and the start draws rows.
+
+    held: the features that the model has of a larger one, whose rows are made, bit for bit, and whose biases b_dec are.
+    The gain of `data` and `random_rows` alone is the whole's to rounding, since `held.total` adds up what the parts
+    write. Every part must be given the same sample and seed; a table of the whole is in memory at a time.
+    """
+    held = held or Held(model.d_features)
+    INITS[model.options.init].fill(model, x, y, generator, firing, held)
     share = model.options.init_firing
     if share is not None and not INITS[model.options.init].draws_rows:
         for source, read in enumerate(model.inputs(x.float())):
-            model.b_enc[source] = firing_bias(model, read, source, share)
+            model.b_enc[source] = firing_bias(model, read, source, share, held)
 
 
 INITS: dict[str, Start] = {
     Init.data: Start(from_data, draws_rows=True),
-    Init.random_rows: Start(partial(from_data, apart=False), draws_rows=True),
-    Init.uniform: Start(lambda model, x, y, g, _: uniform(model, g), needs_sample=False),
-    Init.transposed: Start(lambda model, x, y, g, _: transposed(model, g), needs_sample=False, needs_directions=True),
-    Init.zero_decoder: Start(lambda model, x, y, g, _: zero_decoder(model, x, y, g)),
-    Init.active_subspace: Start(lambda model, x, y, g, _: active_subspace(model, x, y, g)),
+    Init.random_rows: Start(from_data, draws_rows=True),
+    Init.uniform: Start(lambda model, x, y, g, _, held: uniform(model, g, held), needs_sample=False),
+    Init.transposed: Start(
+        lambda model, x, y, g, _, held: transposed(model, g, held), needs_sample=False, needs_directions=True
+    ),
+    Init.zero_decoder: Start(lambda model, x, y, g, _, held: zero_decoder(model, x, y, g, held)),
+    Init.active_subspace: Start(lambda model, x, y, g, _, held: active_subspace(model, x, y, g, held)),
 }

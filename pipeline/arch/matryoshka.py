@@ -60,10 +60,7 @@ class Matryoshka(CLT):
 
     def usual_sizes(self) -> list[int]:
         """The fixed prefixes, ascending, the last F; the published shares where they are drawn or not given."""
-        if self.options.prefixes is not None:
-            return list(self.options.prefixes)
-        shorter = {max(1, int(share * self.d_features)) for share in SHARES}
-        return [*sorted(shorter - {self.d_features}), self.d_features]
+        return usual_sizes(self.options)
 
     def sizes(self, seed: int, step: int) -> list[int]:
         """The prefixes of a step, ascending, the last F: a function of its arguments alone."""
@@ -107,6 +104,14 @@ class Matryoshka(CLT):
         assert sizes[-1] == self.d_features
         *shorter, y_hat = self.nested(encoded.features, sizes)
         return Output(encoded.pre_acts, encoded.features, y_hat, tuple(shorter), encoded.gated, encoded.beyond)
+
+
+def usual_sizes(options: ArchOptions) -> list[int]:
+    """`Matryoshka.usual_sizes` of these options."""
+    if options.prefixes is not None:
+        return list(options.prefixes)
+    shorter = {max(1, int(share * options.d_features)) for share in SHARES}
+    return [*sorted(shorter - {options.d_features}), options.d_features]
 
 
 def _added(one: list[Tensor], other: list[Tensor]) -> list[Tensor]:

@@ -25,7 +25,7 @@ entries, and U from U(+-1 / sqrt(L D)), the CLT recipe's decoders. data: `start`
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import ClassVar
 
@@ -34,17 +34,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.arch.base import Dims, Transcoder, safe_root
+from pipeline.arch.held import Held
 from pipeline.arch.options import ArchOptions
+from pipeline.arch.rows import Axes, FeatureRows
 from pipeline.core.activations import Activation
 from pipeline.core.normalize import Scaling
 from pipeline.core.sparse import Chosen, Features, Pattern, Sparse, bag, of_layer, row_products
 from pipeline.errors import UserError
 
+PER_TRANSFORM = {"U", "V", "offset"}
+"""Tensors with as many rows of a transform as its rank; in files with a tensor for each rank."""
+
 
 class MOLT(Transcoder):
     linear = False
-    directions: ClassVar[bool] = False
+    directions = False
     uses: ClassVar[frozenset[str]] = frozenset({"ranks"})
+    axes: ClassVar[Axes] = {**Transcoder.axes, "U": 0, "V": 0, "offset": 1}
+    stored_axes: ClassVar[Axes] = {**Transcoder.stored_axes, "U": 1, "V": 1, "offset": 1}
 
     offset: Tensor
     """[L, G R]"""
@@ -64,12 +71,12 @@ class MOLT(Transcoder):
             nearest = " or ".join(str(n) for n in (below, below + step) if n)
             raise UserError(
                 f"arch.d_features={options.d_features} transforms do not divide among arch.ranks={ranks}, "
-                f"as many {' : '.join(str(n) for n in _counts(ranks))}; use {nearest}"
+                f"as many {' : '.join(str(n) for n in counts(ranks))}; use {nearest}"
             )
 
     @classmethod
     def multiple(cls, options: ArchOptions) -> int:
-        return sum(_counts(options.ranks or [1]))
+        return sum(counts(options.ranks or [1]))
 
     def __init__(self, options: ArchOptions, dims: Dims, activation: Activation) -> None:
         super().__init__(options, dims, activation)
@@ -77,17 +84,15 @@ class MOLT(Transcoder):
         self.ranks = list(options.ranks)
         if max(self.ranks) > dims.d_model:
             raise UserError(f"arch.ranks={self.ranks} must not exceed the model's width {dims.d_model}; lower them")
-        times = options.d_features // sum(_counts(self.ranks))
-        self.counts = [times * n for n in _counts(self.ranks)]
-        ranks = [rank for rank, count in zip(self.ranks, self.counts, strict=True) for _ in range(count)]
-        n_rows = sum(ranks)
+        self.counts = self._counts_of(options.d_features)
+        rank, first = _places(self.ranks, options.d_features)
+        n_rows = self.n_rows
         self.U = nn.ParameterList(torch.zeros(n_rows, dims.d_model) for _ in range(dims.n_layers))
         self.V = nn.ParameterList(torch.zeros(n_rows, dims.d_model) for _ in range(dims.n_layers))
         self.register_buffer("offset", torch.zeros(dims.n_layers, n_rows))
         # Follow from the options, so they are in no file.
-        self.register_buffer("rank", torch.tensor(ranks), persistent=False)
-        first = [end - rank for end, rank in zip(accumulate(ranks), ranks, strict=True)]
-        self.register_buffer("first", torch.tensor(first), persistent=False)
+        self.register_buffer("rank", rank, persistent=False)
+        self.register_buffer("first", first, persistent=False)
 
     @property
     def n_rows(self) -> int:
@@ -114,6 +119,12 @@ class MOLT(Transcoder):
 
     def readers(self, source: int) -> Iterator[tuple[Tensor, float]]:
         yield self.V[source], (3 / self.dims.d_model) ** 0.5
+
+    def table_rows(self, held: Held) -> Held:
+        if held.ids is None:
+            return Held(self.n_rows)
+        rank, first = _places(self.ranks, held.n)
+        return Held(int(rank.sum()), _rows_of(held.ids.cpu(), rank, first)[1])
 
     def start_tables(self, source: int) -> dict[int, Tensor]:
         return {source: self.U[source]}
@@ -144,22 +155,24 @@ class MOLT(Transcoder):
             squares.append(torch.cat([gram.sum(dim=(1, 2)) for gram in grams]))
         return safe_root(torch.stack(squares))
 
-    def start(self, layer: int, x: Tensor, y: Tensor, rows: Tensor, generator: torch.Generator) -> None:
+    def start(
+        self, layer: int, x: Tensor, y: Tensor, rows: Tensor, generator: torch.Generator, held: Held | None = None
+    ) -> None:
         """Begin as a transcoder. x, y [n, D]: a sample of the layer's inputs and targets; rows [F]: the x_t that
-        transform t's gate looks for.
+        transform t's gate looks for, of the whole transcoder.
 
         Its first row maps x_t to what the MLP made of it, U V = (y_t - mean y) x_t^T / (|x_t|^2 |x_t - mean x|). The
         others read directions in which inputs vary, x - mean x of other tokens, and write nothing yet (U = 0).
         """
-        U, V = self.U[layer], self.V[layer]
-        centred = x - x.mean(dim=0)
-        others = torch.randint(x.shape[0], (V.shape[0],), generator=generator).to(x.device)
-        V.copy_(F.normalize(centred[others], dim=1))
-        V[self.first] = F.normalize(x[rows], dim=1)
+        U, V, held = self.U[layer], self.V[layer], held or Held(self.d_features)
+        tables, centred = self.table_rows(held), x - x.mean(dim=0)
+        others = torch.randint(x.shape[0], (tables.n,), generator=generator).to(x.device)
+        V.copy_(tables.of(F.normalize(centred[others], dim=1)))
+        V[self.first] = held.of(F.normalize(x[rows], dim=1))
         lengths = x[rows].norm(dim=1) * centred[rows].norm(dim=1)
         self.b_dec[layer] = y.mean(dim=0)
         U.zero_()
-        U[self.first] = (y[rows] - y.mean(dim=0)) / lengths.clamp(min=1e-12)[:, None]
+        U[self.first] = held.of((y[rows] - y.mean(dim=0)) / lengths.clamp(min=1e-12)[:, None])
 
     @torch.no_grad()
     def fold(self, scaling: Scaling) -> None:
@@ -175,6 +188,26 @@ class MOLT(Transcoder):
             U.copy_(U.double() * scaling.y_scale[layer])
         self.b_dec.copy_(self.b_dec.double() * scaling.y_scale + scaling.y_mean)
 
+    def feature_rows(self, name: str, d_features: int) -> FeatureRows | None:
+        found = super().feature_rows(name, d_features)
+        if found is None or name.split(".")[0] not in PER_TRANSFORM:
+            return found
+        return FeatureRows(found.axis, tuple(zip(self._counts_of(d_features), self.ranks, strict=True)))
+
+    def stored_rows(self, name: str, d_features: int) -> FeatureRows | None:
+        found = super().stored_rows(name, d_features)
+        kind, _, rank = name.partition(".")
+        if found is None or kind not in PER_TRANSFORM:
+            return found
+        runs = [
+            (count, int(own == int(rank))) for own, count in zip(self.ranks, self._counts_of(d_features), strict=True)
+        ]
+        return FeatureRows(found.axis, tuple(runs))
+
+    def _counts_of(self, d_features: int) -> list[int]:
+        """Transforms of each rank, of so many in all."""
+        return [d_features // sum(counts(self.ranks)) * n for n in counts(self.ranks)]
+
     def weights(self) -> dict[str, Tensor]:
         """As they stand in files: W_enc, b_enc, b_dec, and for each group of n transforms of rank r U.{r} and V.{r}
         [L, n, r, D] (row j of a transform in U.{r} is column j of its U_t) and offset.{r} [L, n, r]."""
@@ -189,7 +222,7 @@ class MOLT(Transcoder):
         return named
 
     @torch.no_grad()
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         self.b_enc.copy_(weights["b_enc"])
         self.b_dec.copy_(weights["b_dec"])
         self.offset.copy_(torch.cat([weights[f"offset.{rank}"].flatten(1) for rank in self.ranks], dim=1))
@@ -225,14 +258,28 @@ class MOLT(Transcoder):
 
     def _rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The table rows of transforms `ids` [n], in order: (position in `ids` of each row's transform, the row)."""
-        ranks = self.rank[ids]
-        entry = torch.arange(ids.numel(), device=ids.device).repeat_interleave(ranks)
-        begin = ranks.cumsum(0) - ranks
-        within = torch.arange(entry.numel(), device=ids.device) - begin[entry]
-        return entry, self.first[ids][entry] + within
+        return _rows_of(ids, self.rank, self.first)
 
 
-def _counts(ranks: list[int]) -> list[int]:
+def _rows_of(ids: Tensor, rank: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    """`MOLT._rows` of transforms that have so many rows each and begin there."""
+    ranks = rank[ids]
+    entry = torch.arange(ids.numel(), device=ids.device).repeat_interleave(ranks)
+    begin = ranks.cumsum(0) - ranks
+    within = torch.arange(entry.numel(), device=ids.device) - begin[entry]
+    return entry, first[ids][entry] + within
+
+
+def _places(ranks: list[int], d_features: int) -> tuple[Tensor, Tensor]:
+    """Of each of so many transforms the rows that it has in a table, and where they begin. -> 2 x int64 [F]"""
+    per_rank = counts(ranks)
+    times = d_features // sum(per_rank)
+    each = [rank for rank, count in zip(ranks, per_rank, strict=True) for _ in range(times * count)]
+    first = [end - rank for end, rank in zip(accumulate(each), each, strict=True)]
+    return torch.tensor(each), torch.tensor(first)
+
+
+def counts(ranks: list[int]) -> list[int]:
     """The smallest numbers of transforms that give each rank the same total rank."""
     total = math.lcm(*ranks)
     return [total // rank for rank in ranks]

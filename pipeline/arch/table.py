@@ -7,6 +7,7 @@ from pipeline.arch.clt import CLT
 from pipeline.arch.crosscoder import Crosscoder
 from pipeline.arch.matryoshka import Matryoshka
 from pipeline.arch.molt import MOLT
+from pipeline.arch.on_disk import Rows, on_disk
 from pipeline.arch.options import ArchOptions, Site, Target
 from pipeline.arch.per_layer import PerLayer
 from pipeline.arch.sae import SAE
@@ -64,12 +65,22 @@ def n_sources(options: ArchOptions, dims: Dims) -> int:
     return ARCHS[options.name].sources(dims)
 
 
-def build(options: ArchOptions, dims: Dims, activation: Activation) -> Transcoder:
-    """The transcoder named in the options, its weights zero: `arch/init.py` or a file fills them."""
+def build(options: ArchOptions, dims: Dims, activation: Activation, rows: Rows | None = None) -> Transcoder:
+    """The transcoder named in the options, its weights zero: `arch/init.py` or a file fills them. With `rows` its
+    tables are not made but read from there (`arch/on_disk.py`). UserError for an architecture that cannot be."""
     one = n_sources(options, dims) == 1 < dims.n_layers
     if one and isinstance(activation, BatchTopKAcross):
         raise UserError(
             f"arch={options.name} has one feature space over all layers, so that batchtopk_across is the same as "
             "batchtopk; use activation=batchtopk"
         )
-    return ARCHS[options.name](options, dims, activation)
+    architecture = ARCHS[options.name]
+    if rows is None:
+        return architecture(options, dims, activation)
+    if not architecture.directions:
+        raise UserError(
+            f"arch={options.name} has matrices in place of decoder rows, which are read whole; read it into memory"
+        )
+    found = on_disk(architecture)(options, dims, activation)
+    found.rows = rows
+    return found

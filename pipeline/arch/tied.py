@@ -16,7 +16,7 @@ there (`y_scale`, saved), and nothing is rounded twice. With an offset the outpu
 Parameters: 2 L F D + L F + L D, and L (L + 1) / 2 F for each of s and o, and L D^2 with `skip`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -24,14 +24,17 @@ from torch import Tensor, nn
 
 from pipeline.arch.base import Dims, Transcoder
 from pipeline.arch.options import ArchOptions, Tie
+from pipeline.arch.rows import Axes
 from pipeline.core.activations import Activation
-from pipeline.core.sparse import Chosen, Features, Pattern, bag, from_pairs, of_layer
+from pipeline.core.sparse import Chosen, Features, Pattern, from_pairs, of_layer
 
 
 class Tied(Transcoder):
     """`scales[l]`, `offsets[l]` [F, L - l]: column j is for target l + j; None where not asked for."""
 
     uses: ClassVar[frozenset[str]] = frozenset({"tie", "scale", "offset", "skip"})
+    axes: ClassVar[Axes] = {**Transcoder.axes, "scales": 0, "offsets": 0, "y_scale": None}
+    stored_axes: ClassVar[Axes] = {**Transcoder.stored_axes, "W_tied": 1, "scale": 0, "offset": 0, "y_scale": None}
 
     y_scale: Tensor
 
@@ -60,12 +63,14 @@ class Tied(Transcoder):
 
     def table(self, source: int, target: int, ids: Tensor | None = None) -> Tensor:
         """The effective table, without the offset: what a further unit of an active feature writes."""
-        table = self._shared(source, target)
-        table = table if ids is None else table[ids]
+        table = self.kept_rows(*self.place(source, target), ids)
         if self.scales is not None:
             scale = self.scales[source][:, target - source]
             table = table * (scale if ids is None else scale[ids])[:, None]
         return table * self.y_scale[target] if self.options.tie == Tie.source else table
+
+    def place(self, source: int, target: int) -> tuple[int, int]:
+        return source if self.options.tie == Tie.source else target, 0
 
     def start_tables(self, source: int) -> dict[int, Tensor]:
         return {source: self._shared(source, source)}
@@ -100,9 +105,16 @@ class Tied(Transcoder):
         columns = {f"{name}.{layer}": column for name, layer, column in self._columns()}
         return {"W_tied": tables, **columns, **({"y_scale": self.y_scale} if self.options.tie == Tie.source else {})}
 
-    def _load_decoders(self, weights: dict[str, Tensor]) -> None:
+    def _load_decoders(self, weights: Mapping[str, Tensor]) -> None:
         for layer in range(self.dims.n_layers):
             self._shared(layer, layer).copy_(weights["W_tied"][layer])
+
+    def stored_table(self, source: int, slot: int) -> tuple[str, int]:
+        return "W_tied", source
+
+    @torch.no_grad()
+    def load_small(self, weights: Mapping[str, Tensor]) -> None:
+        super().load_small(weights)
         for name, layer, column in self._columns():
             column.copy_(weights[f"{name}.{layer}"])
         if self.options.tie == Tie.source:
@@ -119,12 +131,11 @@ class Tied(Transcoder):
         return (self.scales is not None) + (self.offsets is not None)
 
     def _shared(self, source: int, target: int) -> Tensor:
-        return next(self.tables(source if self.options.tie == Tie.source else target))
+        return self.kept_rows(*self.place(source, target))
 
     def _part(self, features: Features, source: int, target: int) -> Tensor:
         """What one source writes to one target, its output scale apart. -> [B, D]"""
-        sent, table = self._sent(features, source, target), self._shared(source, target)
-        return bag(*sent, table) if isinstance(sent, Chosen) else sent @ table
+        return self.product(self._sent(features, source, target), *self.place(source, target))
 
     def _written_to(self, target: int, features: Features) -> Tensor:
         """What all sources write to one target, in one product with its table for each form. -> [B, D]"""
@@ -133,13 +144,13 @@ class Tied(Transcoder):
             [one for one in sent if isinstance(one, Tensor)],
             [one for one in sent if isinstance(one, Chosen)],
         )
-        table, parts = self._shared(target, target), []
+        parts: list[Tensor | Chosen] = []
         if dense:
-            parts.append(torch.stack(dense).sum(dim=0) @ table)
+            parts.append(torch.stack(dense).sum(dim=0))
         if chosen:
             pattern, order = merged([one.pattern for one in chosen])
-            parts.append(bag(pattern, torch.cat([one.values for one in chosen])[order], table))
-        return torch.stack(parts).sum(dim=0)
+            parts.append(Chosen(pattern, torch.cat([one.values for one in chosen])[order]))
+        return torch.stack([self.product(one, *self.place(target, target)) for one in parts]).sum(dim=0)
 
     def _sent(self, features: Features, source: int, target: int) -> Tensor | Chosen:
         """s a + o 1[a > 0] of one source's features."""

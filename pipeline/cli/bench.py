@@ -87,3 +87,21 @@ def bench_train(
     overrides = [*(overrides or []), *([f"to={json}"] if json else [])]
     del json
     launch("bench_train", **locals())
+
+
+@app.command("dist")
+def bench_dist(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the figures here; the same as to=FILE.")] = None,
+) -> None:  # fmt: skip
+    """A training step under torchrun against a plain one, and steps that several processes share, with what they say.
+
+    \b
+    clt bench dist                                         shape A, one and two processes
+    clt bench dist bench.ranks=[2,4] activation=batchtopk to=bench/dist.json
+    clt bench dist bench.shape=B bench.pairs=30
+    """
+    overrides = [*(overrides or []), *([f"to={json}"] if json else [])]
+    del json
+    launch("bench_dist", **locals())

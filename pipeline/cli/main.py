@@ -85,11 +85,31 @@ def train(
                                                         four runs, runs/sweep/0 to runs/sweep/3, one cache
     clt train -m train.share_pass=true activation.k=8,16  two runs that read each batch once
     clt train arch=tied arch.d_features=16384 --dry-run   parameters, FLOPs, memory, batches; writes nothing
+    clt train dist=mesh dist.features=8 dist.world=64 --dry-run  and what each of 64 ranks would hold and send
     clt train +experiment=sparse --cfg job              print the configuration, run nothing
     """
     overrides = [*(overrides or []), *(["dry_run=true"] if dry_run else [])]
     del dry_run
     launch("train", **locals())
+
+
+@app.command()
+def plan(
+    overrides: Overrides = None, multirun: Multirun = False, cfg: ShowCfg = None, resolve: Resolve = False,
+    config_dir: ConfigDir = None, config_name: ConfigName = None, info: ShowInfo = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write it here too; the same as to=FILE.")] = None,
+) -> None:  # fmt: skip
+    """What a training run on many ranks would hold, send and take, without the ranks and without a cache.
+
+    \b
+    clt plan model=llama-3.2-1b arch.d_features=65536 activation.k=64 train.batch_tokens=4096 dist.world=64
+    clt plan plan.n_layers=16 plan.d_model=2048 plan.expansion=32 dist=feature_shard
+    clt plan plan.models=[gpt2,llama-3.2-1b,llama-3.1-8b] plan.worlds=[8,64] plan.expansion=32
+    clt plan dist=ddp dist.world=2 plan.device=cpu plan.rates=bench/train.json plan.links=bench/dist.json
+    """
+    overrides = [*(overrides or []), *([f"to={json}"] if json else [])]
+    del json
+    launch("plan", **locals())
 
 
 @app.command("eval")

@@ -8,6 +8,7 @@ import dataclasses
 
 from pipeline.core.gates import FixedThreshold, JumpReLU, ReLU
 from pipeline.core.options import ActivationOptions
+from pipeline.core.peers import ALONE, Peers
 from pipeline.core.products import largest
 from pipeline.core.rule import Activation
 from pipeline.core.topk import BatchTopK, BatchTopKAcross, Choosing, GroupMax, TopK
@@ -54,14 +55,15 @@ OPTIONAL = {"k_per_layer", "k_start", "k_anneal", "rank"}
 """Those that may be left out."""
 
 
-def build(options: ActivationOptions, n_layers: int, d_features: int) -> Activation:
-    """The activation named in the options. UserError for an unknown name or an option that it does not use."""
+def build(options: ActivationOptions, n_layers: int, d_features: int, peers: Peers = ALONE) -> Activation:
+    """The activation named in the options, for d_features of the features that it and its peers have. UserError for an
+    unknown name or an option that it does not use."""
     if options.name not in ACTIVATIONS:
         raise UserError(f"activation.name={options.name} does not exist; choose one of {', '.join(ACTIVATIONS)}")
     for field in dataclasses.fields(options)[1:]:
         if getattr(options, field.name) is not None and field.name not in USES[options.name]:
             raise UserError(f"activation.{field.name} has no meaning for activation={options.name}; leave it out")
-    return ACTIVATIONS[options.name](options, n_layers, d_features)
+    return ACTIVATIONS[options.name](options, n_layers, d_features, peers)
 
 
 def check_batch(activation: Activation, batch_tokens: int) -> None:

@@ -67,6 +67,11 @@ def take(parameter: Tensor) -> list[RowTerm]:
     return kept
 
 
+def put(parameter: Tensor, found: list[RowTerm]) -> None:
+    """Replace the terms."""
+    _TERMS[parameter] = found
+
+
 def discard(parameters: Iterable[Tensor]) -> None:
     """Forget the terms of each: what zero_grad is for `.grad`."""
     for parameter in parameters:

@@ -31,6 +31,7 @@ from pipeline.core import products
 from pipeline.core.density import Form, Limits
 from pipeline.core.options import ActivationOptions, ThetaGrad
 from pipeline.core.pattern import from_positions, positions
+from pipeline.core.peers import ALONE, Peers
 from pipeline.core.rule import Activation
 from pipeline.core.sparse import Chosen, Features, Pattern, Sparse, of_layer
 from pipeline.errors import UserError
@@ -53,8 +54,8 @@ class Gate(Activation):
 
     form: Tensor
 
-    def __init__(self, options: ActivationOptions, n_layers: int, d_features: int) -> None:
-        super().__init__(options, n_layers, d_features)
+    def __init__(self, options: ActivationOptions, n_layers: int, d_features: int, peers: Peers = ALONE) -> None:
+        super().__init__(options, n_layers, d_features, peers)
         # A buffer, so that it is in checkpoints: the form of the next step depends on it.
         self.register_buffer("form", torch.full((n_layers,), Form.sparse, dtype=torch.uint8))
 
@@ -120,8 +121,8 @@ class ReLU(Gate):
 class JumpReLU(Gate):
     """log_threshold [L, F] is t."""
 
-    def __init__(self, options: ActivationOptions, n_layers: int, d_features: int) -> None:
-        super().__init__(options, n_layers, d_features)
+    def __init__(self, options: ActivationOptions, n_layers: int, d_features: int, peers: Peers = ALONE) -> None:
+        super().__init__(options, n_layers, d_features, peers)
         if options.threshold is None or options.threshold <= 0:
             raise UserError(f"activation.threshold={options.threshold} must be above 0, since its logarithm is learned")
         if options.bandwidth is None or options.bandwidth <= 0:

@@ -49,11 +49,12 @@ class Reconstruction:
     Memory: the sums of y and e of each context, [C, L, D].
     """
 
-    def __init__(self, n_layers: int, d_model: int, n_contexts: int = 1) -> None:
+    def __init__(self, n_layers: int, d_model: int, n_contexts: int = 1, origin: Tensor | None = None) -> None:
+        """origin: y [L, D] of some token. None: of the first one seen."""
         by_layer, by_dimension = (n_contexts, n_layers), (n_contexts, n_layers, d_model)
         self.counts = torch.zeros(n_contexts, dtype=torch.float64)
-        # Sums about the first token seen, not about 0: the variance of a channel far from 0 keeps its digits.
-        self.origin: Tensor | None = None
+        # Sums about one token, not about 0: the variance of a channel far from 0 keeps its digits.
+        self.origin = None if origin is None else origin.detach().double().cpu()
         self.y_sum = torch.zeros(by_dimension, dtype=torch.float64)
         self.e_sum = torch.zeros(by_dimension, dtype=torch.float64)
         self.y_square = torch.zeros(by_layer, dtype=torch.float64)
@@ -84,6 +85,10 @@ class Reconstruction:
     @property
     def n(self) -> int:
         return int(self.counts.sum())
+
+    def added(self) -> list[Tensor]:
+        """All that adds up over tokens: those of others with the same origin, added to them, make one of both."""
+        return [self.counts, self.y_sum, self.e_sum, self.y_square, self.e_square, *self.tokens.values()]
 
     def sums(self) -> dict[str, Tensor]:
         """Of each context: n_tokens [C], and [C, L] error = sum |e|^2, error_centred = sum |e - e_bar|^2, variance =
@@ -129,7 +134,6 @@ class Firing:
     """
 
     def __init__(self, n_layers: int, d_features: int, n_contexts: int = 1) -> None:
-        self.n = 0
         self.fires = torch.zeros(n_layers, d_features, dtype=torch.int64)
         # Histogram of the tokens' total L0, so that percentiles are exact without keeping every token.
         self.l0_histogram = torch.zeros(n_layers * d_features + 1, dtype=torch.int64)
@@ -140,7 +144,6 @@ class Firing:
         n = n_tokens(features)
         index = torch.zeros(n, dtype=torch.int64) if context is None else context.cpu()
         active = torch.stack([self._layer(of_layer(features, i), i) for i in range(len(self.fires))], dim=1)
-        self.n += n
         self.l0_sum.index_add_(0, index, active.double())
         self.l0_histogram += torch.bincount(active.sum(dim=1), minlength=self.l0_histogram.numel())
 
@@ -154,6 +157,15 @@ class Firing:
         active = features > 0
         self.fires[layer] += active.sum(dim=0).cpu()
         return active.sum(dim=1).cpu()
+
+    @property
+    def n(self) -> int:
+        """Tokens."""
+        return int(self.l0_histogram.sum())
+
+    def added(self) -> list[Tensor]:
+        """All that adds up over tokens, as in `Reconstruction`."""
+        return [self.fires, self.l0_histogram, self.l0_sum]
 
     def sums(self) -> dict[str, Tensor]:
         """l0_sum [C, S]: active features of each context, by feature space."""

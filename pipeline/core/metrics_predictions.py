@@ -25,6 +25,9 @@ ELEMENTS_AT_ONCE = {"cpu": 2**18, "cuda": 2**24}
 
 BEST = 5
 
+SUMS = ("kl_sum", "top1_sum", "top5_sum", "ce_original_sum", "ce_replaced_sum", "n_tokens", "n_next")
+"""Of a context."""
+
 
 class Predictions:
     """The original's predictions on some contexts, with what does not depend on who is compared with them."""
@@ -81,6 +84,23 @@ class Divergence:
         self._kl: list[Tensor] = []
         self._scored: list[Tensor] = []
         self._sums: dict[str, list[Tensor]] = {}
+
+    @classmethod
+    def of_rows(cls, rows: Tensor) -> "Divergence":
+        """What was measured on contexts, from their `rows`."""
+        found, length = cls(), (rows.shape[1] - len(SUMS)) // 2
+        kl, scored, sums = rows.split([length, length, len(SUMS)], dim=1)
+        found._kl, found._scored = [kl], [scored.bool()]
+        found._sums = {name: [values] for name, values in zip(SUMS, sums.unbind(1), strict=True)}
+        return found
+
+    def rows(self, length: int) -> Tensor:
+        """All of it, a row for each context of `length` tokens. float64 [C, 2 T + len(SUMS)]"""
+        if not self._kl:
+            return torch.zeros(0, 2 * length + len(SUMS), dtype=torch.float64)
+        kl, scored = self.per_token()
+        sums = torch.stack([torch.cat(self._sums[name]) for name in SUMS], dim=1)
+        return torch.cat([kl, scored.double(), sums], dim=1)
 
     def update(self, original: Tensor, replaced: Tensor, scored: Tensor, next_token: Tensor, has_next: Tensor) -> None:
         """Some more contexts. original, replaced: logits [n, T, V]; scored, has_next: bool [n, T]; next_token int64

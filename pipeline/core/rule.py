@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.options import ActivationOptions
+from pipeline.core.peers import ALONE, Peers
 from pipeline.core.sparse import Pattern
 
 
 class Activation(nn.Module):
-    """An activation rule over all layers.
+    """An activation rule over all layers. `peers` are those whom its features and tokens compete with.
 
     `norms` [L, F], which the rules that rank by them are handed, are the decoder norms |W_dec,i|, without gradient.
     """
@@ -27,9 +28,10 @@ class Activation(nn.Module):
     by_norm = False
     """Whether the rule reads the decoder norms."""
 
-    def __init__(self, options: ActivationOptions, n_layers: int, d_features: int) -> None:
+    def __init__(self, options: ActivationOptions, n_layers: int, d_features: int, peers: Peers = ALONE) -> None:
         super().__init__()
         self.name, self.n_layers, self.d_features = options.name, n_layers, d_features
+        self.peers = peers
 
     def forward(self, pre_acts: Tensor, norms: Tensor | None = None) -> Tensor:
         """[B, L, F] -> features [B, L, F]"""

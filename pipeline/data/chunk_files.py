@@ -13,7 +13,8 @@ import google_crc32c
 
 from pipeline.data import local_copies
 from pipeline.data.address import Place, Remote
-from pipeline.data.layout import CRC_BYTES, Json, command_of, file_bytes, gb, spec_of
+from pipeline.data.commands import command_of
+from pipeline.data.layout import CRC_BYTES, Json, file_bytes, gb, spec_of
 from pipeline.data.remote import Store
 from pipeline.errors import UserError
 

@@ -9,16 +9,9 @@ import google_crc32c
 from pipeline.data import root
 from pipeline.data.address import Place, Remote
 from pipeline.data.chunk_files import Files, files_of, repair
+from pipeline.data.commands import command_of, command_to_go_on
 from pipeline.data.journal import read_state
-from pipeline.data.layout import (
-    KIND,
-    SCHEMA,
-    Json,
-    command_of,
-    command_to_go_on,
-    file_bytes,
-    spec_of,
-)
+from pipeline.data.layout import KIND, SCHEMA, Json, file_bytes, spec_of
 from pipeline.data.remote import Store
 from pipeline.errors import UserError
 

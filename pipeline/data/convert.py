@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from pipeline.data import root
 from pipeline.data.cache import Cache
 from pipeline.data.codecs import LOSSLESS, Int8, Loss, compress, encoded, fit_int8, sample_rows, told, warning_of
+from pipeline.data.commands import command_of, is_conversion
 from pipeline.data.condition import damage, read_attributes
 from pipeline.data.journal import read_state
 from pipeline.data.layout import (
@@ -32,11 +33,9 @@ from pipeline.data.layout import (
     STORED,
     Json,
     check_codec,
-    command_of,
     directory_of,
     file_bytes,
     gb,
-    is_conversion,
     little,
     with_codec,
 )

@@ -22,6 +22,7 @@ import numpy as np
 
 from pipeline.data import root
 from pipeline.data.address import Local, Place, Remote, is_address, place_of
+from pipeline.data.commands import is_conversion
 from pipeline.data.condition import damage, is_finished, read_attributes, zarr_json
 from pipeline.data.journal import read_state
 from pipeline.data.layout import (
@@ -34,7 +35,6 @@ from pipeline.data.layout import (
     SCHEMA,
     Json,
     gb,
-    is_conversion,
     key_of,
     prefix,
     stored,
@@ -46,7 +46,7 @@ from pipeline.data.options import Codec
 from pipeline.data.remote import Store
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
-from pipeline.files import holder, remove_empty, take_lock
+from pipeline.files import holder, remove_empty, remove_held, take_lock
 
 REMOVED = ".removed"
 
@@ -217,7 +217,7 @@ def remove_packing(folder: Path, what: Path) -> int:
     lock = take_lock(folder, what)
     try:
         freed = size_on_disk(folder)
-        shutil.rmtree(folder)
+        remove_held(folder)
     finally:
         os.close(lock)
     remove_empty([folder.parent])

@@ -6,6 +6,9 @@
    gathers rows from them into batches, in buffers that are used again. Both run ahead by a fixed number. Of a remote
    cache the files of more shards are fetched ahead, several at a time (`data/readahead.py`).
 
+Where several ranks share the tokens (`share`), a batch is of all of them, and only one's own rows of it are gathered:
+the stream and its batches do not depend on how many share them.
+
 Since rows are stored in an order that is random over the whole cache, a batch mixes contexts as an ideal shuffle would.
 A shard of a merged cache holds a share of each part (`merged.py`), so that this is so there too.
 """
@@ -29,6 +32,7 @@ from pipeline.data.options import CacheOptions, Codec, Read
 from pipeline.data.pieces import Shard, Source, take
 from pipeline.data.readahead import HoldAhead, n_ahead
 from pipeline.data.shuffle import Permutation, derive
+from pipeline.dist.share import Share
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -36,13 +40,15 @@ logger = logging.getLogger(__name__)
 BATCHES_AHEAD = 2
 """Batches that are being gathered, or wait, while the trainer has one."""
 
+EVERYTHING = Share()
+
 T = TypeVar("T")
 Stored = list[list[Source]]
 """The rows of a shard in each of the stored arrays."""
 
 
 class Batch(NamedTuple):
-    """Rows of a cache, on the CPU."""
+    """Rows of a cache, on the CPU: B is a batch, or a rank's share of one."""
 
     resid_mid: Tensor
     """bfloat16 [B, L, D]"""
@@ -57,8 +63,9 @@ class Loader:
 
     A batch lies in a buffer that is used again: it is valid until the next one is asked for, and a copy to a device
     that does not block has to be waited for before that. pin: buffers in page-locked memory, from which such copies
-    run. shards_ahead: shards that are being read, or wait, while the rows of one are handed out. Memory: see
-    `buffer_bytes`. A damaged shard raises UserError from `next`.
+    run. shards_ahead: shards that are being read, or wait, while the rows of one are handed out. share: which rows of
+    each batch to hand out, in their order (`Share.spans`); shards are read whole all the same. Memory: see
+    `buffer_bytes`. A damaged shard raises UserError from `next`; so does, at once, a share that is empty.
     """
 
     def __init__(
@@ -70,9 +77,11 @@ class Loader:
         start: int = 0,
         pin: bool = False,
         shards_ahead: int = CacheOptions.shards_ahead,
+        share: Share = EVERYTHING,
     ) -> None:
         assert batch_tokens > 0
         assert start >= 0
+        share.check(batch_tokens)
         if shards_ahead < 1:
             raise UserError(f"cache.shards_ahead={shards_ahead}: shards are read ahead of the trainer; use 1 or more")
         self.cache = cache
@@ -82,12 +91,16 @@ class Loader:
         self._batch_tokens = batch_tokens
         self._seed = seed
         self._shards = cache.shards()
-        shape = (batch_tokens, cache.n_layers, cache.d_model)
+        own = np.concatenate([np.arange(span.start, span.stop) for span in share.spans(batch_tokens)])
+        self._is_own = np.zeros(batch_tokens, bool)
+        self._is_own[own] = True
+        n_own = self._n_own = len(own)
+        shape = (n_own, cache.n_layers, cache.d_model)
         self._buffers = [
             Batch(
                 torch.empty(shape, dtype=torch.bfloat16, pin_memory=pin),
                 torch.empty(shape, dtype=torch.bfloat16, pin_memory=pin) if "mlp_out" in cache.stored else None,
-                torch.empty(batch_tokens, dtype=torch.int64, pin_memory=pin),
+                torch.empty(n_own, dtype=torch.int64, pin_memory=pin),
             )
             for _ in range(BATCHES_AHEAD + 1)
         ]
@@ -154,21 +167,25 @@ class Loader:
             yield shard, order, skip, stored
 
     def _gather(self) -> Iterator[Batch]:
-        turn, filled = 0, 0
+        turn, filled, passed = 0, 0, 0
         while True:
             shard, order, done, stored = self._reader.get()
+            places = np.arange(done, shard.n_rows)
+            if self._n_own < self._batch_tokens:
+                places = places[self._is_own[(passed + places - done) % self._batch_tokens]]
+            passed += shard.n_rows - done
             # All at once: batch by batch the many small operations cost eight times as much.
-            index = order.forward(np.arange(done, shard.n_rows))
+            index = order.forward(places)
             numbers = shard.rows(index)
             while index.size:
                 batch = self._buffers[turn % len(self._buffers)]
-                n = min(index.size, self._batch_tokens - filled)
+                n = min(index.size, self._n_own - filled)
                 for sources, target in zip(stored, batch, strict=False):
                     assert target is not None
                     take(sources, index[:n], target[filled : filled + n], self._gathered)
                 batch.rows.numpy()[filled : filled + n] = numbers[:n]
                 index, numbers, filled = index[n:], numbers[n:], filled + n
-                if filled == self._batch_tokens:
+                if filled == self._n_own:
                     yield batch
                     turn, filled = turn + 1, 0
 

@@ -23,7 +23,8 @@ from pipeline.data.address import Place, Remote
 from pipeline.data.cache import Cache
 from pipeline.data.chunk_files import Files
 from pipeline.data.codecs import Int8
-from pipeline.data.layout import MERGED, Json, SomePlace, canonical, command_of, little, stored_bytes
+from pipeline.data.commands import command_of
+from pipeline.data.layout import MERGED, Json, SomePlace, canonical, little, stored_bytes
 from pipeline.data.options import Codec, Targets
 from pipeline.data.pieces import Piece, Shard, Source
 from pipeline.errors import UserError

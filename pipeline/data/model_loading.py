@@ -50,7 +50,7 @@ def load_tokenizer(options: ModelOptions, directory: Path) -> "PreTrainedTokeniz
 
     tokenizer = None
     if any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        with _quiet(), _as_user_error(options, "tokenizer"):
+        with quiet(), as_user_error(options, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(directory)
     if tokenizer is None:
         raise UserError(f"model.path={options.path}: no tokenizer in {directory}; put its tokenizer.json there")
@@ -65,13 +65,13 @@ def load_weights(options: ModelOptions, directory: Path, dtype: torch.dtype, dev
     language model, for files that are broken or incomplete, and for a device map that cannot be met."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with _quiet():
-        with _as_user_error(options, "configuration"):
+    with quiet():
+        with as_user_error(options, "configuration"):
             config = AutoConfig.from_pretrained(directory)
         architecture = (config.architectures or ["nothing"])[0]
         if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
             raise UserError(f"model.path={options.path}: {architecture} is no causal language model; use another model")
-        with _as_user_error(options, "weights"):
+        with as_user_error(options, "weights"):
             weights, info = AutoModelForCausalLM.from_pretrained(
                 directory,
                 config=config,
@@ -108,7 +108,7 @@ def _cpu_has_bfloat16() -> bool:
 
 
 @contextmanager
-def _as_user_error(options: ModelOptions, what: str) -> Iterator[None]:
+def as_user_error(options: ModelOptions, what: str) -> Iterator[None]:
     """What transformers raises for files it cannot use, as one line."""
     from safetensors import SafetensorError
 
@@ -120,7 +120,7 @@ def _as_user_error(options: ModelOptions, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the progress bars and warnings of a load (attention kernels, generation flags), on which a user of this
     program cannot act."""
     from transformers.utils import logging as hf_logging

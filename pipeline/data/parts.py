@@ -53,11 +53,6 @@ def part_of(text: str | None, environment: Mapping[str, str]) -> Part | None:
     return part or rank
 
 
-def local_rank(environment: Mapping[str, str]) -> int | None:
-    """Under torchrun: the number of this process on its machine."""
-    return int(environment.get("LOCAL_RANK", 0)) if _rank(environment) is not None else None
-
-
 @contextmanager
 def one_voice(environment: Mapping[str, str]) -> Iterator[None]:
     """Under torchrun the first process speaks; the others say only what is wrong."""

@@ -19,6 +19,7 @@ import pipeline
 from pipeline.core.normalize import MlpNorm
 from pipeline.data import tokens
 from pipeline.data.codecs import COMPRESSED
+from pipeline.data.commands import command_to_go_on, is_conversion
 from pipeline.data.condition import read_attributes
 from pipeline.data.journal import read_state
 from pipeline.data.layout import (
@@ -29,11 +30,9 @@ from pipeline.data.layout import (
     Json,
     Size,
     Spec,
-    command_to_go_on,
     file_bytes,
     gb,
     hierarchy,
-    is_conversion,
     prefix,
     spec_of,
     stored,

@@ -12,7 +12,8 @@ import google_crc32c
 from pipeline.data import root
 from pipeline.data.address import Place, Remote
 from pipeline.data.chunk_files import repair, wrong
-from pipeline.data.layout import CRC_BYTES, PIECE_BYTES, Json, command_of, file_bytes, spec_of
+from pipeline.data.commands import command_of
+from pipeline.data.layout import CRC_BYTES, PIECE_BYTES, Json, file_bytes, spec_of
 from pipeline.data.remote import Store
 
 Report = Callable[[int], object]

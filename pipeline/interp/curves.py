@@ -20,7 +20,9 @@ from torch import Tensor
 from pipeline.arch.base import Transcoder
 from pipeline.core.metrics_predictions import Divergence
 from pipeline.data.models import LanguageModel
-from pipeline.interp.evaluation import scored_batches
+from pipeline.dist.pieces import ALONE
+from pipeline.dist.wire import Group
+from pipeline.interp.evaluation import joined, scored_batches
 from pipeline.interp.original import Original, read_original
 from pipeline.interp.replacement import Live, ReplacementModel, TeacherForced, put_back, replacement
 from pipeline.progress import Progress
@@ -34,10 +36,16 @@ Curves = dict[str, list[Key]]
 
 @torch.inference_mode()
 def measure(
-    lm: LanguageModel, transcoder: Transcoder, contexts: np.ndarray, n_rows: int, batch_tokens: int, n_contexts: int
+    lm: LanguageModel,
+    transcoder: Transcoder,
+    contexts: np.ndarray,
+    n_rows: int,
+    batch_tokens: int,
+    n_contexts: int,
+    group: Group = ALONE,
 ) -> dict[str, Any]:
-    """The curves on the first `n_contexts` of `contexts` int32 [C, T], of which `n_rows` positions are rows. `live` is
-    None for an acausal architecture. UserError where nothing can be replaced.
+    """The curves on the first `n_contexts` of `contexts` int32 [C, T], of which `n_rows` positions are rows; they are
+    divided over the ranks. `live` is None for an acausal architecture. UserError where nothing can be replaced.
 
     -> {n_tokens, n_contexts, live: {only, up_to, from: [L] of {kl, top1, delta_ce}}, teacher_forced: {the same}}
     """
@@ -48,13 +56,15 @@ def measure(
     curves: dict[str, Curves] = {"live": live, "teacher_forced": plan(lm.n_layers, forced=True)}
     keys = sorted({key for curve in curves.values() for points in curve.values() for key in points})
     results = {key: Divergence() for key in keys}
-    with Progress(n_rows, "tok", "curves") as bar:
-        for batch in scored_batches(contexts, n_rows, batch_tokens):
+    batches = scored_batches(contexts, n_rows, batch_tokens, group)
+    with Progress(sum(batch.n_scored for batch in batches), "tok", "curves") as bar:
+        for batch in batches:
             original = read_original(lm, model.site, model.norm, batch.tokens)
             predictions = batch.predictions(original.logits)
             for key, logits in zip(keys, replaced(model, original, batch.tokens, keys), strict=True):
                 results[key].add(predictions, logits)
             bar.update(batch.n_scored)
+    results = {key: joined(result, contexts.shape[1], group) for key, result in results.items()}
     found: dict[str, Any] = {"n_tokens": n_rows, "n_contexts": len(contexts)}
     for name, curve in curves.items():
         points = {which: [_numbers(results[key]) for key in subsets] for which, subsets in curve.items()}

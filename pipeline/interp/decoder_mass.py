@@ -27,6 +27,10 @@ from torch import Tensor
 
 from pipeline.arch.base import Transcoder
 from pipeline.core.sparse import Chosen
+from pipeline.dist import pieces
+from pipeline.dist.joined import own
+from pipeline.dist.pieces import ALONE
+from pipeline.dist.wire import Group
 from pipeline.interp.edits import chosen, features_of, one_each, written
 from pipeline.progress import Progress
 
@@ -44,23 +48,32 @@ def no_matrix(transcoder: Transcoder) -> str | None:
 @torch.no_grad()
 def of_decoders(transcoder: Transcoder) -> Tensor:
     """`decoders`, float64 [L, L]."""
+    transcoder, of_all = own(transcoder)
     mass = torch.zeros(transcoder.n_sources, transcoder.dims.n_layers, dtype=torch.float64)
     for source in range(transcoder.n_sources):
         for target in transcoder.targets(source):
             mass[source, target] = _norms(transcoder, source, target).double().sum()
-    return mass
+    return of_all(mass)
 
 
 @torch.no_grad()
 def by_context(
-    transcoder: Transcoder, read: Callable[[Tensor], Tensor], context: Tensor, n_contexts: int, batch_tokens: int
+    transcoder: Transcoder,
+    read: Callable[[Tensor], Tensor],
+    context: Tensor,
+    n_contexts: int,
+    batch_tokens: int,
+    group: Group = ALONE,
 ) -> Tensor:
     """The sums over tokens that `written` is made of, float64 [n_contexts, L, L]. read: rows int64 [B] -> what the
-    transcoder reads there [B, L, D]; context int64 [n], the context of each row."""
+    transcoder reads there [B, L, D]; context int64 [n], the context of each row. Rows are divided over the ranks."""
+    transcoder, of_all = own(transcoder)
     n_layers, device = transcoder.dims.n_layers, transcoder.b_enc.device
     mass = torch.zeros(n_contexts, n_layers, n_layers, dtype=torch.float64)
-    with Progress(len(context), "tok", "decoder mass") as bar:
-        for rows in torch.arange(len(context)).split(batch_tokens):
+    every = torch.arange(len(context)).split(batch_tokens)
+    mine = [every[i] for i in pieces.mine(len(every), group)]
+    with Progress(sum(map(len, mine)), "tok", "decoder mass") as bar:
+        for rows in mine:
             inputs = read(rows).to(device)
             features = features_of(transcoder, inputs)
             for source in range(n_layers):
@@ -69,7 +82,7 @@ def by_context(
                 for target, norms in _written_norms(transcoder, source, one, inputs).items():
                     mass[:, source, target].index_add_(0, at, norms.double().cpu())
             bar.update(len(rows))
-    return mass
+    return of_all(pieces.added(mass, group, "decoder mass"))
 
 
 def shares(mass: Tensor) -> dict[str, Any]:
@@ -101,7 +114,8 @@ def _written_norms(transcoder: Transcoder, source: int, one: Chosen, x: Tensor) 
     pattern, values = one
     targets = transcoder.targets(source)
     if transcoder.directions and transcoder.linear:
-        return {target: values * _norms(transcoder, source, target)[pattern.indices] for target in targets}
+        ids, number = pattern.indices.unique(return_inverse=True)
+        return {target: values * transcoder.table(source, target, ids).norm(dim=1)[number] for target in targets}
     parts = [
         written(transcoder, one_each(transcoder, source, pattern.indices[at], values[at]), x[pattern.tokens[at]])
         for at in torch.arange(len(values)).split(ENTRIES_AT_ONCE)

@@ -16,7 +16,7 @@ from pipeline.core.normalize import MlpNorm
 from pipeline.core.sparse import Chosen, Pattern, Sparse, of_layer
 from pipeline.data.models import LanguageModel
 from pipeline.interp.original import read_original, read_site
-from pipeline.interp.replacement import Choice, Live, keep_position_0, sparse
+from pipeline.interp.replacement import Choice, Live, keep_position_0
 
 Output = Callable[[int, Tensor], Tensor]
 """(layer, an MLP output [n, T, D]) -> what takes its place."""
@@ -77,7 +77,7 @@ class Sides:
 
 def features_of(transcoder: Transcoder, x: Tensor) -> Sparse:
     """Every source's features in sparse form. x [B, L, D]"""
-    return sparse([transcoder.layer_features(h, source) for source, h in enumerate(transcoder.inputs(x))])
+    return transcoder.all_features(x)
 
 
 def written(transcoder: Transcoder, features: Sparse, x: Tensor) -> Tensor:

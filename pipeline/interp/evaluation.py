@@ -18,6 +18,9 @@ from pipeline.core.metrics import Firing, Reconstruction, Tree, as_plain
 from pipeline.core.metrics_predictions import Divergence, Predictions
 from pipeline.core.sparse import sparsify
 from pipeline.data.models import LanguageModel
+from pipeline.dist import pieces
+from pipeline.dist.pieces import ALONE
+from pipeline.dist.wire import Group
 from pipeline.interp.replacement import NOTES, Basis, ReplacementModel, TeacherForced, ablated_logits
 from pipeline.progress import Progress
 
@@ -73,14 +76,17 @@ SPARSE_BELOW = 0.1
 
 
 @torch.no_grad()
-def fit(model: Transcoder, held_out: HeldOut, batches: Iterator[Tensor]) -> Fit:
-    """Features and reconstruction of every row, once. `batches` are row numbers."""
+def fit(model: Transcoder, held_out: HeldOut, batches: Iterator[Tensor], group: Group = ALONE) -> Fit:
+    """Features and reconstruction of every row, once. `batches` are row numbers, and divided over the ranks."""
+    every = list(batches)
+    own = [every[i] for i in pieces.mine(len(every), group)]
     n_contexts = held_out.contexts.shape[0]
+    origin = held_out.read(every[0])[1][0] if group.size > 1 else None
     firing = Firing(model.n_sources, model.d_features, n_contexts)
-    reconstruction = Reconstruction(*model.dims, n_contexts)
+    reconstruction = Reconstruction(*model.dims, n_contexts, origin)
     device = model.b_enc.device
-    with Progress(held_out.n_rows, "tok", "features") as bar:
-        for rows in batches:
+    with Progress(sum(map(len, own)), "tok", "features") as bar:
+        for rows in own:
             x, y = held_out.read(rows)
             x = x.to(device)
             features = model.activate(x, need_pre_acts=False).features
@@ -90,6 +96,8 @@ def fit(model: Transcoder, held_out: HeldOut, batches: Iterator[Tensor]) -> Fit:
             firing.update(features, context)
             reconstruction.update(model.decode(features, x), y, context)
             bar.update(len(rows))
+    for sums in (*firing.added(), *reconstruction.added()):
+        pieces.added(sums, group, "fit")
     return Fit(firing, reconstruction)
 
 
@@ -103,17 +111,31 @@ def replacements(lm: LanguageModel, models: Models, y_mean: Tensor) -> dict[str,
 
 
 def divergences(
-    lm: LanguageModel, replaced: dict[str, Logits], contexts: np.ndarray, n_rows: int, batch_tokens: int
+    lm: LanguageModel,
+    replaced: dict[str, Logits],
+    contexts: np.ndarray,
+    n_rows: int,
+    batch_tokens: int,
+    group: Group = ALONE,
 ) -> dict[str, Divergence]:
-    """KL, top-1 agreement and delta CE of each replacement on the contexts. Position 0 and padding are not scored."""
+    """KL, top-1 agreement and delta CE of each replacement on the contexts, which are divided over the ranks. Position
+    0 and padding are not scored."""
     results = {name: Divergence() for name in replaced}
-    with Progress(n_rows, "tok", "replace") as bar:
-        for batch in scored_batches(contexts, n_rows, batch_tokens):
+    batches = scored_batches(contexts, n_rows, batch_tokens, group)
+    with Progress(sum(batch.n_scored for batch in batches), "tok", "replace") as bar:
+        for batch in batches:
             original = batch.predictions(lm.logits(batch.tokens))
             for name, logits in replaced.items():
                 results[name].add(original, logits(batch.tokens))
             bar.update(batch.n_scored)
-    return results
+    return {name: joined(result, contexts.shape[1], group) for name, result in results.items()}
+
+
+def joined(result: Divergence, length: int, group: Group) -> Divergence:
+    """What all ranks measured, each on its own contexts of `length` tokens, in the order of the ranks."""
+    if group.size == 1:
+        return result
+    return Divergence.of_rows(torch.cat(group.gather_ragged(result.rows(length), "predictions")))
 
 
 class Batch(NamedTuple):
@@ -135,13 +157,14 @@ class Batch(NamedTuple):
         return Predictions(original, self.scored, self.tokens.roll(-1, dims=1), has_next)
 
 
-def scored_batches(contexts: np.ndarray, n_rows: int, batch_tokens: int) -> Iterator[Batch]:
-    """Contexts int32 [C, T], of which `n_rows` positions are rows, some at a time."""
+def scored_batches(contexts: np.ndarray, n_rows: int, batch_tokens: int, group: Group = ALONE) -> list[Batch]:
+    """Contexts int32 [C, T], of which `n_rows` positions are rows, some at a time: those batches that are this
+    rank's."""
     tokens = torch.from_numpy(contexts.astype(np.int64))
     scored = valid_positions(tokens.shape[0], tokens.shape[1], n_rows)
     size = max(1, batch_tokens // tokens.shape[1])
-    for block, rows in zip(tokens.split(size), scored.split(size), strict=True):
-        yield Batch(block, rows)
+    every = list(zip(tokens.split(size), scored.split(size), strict=True))
+    return [Batch(*every[i]) for i in pieces.mine(len(every), group)]
 
 
 def rule_metrics(

@@ -36,6 +36,8 @@ from pipeline.arch.base import Transcoder
 from pipeline.core import bootstrap
 from pipeline.core.sparse import Chosen
 from pipeline.data.models import LanguageModel
+from pipeline.dist.pieces import ALONE
+from pipeline.dist.wire import Group
 from pipeline.interp.edits import Sides, chosen, features_of, one_each, written
 from pipeline.interp.replacement import put_back
 from pipeline.progress import Progress
@@ -86,20 +88,24 @@ def measure(
     factor: float = -1.0,
     resamples: int = 0,
     seed: int = 0,
+    group: Group = ALONE,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The agreement of n interventions, as many in each layer, and its intervals (resampled contexts). contexts int32
+    """The agreement of n interventions, as many in each layer, and its intervals (resampled contexts). Layers are
+    divided over the ranks. contexts int32
     [n_contexts, T]; scored bool, the same shape: which positions are rows. Contexts come in a random order, again from
     the first once all were used. `factor` times what the feature writes is added: -1 removes it, 1 doubles it. The
     transcoder must be able to run live."""
     sides, n_layers = Sides(lm, transcoder), transcoder.dims.n_layers
     order = np.random.default_rng(seed).permutation(len(contexts))
     each = -(-n // n_layers)
-    done = []
-    with Progress(n_layers, "layer", "interventions") as bar:
-        for layer in range(n_layers):
+    mine = range(group.rank, n_layers, group.size)
+    found = {}
+    with Progress(len(mine), "layer", "interventions") as bar:
+        for layer in mine:
             own = range(layer * each, (layer + 1) * each)
-            done.append(_of_layer(sides, contexts, scored, layer, order, own, batch_tokens, factor))
+            found[layer] = _of_layer(sides, contexts, scored, layer, order, own, batch_tokens, factor)
             bar.update(1)
+    done = _of_all(found, n_layers, group)
     values: dict[str, Any] = {"n": sum(len(d.context) for d in done), "positions": POSITIONS}
     ci95: dict[str, Any] = {}
     for name in COMPARED:
@@ -108,6 +114,23 @@ def measure(
         if layers and resamples:
             ci95[name] = _intervals([d.context for d in layers], [d.sums[name] for d in layers], resamples, seed)
     return values, ci95
+
+
+def _of_all(found: dict[int, Done], n_layers: int, group: Group) -> list[Done]:
+    """Every layer's, from those of this rank."""
+    if group.size == 1:
+        return [found[layer] for layer in range(n_layers)]
+    width = len(COLUMNS)
+    rows = [torch.zeros(0, 2 + len(COMPARED) * width, dtype=torch.float64)]
+    for layer, done in found.items():
+        names = torch.stack([torch.full_like(done.context, layer), done.context], dim=1)
+        rows.append(torch.cat([names.double(), *(done.sums[name] for name in COMPARED)], dim=1))
+    every = torch.cat(group.gather_ragged(torch.cat(rows), "interventions"))
+    by_layer = [every[every[:, 0] == layer] for layer in range(n_layers)]
+    # Contiguous, so that sums over them come out as those of one process.
+    sums = [[part.contiguous() for part in own[:, 2:].split(width, dim=1)] for own in by_layer]
+    named = (dict(zip(COMPARED, parts, strict=True)) for parts in sums)
+    return [Done(own[:, 1].long(), parts) for own, parts in zip(by_layer, named, strict=True)]
 
 
 def _of_layer(

@@ -10,20 +10,21 @@ from pipeline.errors import UserError
 from pipeline.interp import replacement
 from pipeline.interp.replacement import ReplacementModel
 from pipeline.plain import from_plain
-from pipeline.train import artifact
+from pipeline.train import finished
 from pipeline.train import run as runs
 from pipeline.train.artifact import Trained
 
 
-def replace(run: str | Path, device: str = "auto") -> ReplacementModel:
+def replace(run: str | Path, device: str = "auto", transcoder: str = "auto") -> ReplacementModel:
     """The language model of a run with the run's transcoder in place of its MLPs: `pipeline.replace("runs/demo")`.
 
-    `run` is a directory or a run's name, `device` auto, cpu, cuda or cuda:N. `.run(prompt)` gives logits, features,
-    reconstructions and errors (`Replaced`). Raises UserError for a run that is not finished, for a base model that is
-    not where it was or has other weights now, and for a transcoder that cannot stand in for MLPs live (an acausal one,
-    or one that reconstructs something else).
+    `run` is a directory or a run's name, `device` auto, cpu, cuda or cuda:N; `transcoder` says where its weights are:
+    memory, disk (of which the rows that are needed are read) or auto, disk for what is too large. `.run(prompt)` gives
+    logits, features, reconstructions and errors (`Replaced`). Raises UserError for a run that is not finished, for a
+    base model that is not where it was or has other weights now, and for a transcoder that cannot stand in for MLPs
+    live (an acausal one, or one that reconstructs something else).
     """
-    trained = artifact.read(runs.named(str(run)))
+    trained = finished.read(runs.named(str(run)), finished.chosen(transcoder), device)
     check_replaces(trained)
     return opened(trained, base_model(trained, device))
 

@@ -80,6 +80,6 @@ def _values(sides: Sides, x: Tensor, feature: Tensor) -> Tensor:
     for source in range(model.n_sources):
         mine = (feature // model.d_features == source).nonzero().squeeze(1)
         ids = feature[mine] % model.d_features
-        pre_acts = F.linear(read[source], model.encoders[source][ids], model.b_enc[source][ids])
+        pre_acts = model.pre_acts_of(read[source], source, ids)
         values[:, mine] = pre_acts.where(pre_acts > rule.threshold[source][ids], 0.0)
     return values

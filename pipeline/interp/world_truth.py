@@ -12,6 +12,9 @@ from pipeline.arch.base import Transcoder
 from pipeline.core.metrics import Tree
 from pipeline.data.models import LanguageModel
 from pipeline.data.world import encode_task, swap_pairs, tasks
+from pipeline.dist import pieces
+from pipeline.dist.pieces import ALONE
+from pipeline.dist.wire import Group
 from pipeline.interp import country_swap, purity, world_text
 from pipeline.interp.edits import Sides
 from pipeline.interp.evaluation import Logits
@@ -37,9 +40,11 @@ def measure(lm: LanguageModel, transcoder: Transcoder, batch_tokens: int, resamp
     return {"country_swap": swap, **values}, {"country_swap": ci95} if ci95 else {}
 
 
-def world_tasks(lm: LanguageModel, rules: Mapping[str, Logits], batch_tokens: int) -> dict[str, Any]:
-    """Accuracy on each task of the built-in world, of the model itself and of the replacement under each rule. rules:
-    contexts int64 [n, T] -> logits of their last position [n, 1, V]"""
+def world_tasks(
+    lm: LanguageModel, rules: Mapping[str, Logits], batch_tokens: int, group: Group = ALONE
+) -> dict[str, Any]:
+    """Accuracy on each task of the built-in world, of the model itself and of the replacement under each rule. Prompts
+    are divided over the ranks. rules: contexts int64 [n, T] -> logits of their last position [n, 1, V]"""
     runs: dict[str, Logits] = {"original": partial(lm.logits, last=True), **rules}
     found = tasks()
     encoded = [encode_task(task, lm.tokenizer, lm.tokenizer.bos_token_id) for task in found]
@@ -48,12 +53,15 @@ def world_tasks(lm: LanguageModel, rules: Mapping[str, Logits], batch_tokens: in
     ]
     answers = torch.from_numpy(np.concatenate([answer for *_, answer in encoded]))
     right = {name: torch.zeros(len(prompts), dtype=torch.float64) for name in runs}
-    with Progress(len(prompts), "prompt", "tasks") as bar:
-        for numbers in _by_length(prompts, batch_tokens):
+    own = list(_by_length(prompts, batch_tokens))[group.rank :: group.size]
+    with Progress(sum(map(len, own)), "prompt", "tasks") as bar:
+        for numbers in own:
             tokens = torch.stack([prompts[i] for i in numbers])
             for name, logits in runs.items():
                 right[name][numbers] = (logits(tokens)[:, -1].argmax(-1).cpu() == answers[numbers]).double()
             bar.update(len(numbers))
+    for of_run in right.values():
+        pieces.added(of_run, group, "tasks")
     sizes = [len(task.prompts) for task in found]
     by_task = zip(found, *(values.split(sizes) for values in right.values()), strict=True)
     sets = {

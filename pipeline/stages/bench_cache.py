@@ -32,10 +32,11 @@ from pipeline.data.layout import STORED, gb, stored
 from pipeline.data.options import Targets
 from pipeline.data.plan import disk_of, free_bytes
 from pipeline.errors import UserError
-from pipeline.files import existing, write_report
+from pipeline.files import existing
 from pipeline.progress import Progress
 from pipeline.stages import bench_cache_passes as passes
-from pipeline.stages.options import BenchCacheConfig
+from pipeline.stages.bench_options import BenchCacheConfig
+from pipeline.stages.bench_report import hand_over, ratios
 from pipeline.train import run as runs
 
 logger = logging.getLogger(__name__)
@@ -61,10 +62,9 @@ def run(cfg: BenchCacheConfig) -> Path:
     report["trainer_tokens_per_s"] = speed
     for line in _table(report):
         logger.info(line)
-    to = Path(cfg.to or "bench/cache.json")
-    write_report(to, report)
-    logger.info("%s\nnext: clt train with cache.shards_ahead= and cache.read= as they measured best", to)
-    return to
+    return hand_over(
+        report, cfg.to, "cache", "clt train with cache.shards_ahead= and cache.read= as they measured best"
+    )
 
 
 def _measure(cfg: BenchCacheConfig, folder: Path, n_contexts: int) -> dict[str, Any]:
@@ -142,10 +142,7 @@ def _trainer_speed(run: str | None) -> float | None:
 
 def _ratio(rates: list[float], base: list[float]) -> dict[str, float]:
     """Of bytes a second; `all_rounds` of the same bytes in the time of all rounds."""
-    ratios = [mine / its for mine, its in zip(rates, base, strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4)
-    total = statistics.harmonic_mean(rates) / statistics.harmonic_mean(base)
-    return {"median": median, "q1": low, "q3": high, "all_rounds": total}
+    return {**ratios(rates, base), "all_rounds": statistics.harmonic_mean(rates) / statistics.harmonic_mean(base)}
 
 
 def _table(report: dict[str, Any]) -> list[str]:

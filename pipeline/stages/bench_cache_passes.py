@@ -22,7 +22,7 @@ from pipeline.data.options import Read
 from pipeline.data.plan import Plan, make_plan
 from pipeline.data.tokens import Packed, Split
 from pipeline.data.writer import Writer
-from pipeline.stages.options import BenchCacheConfig
+from pipeline.stages.bench_options import BenchCacheConfig
 
 AHEAD = (1, 2, 4)
 """Shards in flight that are tried."""

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from pipeline.data.codecs import WORST_FVU, Int8, encoded, fit_int8
 from pipeline.errors import UserError
-from pipeline.files import write_report
-from pipeline.stages.options import BenchCodecConfig, BenchCodecOptions
+from pipeline.stages.bench_options import BenchCodecConfig, BenchCodecOptions
+from pipeline.stages.bench_report import hand_over
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +42,7 @@ def run(cfg: BenchCodecConfig) -> Path:
     for name, row in report.items():
         marks = " above the warning" if row["fitted"] > WORST_FVU else ""
         logger.info("%-18s%s%s", name, "".join(f"{value:10.1e}" for value in row.values()), marks)
-    to = Path(cfg.to or "bench/codec.json")
-    write_report(to, report)
-    logger.info("%s\nnext: clt extract cache.codec=int8 prints the same of a model's own channels", to)
-    return to
+    return hand_over(report, cfg.to, "codec", "clt extract cache.codec=int8 prints the same of a model's own channels")
 
 
 def measure(bench: BenchCodecOptions) -> dict[str, dict[str, float]]:

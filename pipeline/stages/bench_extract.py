@@ -36,9 +36,10 @@ from pipeline.data.plan import Block, check_space, make_plan
 from pipeline.data.tokens import Packed, Split
 from pipeline.data.writer import Writer
 from pipeline.errors import UserError
-from pipeline.files import existing, write_report
+from pipeline.files import existing
 from pipeline.progress import Progress
-from pipeline.stages.options import BenchExtractConfig
+from pipeline.stages.bench_options import BenchExtractConfig
+from pipeline.stages.bench_report import hand_over, ratios
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +65,7 @@ def run(cfg: BenchExtractConfig) -> Path:
     report = _report(cfg, model, seconds, n_tokens)
     for line in _table(report):
         logger.info(line)
-    to = Path(cfg.to or "bench/extract.json")
-    write_report(to, report)
-    logger.info("%s\nnext: clt extract with the model and text of your own, --dry-run first", to)
-    return to
+    return hand_over(report, cfg.to, "extract", "clt extract with the model and text of your own, --dry-run first")
 
 
 def _time(
@@ -210,9 +208,7 @@ def _report(
 
 
 def _quartiles(seconds: list[float], base: list[float]) -> dict[str, float]:
-    ratios = [mine / its for mine, its in zip(seconds, base, strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4)
-    return {"median": median, "q1": low, "q3": high, "all_rounds": sum(seconds) / sum(base)}
+    return {**ratios(seconds, base), "all_rounds": sum(seconds) / sum(base)}
 
 
 def _table(report: dict) -> list[str]:  # type: ignore[type-arg]

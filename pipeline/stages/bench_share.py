@@ -50,14 +50,14 @@ from pipeline.data.options import Read
 from pipeline.data.pieces import Shard, Source
 from pipeline.data.plan import disk_of, free_bytes
 from pipeline.errors import UserError
-from pipeline.files import existing, write_report
+from pipeline.files import existing
 from pipeline.progress import Progress
 from pipeline.stages import bench_cache_passes as passes
 from pipeline.stages import bench_train_sides as sides
+from pipeline.stages.bench_options import BenchShareConfig
+from pipeline.stages.bench_report import hand_over, ratios
 from pipeline.stages.bench_train_loop import scratch
 from pipeline.stages.bench_train_shapes import Shape
-from pipeline.stages.bench_train_timing import quartiles
-from pipeline.stages.options import BenchShareConfig
 from pipeline.train import shared
 from pipeline.train.loop import Trainer
 from pipeline.train.options import LogOptions
@@ -108,10 +108,7 @@ def run(cfg: BenchShareConfig) -> Path:
             report = _measure(cfg, shape, n_batches, Path(folder))
     for line in _table(report):
         logger.info(line)
-    to = Path(cfg.to or "bench/share.json")
-    write_report(to, report)
-    logger.info("%s\nnext: clt train -m train.share_pass=true", to)
-    return to
+    return hand_over(report, cfg.to, "share", "clt train -m train.share_pass=true")
 
 
 def _measure(cfg: BenchShareConfig, shape: Shape, n_batches: int, folder: Path) -> dict[str, Any]:
@@ -146,7 +143,7 @@ def _measure(cfg: BenchShareConfig, shape: Shape, n_batches: int, folder: Path) 
         "rounds": bench.rounds,
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "shared_over_separate": {
-            disk: quartiles(seconds[f"{disk} shared"], seconds[f"{disk} separate"]) for disk in TARGETS
+            disk: ratios(seconds[f"{disk} shared"], seconds[f"{disk} separate"]) for disk in TARGETS
         },
         "cpu_seconds": computed,
         "throttled_by_cpu_time": _expected(computed, n_bytes / (bench.throttle_mb * 1e6), bench.runs),

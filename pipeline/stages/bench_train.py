@@ -30,15 +30,15 @@ from pipeline.core import activations
 from pipeline.data.models import resolve_device
 from pipeline.data.tokens import count
 from pipeline.errors import UserError
-from pipeline.files import write_report
 from pipeline.stages import bench_train_dense, bench_train_loop, bench_train_scaling, bench_train_shapes
 from pipeline.stages import bench_train_kernels as kernels
 from pipeline.stages import bench_train_table as table
 from pipeline.stages import bench_train_timing as timing
+from pipeline.stages.bench_options import BenchTrainConfig
+from pipeline.stages.bench_report import hand_over
 from pipeline.stages.bench_train_clock import clock
 from pipeline.stages.bench_train_floor import FORMULA, Floor, Rates, work
 from pipeline.stages.bench_train_shapes import SHAPES, Shape
-from pipeline.stages.options import BenchTrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -86,10 +86,7 @@ def run(cfg: BenchTrainConfig) -> Path:
             shape = next(iter(shapes.values()))
             report["loop"] = bench_train_loop.measure(_for(cfg, shape), shape, device, names[-1])
             _say(table.of_loop(report["loop"]))
-    to = Path(cfg.to or "bench/train.json")
-    write_report(to, report)
-    logger.info("%s\nnext: clt train with train.kernels= as it measured best", to)
-    return to
+    return hand_over(report, cfg.to, "train", "clt train with train.kernels= as it measured best")
 
 
 def _say(lines: Iterator[str]) -> None:

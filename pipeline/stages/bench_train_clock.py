@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from pipeline.errors import UserError
-from pipeline.stages.options import BenchTrainOptions, TimedBy
+from pipeline.stages.bench_options import BenchTrainOptions, TimedBy
 
 
 class Clock:

@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data import cache as caches
-from pipeline.data import inventory
+from pipeline.data import caches, inventory
 from pipeline.data.address import cache_place, folder_of
 from pipeline.data.cache import Cache
 from pipeline.data.harvest import Rows, sums
@@ -34,9 +33,10 @@ from pipeline.files import existing
 from pipeline.stages import bench_cache_passes as passes
 from pipeline.stages import bench_train_kernels as kernels
 from pipeline.stages import bench_train_sides as sides
+from pipeline.stages.bench_options import BenchCacheConfig, BenchCacheOptions, BenchTrainConfig
+from pipeline.stages.bench_report import less_one, ratios
 from pipeline.stages.bench_train_clock import Clock, clock
 from pipeline.stages.bench_train_shapes import Shape
-from pipeline.stages.options import BenchCacheConfig, BenchCacheOptions, BenchTrainConfig
 from pipeline.stages.train_cache import statistics as statistics_of
 from pipeline.train import inputs
 from pipeline.train.loop import Trainer
@@ -66,18 +66,17 @@ def measure(cfg: BenchTrainConfig, shape: Shape, device: torch.device, name: str
         pairs: list[tuple[float, float]] = []
         with Loader(cache, shape.batch_tokens, 0, cfg.cache.read, shards_ahead=cfg.cache.shards_ahead) as loader:
             trainer.fit(_turns(iter(loader), n_pairs + 1, n_steps, bare, pairs, clock(cfg.bench, device)))
-        ratios = [theirs / own for theirs, own in pairs[1:]]  # the first pair warms up
-        low, median, high = statistics.quantiles(ratios, n=4)
+        theirs, own = zip(*pairs[1:], strict=True)  # the first pair warms up
         return {
             "cache": called,
             "kernels": name,
             "shape": shape._asdict(),
             "pairs": n_pairs,
             "steps": n_steps,
-            "trainer_ms": 1e3 * statistics.median(theirs for theirs, _ in pairs[1:]) / n_steps,
-            "bare_ms": 1e3 * statistics.median(own for _, own in pairs[1:]) / n_steps,
-            "overhead": {"median": median - 1, "q1": low - 1, "q3": high - 1},
-            "all_pairs": sum(theirs for theirs, _ in pairs[1:]) / sum(own for _, own in pairs[1:]) - 1,
+            "trainer_ms": 1e3 * statistics.median(theirs) / n_steps,
+            "bare_ms": 1e3 * statistics.median(own) / n_steps,
+            "overhead": less_one(ratios(theirs, own)),
+            "all_pairs": sum(theirs) / sum(own) - 1,
             "target": TARGET,
         }
 

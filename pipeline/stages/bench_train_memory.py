@@ -19,9 +19,9 @@ import torch
 from pipeline.plain import from_plain, to_plain
 from pipeline.stages import bench_train_kernels as kernels
 from pipeline.stages import bench_train_sides as sides
+from pipeline.stages.bench_options import BenchTrainConfig
 from pipeline.stages.bench_train_dense import Dense
 from pipeline.stages.bench_train_shapes import FLOAT, Shape
-from pipeline.stages.options import BenchTrainConfig
 
 STATUS = Path("/proc/self/status")
 N_STEPS = 2

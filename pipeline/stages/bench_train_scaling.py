@@ -8,10 +8,11 @@ import torch
 from pipeline.data.layout import gb
 from pipeline.stages import bench_train_kernels as kernels
 from pipeline.stages import bench_train_sides as sides
+from pipeline.stages.bench_options import BenchTrainConfig
+from pipeline.stages.bench_report import ratios
 from pipeline.stages.bench_train_clock import clock
 from pipeline.stages.bench_train_shapes import Shape, doubled, memory
-from pipeline.stages.bench_train_timing import alternate, quartiles
-from pipeline.stages.options import BenchTrainConfig
+from pipeline.stages.bench_train_timing import alternate
 
 TARGETS = {"d_features": 2.1, "k": 1.3}
 """Times the step of half as many; that of k holds at shape B."""
@@ -43,4 +44,4 @@ def _ours(cfg: BenchTrainConfig, shape: Shape, device: torch.device) -> sides.Ou
 
 def _ratio(cfg: BenchTrainConfig, steps: dict[str, sides.Ours], device: torch.device) -> dict[str, float]:
     times = alternate(dict(steps), cfg.bench.rounds, clock(cfg.bench, device), "scaling")
-    return quartiles(times["twice"], times["once"])
+    return ratios(times["twice"], times["once"])

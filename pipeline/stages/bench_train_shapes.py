@@ -7,7 +7,7 @@ import torch
 from pipeline.data.layout import gb
 from pipeline.data.loader import available_memory
 from pipeline.errors import UserError
-from pipeline.stages.options import BenchTrainOptions
+from pipeline.stages.bench_options import BenchTrainOptions
 
 FLOAT = 4
 DENSE = 6

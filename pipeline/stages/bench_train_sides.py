@@ -22,13 +22,15 @@ from pipeline.core.normalize import MlpNorm, Scaling
 from pipeline.core.options import ActivationOptions, LossOptions
 from pipeline.core.sparse import Sparse
 from pipeline.data.loader import Batch
+from pipeline.dist.sharded import Ranks
 from pipeline.stages.bench_train_dense import Dense
 from pipeline.stages.bench_train_shapes import Shape
 from pipeline.train import inputs, optim
 from pipeline.train.inputs import Inputs
-from pipeline.train.loop import Plan, Trainer
+from pipeline.train.loop import Trainer
 from pipeline.train.objective import Objective
 from pipeline.train.options import OptimOptions
+from pipeline.train.run_plan import Plan
 
 RATE = 1e-4
 """Learning rate: small, so that the features stay about as active as they begin."""
@@ -116,9 +118,9 @@ def transcoder(shape: Shape, activation: ActivationOptions, l0: int | None, devi
     return model
 
 
-def trainer(model: Transcoder, loss: LossOptions, shape: Shape, seed: int = 0) -> Trainer:
-    """A trainer of the model that writes nothing; no feature is ever dead."""
-    objective = Objective(loss, model, float(shape.n_layers * shape.d_model), STEPS, seed=seed)
+def trainer(model: Transcoder, loss: LossOptions, shape: Shape, seed: int = 0, ranks: Ranks | None = None) -> Trainer:
+    """A trainer of the model that writes nothing; no feature is ever dead. ranks: the others that train it."""
+    objective = Objective(loss, model, float(shape.n_layers * shape.d_model), STEPS, seed=seed, ranks=ranks)
     options = OptimOptions(name="adam", lr=RATE)
     device = model.b_enc.device
     plan = Plan(

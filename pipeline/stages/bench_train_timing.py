@@ -15,12 +15,13 @@ from pipeline.stages import bench_train_clock
 from pipeline.stages import bench_train_kernels as kernels
 from pipeline.stages import bench_train_memory as memory
 from pipeline.stages import bench_train_sides as sides
+from pipeline.stages.bench_options import BenchTrainConfig
+from pipeline.stages.bench_report import quartiles, ratios, scaled
 from pipeline.stages.bench_train_clock import Clock
 from pipeline.stages.bench_train_dense import Dense
 from pipeline.stages.bench_train_floor import Machine, Rates, work
 from pipeline.stages.bench_train_parts import parts
 from pipeline.stages.bench_train_shapes import Shape
-from pipeline.stages.options import BenchTrainConfig
 
 DENSE = "dense"
 TURN = 0.3
@@ -69,24 +70,18 @@ def measure(
         DENSE: _side(DENSE, times, shape, watched, peaks),
         "kernels": {},
     }
-    found[DENSE]["times_floor"] = quartiles(times[DENSE], [floor.seconds for floor in floors])
+    found[DENSE]["times_floor"] = ratios(times[DENSE], [floor.seconds for floor in floors])
     for name in names:
         side = _side(name, times, shape, watched, peaks)
-        side["speedup_vs_dense"] = quartiles(times[DENSE], times[name])
-        side["times_floor"] = quartiles(times[name], [floor.seconds for floor in floors])
-        side["times_copy_floor"] = quartiles(times[name], [floor.copy_seconds for floor in floors])
+        side["speedup_vs_dense"] = ratios(times[DENSE], times[name])
+        side["times_floor"] = ratios(times[name], [floor.seconds for floor in floors])
+        side["times_copy_floor"] = ratios(times[name], [floor.copy_seconds for floor in floors])
         side["percent_of_floor"] = 100 / side["times_floor"]["median"]
         side["exact"] = exact[name]
         if peaks:
             side["peak_over_dense"] = peaks[name] / peaks[DENSE]
         found["kernels"][name] = side
     return _summary(found, names[-1])
-
-
-def quartiles(above: list[float], below: list[float]) -> dict[str, float]:
-    """Of the rounds' own ratios."""
-    low, median, high = statistics.quantiles([a / b for a, b in zip(above, below, strict=True)], n=4)
-    return {"median": median, "q1": low, "q3": high}
 
 
 def _sides(
@@ -153,11 +148,11 @@ def _repeat(step: Callable[[], object], n: int) -> None:
 def _side(
     name: str, times: Times, shape: Shape, watched: dict[str, dict[str, float]], peaks: dict[str, int]
 ) -> dict[str, Any]:
-    low, median, high = statistics.quantiles(times[name], n=4)
+    seconds = quartiles(times[name])
     return {
-        "ms": {"median": 1e3 * median, "q1": 1e3 * low, "q3": 1e3 * high},
-        "tokens_per_s": shape.batch_tokens / median,
-        "ms_by_part": {part: 1e3 * seconds for part, seconds in watched[name].items()},
+        "ms": scaled(seconds, 1e3),
+        "tokens_per_s": shape.batch_tokens / seconds["median"],
+        "ms_by_part": scaled(watched[name], 1e3),
         "peak_memory_bytes": peaks.get(name),
     }
 

@@ -5,8 +5,9 @@ import logging
 from pipeline.data import inventory
 from pipeline.data.address import Place, Remote
 from pipeline.data.cache import Cache
+from pipeline.data.commands import overrides_of
 from pipeline.data.convert import convert, describe
-from pipeline.data.layout import gb, overrides_of
+from pipeline.data.layout import gb
 from pipeline.data.merged import Merged
 from pipeline.data.options import Codec
 from pipeline.errors import UserError

@@ -4,8 +4,9 @@ import logging
 
 from pipeline.data import inventory
 from pipeline.data.address import Place, resolved
+from pipeline.data.commands import overrides_of
 from pipeline.data.inventory import State
-from pipeline.data.layout import gb, overrides_of, stored_bytes
+from pipeline.data.layout import gb, stored_bytes
 from pipeline.data.merged import places_of
 from pipeline.data.transfer import copy
 from pipeline.errors import UserError

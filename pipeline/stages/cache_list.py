@@ -12,19 +12,9 @@ import numpy as np
 from pipeline.data import inventory
 from pipeline.data.address import Place
 from pipeline.data.cache import Cache
+from pipeline.data.commands import command_to_go_on
 from pipeline.data.inventory import Found, Leftover, State
-from pipeline.data.layout import (
-    SITES,
-    STORED,
-    Json,
-    Spec,
-    command_to_go_on,
-    gb,
-    spec_of,
-    stored,
-    stored_bytes,
-    targets_of,
-)
+from pipeline.data.layout import SITES, STORED, Json, Spec, gb, spec_of, stored, stored_bytes, targets_of
 from pipeline.data.merged import merged_of, places_of
 from pipeline.data.options import Targets
 from pipeline.data.tokens import Split

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from pipeline.data.options import CacheOptions
+from pipeline.train.options import WeightsIn
 
 
 @dataclass
@@ -35,6 +36,10 @@ class WeightsConfig:
 
     to: str | None = None
     """A file for all rows, which ends in .csv or .parquet; null writes none."""
+
+    transcoder: WeightsIn = WeightsIn.auto
+    """Where its weights are while they are used. memory: all of them; disk: in their files, of which the rows that are
+    needed are read, each time anew; auto: in memory if they take no more than half of what is free there."""
 
     device: str = "auto"
     """Where the base model and the transcoder run: auto, cpu, cuda or cuda:N."""

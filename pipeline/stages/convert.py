@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.core.activations import FixedThreshold
 from pipeline.core.options import ActivationOptions
-from pipeline.data import cache as caches
+from pipeline.data import caches
 from pipeline.data.address import cache_place
 from pipeline.data.cache import Cache
 from pipeline.data.models import resolve_device

@@ -24,6 +24,7 @@ from pipeline.interp.exchange.export_options import Format
 from pipeline.interp.exchange.export_weights import Source
 from pipeline.plain import to_plain
 from pipeline.stages.export_options import ExportConfig
+from pipeline.train import artifact
 from pipeline.train import run as runs
 
 logger = logging.getLogger(__name__)
@@ -66,8 +67,7 @@ def run(cfg: ExportConfig) -> Path:
 def _about(cfg: ExportConfig, source: Source) -> dict[str, Any]:
     """What decides the content of the directory."""
     assert cfg.to is not None
-    with source.weights_file.open("rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    weights = artifact.weights_sha256(source.folder)
     card = export_huggingface.metrics(source) if cfg.to == "huggingface" else None
     measured = None if card is None else hashlib.sha256(json.dumps(card).encode()).hexdigest()
     return {

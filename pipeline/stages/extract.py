@@ -16,7 +16,6 @@
 import logging
 import os
 import shlex
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,20 +23,20 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from pipeline.data import models, tokens
 from pipeline.data.address import Place, Remote, cache_place
-from pipeline.data.cache import Cache, newest
+from pipeline.data.cache import Cache
+from pipeline.data.caches import newest
+from pipeline.data.commands import overrides_of
 from pipeline.data.condition import damage, read_attributes
 from pipeline.data.convert import describe as describe_codec
 from pipeline.data.conveyor import Conveyor, n_buffers
 from pipeline.data.harvest import Buffers, harvest
 from pipeline.data.journal import tidy
-from pipeline.data.layout import JOURNAL, PACKING, STORED, Json, directory_of, gb, overrides_of, request_of, stored
+from pipeline.data.layout import JOURNAL, PACKING, STORED, Json, directory_of, gb, request_of, stored
 from pipeline.data.models import LanguageModel
 from pipeline.data.options import Codec, Targets
-from pipeline.data.parts import Part, local_rank, one_voice, part_of, speak
+from pipeline.data.parts import Part, one_voice, part_of, speak
 from pipeline.data.plan import Block, Plan, describe, free_bytes, make_plan
 from pipeline.data.publish import mend_root
 from pipeline.data.recompute import try_out
@@ -46,8 +45,9 @@ from pipeline.data.spill import check as check_write
 from pipeline.data.spot_check import spot_check
 from pipeline.data.tokens import Packed, Split
 from pipeline.data.writer import Writer
+from pipeline.dist import pieces
 from pipeline.errors import UserError
-from pipeline.files import remove_empty, take_lock
+from pipeline.files import remove_empty, remove_held, take_lock
 from pipeline.progress import Progress
 from pipeline.stages import estimate, extract_remote
 from pipeline.stages.options import ExtractConfig
@@ -132,12 +132,7 @@ def _fill(cfg: ExtractConfig, model: LanguageModel, plan: Plan, part: Part | Non
 
 
 def _device(cfg: ExtractConfig) -> str:
-    """Under torchrun each process of a machine has a GPU of its own, as far as there are some."""
-    rank = local_rank(os.environ)
-    if rank is None or cfg.model.device not in ("auto", "cuda") or cfg.model.device_map is not None:
-        return cfg.model.device
-    n_gpus = torch.cuda.device_count()
-    return f"cuda:{rank % n_gpus}" if n_gpus else cfg.model.device
+    return cfg.model.device if cfg.model.device_map is not None else pieces.own_device(cfg.model.device)
 
 
 def _pack(
@@ -174,7 +169,7 @@ def _discard(folder: Path, path: Path) -> None:
     with suppress(UserError):
         lock = take_lock(folder, path)
         try:
-            shutil.rmtree(folder)
+            remove_held(folder)
         finally:
             os.close(lock)
 

@@ -16,14 +16,15 @@ from pathlib import Path
 from pipeline.data import local_copies
 from pipeline.data.address import Remote
 from pipeline.data.cache import Cache
-from pipeline.data.layout import Json, directory_of, gb, overrides_of, request_of
+from pipeline.data.commands import overrides_of
+from pipeline.data.layout import Json, directory_of, gb, request_of
 from pipeline.data.parts import Part
 from pipeline.data.plan import disk_of, free_bytes
 from pipeline.data.publish import mend_root
 from pipeline.data.remote import Store
 from pipeline.data.transfer import copy, is_whole
 from pipeline.errors import UserError
-from pipeline.files import remove_empty, take_lock
+from pipeline.files import remove_empty, remove_held, take_lock
 from pipeline.stages.options import ExtractConfig
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def run(cfg: ExtractConfig, parent: Remote, part: Part | None, make: Make) -> Re
         logger.info("%s: %s, %s\n%s", target, gb(made.n_bytes), kept, next_command)
         return target
     finally:
-        shutil.rmtree(work.parent / SENDING / work.name, ignore_errors=True)
+        remove_held(work.parent / SENDING / work.name)
         os.close(lock)
         remove_empty([work.parent / SENDING, work.parent, work.parent.parent])
 

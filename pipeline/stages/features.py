@@ -4,9 +4,11 @@ clt features run=runs/demo features.n=1000
 clt features run=runs/demo features.ids=[0/12,1/7]
 clt features run=runs/demo search=France
 clt features run=runs/demo prompt='The capital of France is'
+torchrun --nproc-per-node=4 -m pipeline features run=runs/demo
+
+Several ranks divide the features; each reads the text for its own.
 """
 
-import hashlib
 import logging
 import time
 from dataclasses import fields
@@ -16,16 +18,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline import ranks
 from pipeline.core.activations import FixedThreshold
-from pipeline.data import cache as caches
+from pipeline.data import caches
 from pipeline.data import tokens as counts
 from pipeline.data.address import cache_place
 from pipeline.data.cache import Cache
 from pipeline.data.models import LanguageModel
+from pipeline.dist import pieces
+from pipeline.dist.pieces import ALONE
+from pipeline.dist.wire import Group
 from pipeline.errors import UserError
-from pipeline.interp import opening
+from pipeline.interp import naming, opening
 from pipeline.interp.dashboards import feature_activity, feature_files, feature_sums, feature_writer, features
-from pipeline.interp.dashboards.feature_ids import named
 from pipeline.interp.dashboards.feature_options import Choose, FeatureOptions
 from pipeline.interp.dashboards.feature_records import Records, weights
 from pipeline.interp.dashboards.feature_text import FeatureText, Words
@@ -35,7 +40,7 @@ from pipeline.plain import to_plain
 from pipeline.progress import Progress, clock_time
 from pipeline.stages import features_listed
 from pipeline.stages.features_options import FeaturesConfig
-from pipeline.train import artifact
+from pipeline.train import artifact, finished
 from pipeline.train import run as runs
 from pipeline.train.artifact import Trained
 
@@ -62,22 +67,34 @@ def run(cfg: FeaturesConfig) -> Path | None:
     """Describe features, or list described ones. -> the directory, or the JSON file of a list that was asked for"""
     check(cfg)
     directory = runs.chosen(cfg.run)
+    lists = cfg.search is not None or cfg.prompt is not None or cfg.dry_run
+    if lists and ranks.number():
+        return None  # the first rank's business
     if cfg.search is not None:
         return features_listed.found(cfg, cfg.search, directory / NAME)
     if cfg.prompt is not None:
         return features_listed.on_prompt(cfg, cfg.prompt, directory / NAME)
-    trained = artifact.read(directory)
+    if cfg.dry_run:
+        return _of_rank(cfg, directory, ALONE)
+    with pieces.ranks() as group:
+        return _of_rank(cfg, directory, group)
+
+
+def _of_rank(cfg: FeaturesConfig, directory: Path, group: Group) -> Path | None:
+    trained = finished.read(directory, cfg.transcoder, pieces.own_device(cfg.device))
+    ranks.log_into(directory)
     key, asked = trained.config["cache"]["key"], trained.config["cache"]["request"]
     cache = caches.with_key(cache_place(cfg.cache), key, asked)
     target = directory / NAME if cfg.to is None else Path(cfg.to)
     request = _request(cfg.features, trained)
-    if feature_writer.same(target, request):
-        feature_writer.forget(target)
+    if group.share(feature_writer.same(target, request), "whether they are there"):
+        if group.rank == 0:
+            feature_writer.forget(target)
         logger.info("%s has been made from this run with these settings already", target)
         return target
     if target.exists() and feature_files.about(target) is None:
         raise UserError(f"{target} exists and holds no features; name another directory with to=")
-    return _describe(cfg, trained, cache, target, request)
+    return _describe(cfg, trained, cache, target, request, group)
 
 
 def check(cfg: FeaturesConfig) -> None:
@@ -97,20 +114,18 @@ def check(cfg: FeaturesConfig) -> None:
 
 
 def _describe(
-    cfg: FeaturesConfig, trained: Trained, cache: Cache, target: Path, request: dict[str, Any]
+    cfg: FeaturesConfig, trained: Trained, cache: Cache, target: Path, request: dict[str, Any], group: Group
 ) -> Path | None:
     options = cfg.features
-    lm = opening.base_model(trained, cfg.device)
+    lm = opening.base_model(trained, pieces.own_device(cfg.device))
     transcoder = trained.transcoder.to(lm.device)
     assert isinstance(transcoder.activation, FixedThreshold)
     text = FeatureText(cache, trained, lm, options.split, options.n_tokens, options.batch_tokens)
-    chosen = choose(options, trained, text)
-    per_group = max(1, (options.memory_mb << 20) // features.bytes_of(options))
-    groups = [
-        Chosen(chosen.source[first : first + per_group], chosen.feature[first : first + per_group])
-        for first in range(0, len(chosen.source), per_group)
-    ]
-    for line in sized(options, trained, text, groups):
+    chosen = choose(options, trained, text, group)
+    n, n_ranks = len(chosen.source), ranks.world()
+    most = min((options.memory_mb << 20) // features.bytes_of(options), -(-n // n_ranks))
+    parts = [chosen.part(range(first, first + max(1, most))) for first in range(0, n, max(1, most))]
+    for line in sized(options, trained, text, parts, n_ranks):
         logger.info(line)
     if cfg.dry_run:
         return None
@@ -122,46 +137,44 @@ def _describe(
     if replaced is not None:
         logger.warning("%s held %s features of other settings, which are replaced", target, replaced["n_features"])
     about = {
-        "schema": SCHEMA, "run": str(trained.path), "n_features": len(chosen.source), "n_tokens": text.n_rows,
+        "schema": SCHEMA, "run": str(trained.path), "n_features": n, "n_tokens": text.n_rows,
         "n_contexts": len(text.contexts), "split": str(text.split), "conventions": CONVENTIONS, "request": request,
     }  # fmt: skip
     target.parent.mkdir(parents=True, exist_ok=True)
-    with feature_writer.Making(target, request) as making:
-        _write_groups(making, options, trained, lm, text, groups)
+    with feature_writer.Making(target, request, group) as making:
+        left = making.left(n, max(1, most))[group.rank :: group.size]
+        _write_parts(making, options, trained, lm, text, {some: chosen.part(some) for some in left})
         sizes = (transcoder.d_features, transcoder.n_sources) if options.packed else None
-        making.finish(len(groups), about, sizes)
+        making.finish(about, sizes)
     written = sum(file.stat().st_size for file in target.iterdir())
-    logger.info("%s: %s features, %.1f MB", target, f"{len(chosen.source):,}", written / 1e6)
+    logger.info("%s: %s features, %.1f MB", target, f"{n:,}", written / 1e6)
     logger.info("next: clt features run=%s search=..., or prompt=...", trained.path)
     return target
 
 
-def _write_groups(
+def _write_parts(
     making: feature_writer.Making, options: FeatureOptions, trained: Trained, lm: LanguageModel, text: FeatureText,
-    groups: list[Chosen],
+    parts: dict[range, Chosen],
 ) -> None:  # fmt: skip
+    """The features that are left to this rank."""
     transcoder, words = trained.transcoder, Words(lm.tokenizer)
-    left = [n for n in range(len(groups)) if not making.has(n)]
     met = None
-    if options.related and left:
+    if options.related and parts:
         met = feature_activity.activity(transcoder, text, counts.count(options.related_tokens))
-    done = 2 * text.n_rows * (len(groups) - len(left))
-    with Progress(2 * text.n_rows * len(groups), unit="tok", desc="features", initial=done) as progress:
-        for number in left:
-            measured = features.measure(
-                transcoder, text, groups[number], options, making.notes(number), progress.update
-            )
-            found = weights(lm, transcoder, groups[number], met, options)
+    with Progress(2 * text.n_rows * len(parts), unit="tok", desc="features") as progress:
+        for some, part in parts.items():
+            measured = features.measure(transcoder, text, part, options, making.notes(some), progress.update)
+            found = weights(lm, transcoder, part, met, options)
             name = runs.name_of(trained.path)
-            records = Records(name, text, words, groups[number], measured, found, transcoder.d_features, options)
-            making.write(number, records)
+            making.write(some, Records(name, text, words, part, measured, found, transcoder.d_features, options))
 
 
-def choose(options: FeatureOptions, trained: Trained, text: FeatureText) -> Chosen:
+def choose(options: FeatureOptions, trained: Trained, text: FeatureText, group: Group = ALONE) -> Chosen:
     """The features that the options name. Raises UserError for those that there are not."""
     n_sources, d_features = trained.transcoder.n_sources, trained.transcoder.d_features
     if options.ids is not None:
-        pairs = named(options.ids, "features.ids", n_sources, d_features)
+        pairs = naming.features(options.ids, "features.ids")
+        naming.check_there(pairs, n_sources, d_features, "features.ids: ")
         identity = np.unique([layer * d_features + feature for layer, feature in pairs])
         return Chosen(*np.divmod(identity, d_features))
     layers = range(n_sources) if options.layers is None else sorted(set(options.layers))
@@ -177,39 +190,41 @@ def choose(options: FeatureOptions, trained: Trained, text: FeatureText) -> Chos
         identity = identity[torch.randperm(len(identity), generator=generator)[:n].numpy()]
     else:
         with Progress(text.n_rows, unit="tok", desc="most active") as progress:
-            active = features.counts(trained.transcoder, text, every, progress.update)
+            active = features.counts(trained.transcoder, text, every, progress.update, group)
         identity = identity[np.argsort(-active, kind="stable")[:n]]
     return Chosen(*np.divmod(np.sort(identity), d_features))
 
 
 @torch.inference_mode()
-def sized(options: FeatureOptions, trained: Trained, text: FeatureText, groups: list[Chosen]) -> list[str]:
-    """What it will take, from a timed block."""
-    n = sum(len(group.source) for group in groups)
+def sized(options: FeatureOptions, trained: Trained, text: FeatureText, parts: list[Chosen], n_ranks: int) -> list[str]:
+    """What it will take, from a timed block. parts: features that are described at once, by one of the ranks."""
+    n = sum(len(part.source) for part in parts)
     if not n or not text.n_rows:
         raise UserError("there is no feature or no token to describe; ask for at least one of each")
     blocks = text.blocks()
-    encode = features.Encoder(trained.transcoder, groups[0])
+    encode = features.Encoder(trained.transcoder, parts[0])
     start = time.perf_counter()
     for first, activations in encode(text.read(blocks[0])):
         feature_sums.pairs(activations, first, 0)
-    seconds = 2 * len(groups) * len(blocks) * 1.5 * (time.perf_counter() - start) + 0.003 * n
+    seconds = 2 * len(parts) * len(blocks) * 1.5 * (time.perf_counter() - start) + 0.003 * n
     examples = options.top + options.quantiles * options.per_quantile
     size = n * (2500 + examples * (100 + 11 * (options.before + options.after + 1)))
-    memory = max(len(group.source) for group in groups) * features.bytes_of(options)
-    passes = f"2 passes{f' for each of {len(groups)} groups' if len(groups) > 1 else ''}"
+    memory = max(len(part.source) for part in parts) * features.bytes_of(options)
+    passes = f"2 passes{f' for each of {len(parts)} groups' if len(parts) > 1 else ''}"
+    if n_ranks > 1:
+        passes += f" by {n_ranks} ranks"
     return [
         f"{n:,} features of {trained.path}; {text.n_rows:,} tokens of the {text.split} split, {passes}",
-        f"at most {size / 1e6:,.0f} MB of files and {memory / 1e6:,.0f} MB of memory; about {clock_time(seconds)}",
+        f"at most {size / 1e6:,.0f} MB of files and {memory / 1e6:,.0f} MB of memory"
+        f"{' a rank' if n_ranks > 1 else ''}; about {clock_time(seconds / n_ranks)}",
     ]
 
 
 def _request(options: FeatureOptions, trained: Trained) -> dict[str, Any]:
     """All that the files depend on."""
-    file = trained.path / "final" / "transcoder.safetensors"
-    with file.open("rb") as weights_file:
-        digest = hashlib.file_digest(weights_file, "sha256").hexdigest()
+    digest = artifact.weights_sha256(artifact.folder(trained.path))
     plain = {name: value for name, value in to_plain(options).items() if name not in NO_EFFECT}
     if options.ids is not None:
-        plain["ids"] = [f"{layer}/{feature}" for layer, feature in sorted(set(named(options.ids, "features.ids")))]
+        pairs = sorted(set(naming.features(options.ids, "features.ids")))
+        plain["ids"] = [f"{layer}/{feature}" for layer, feature in pairs]
     return {"schema": SCHEMA, "transcoder_sha256": digest, "cache": trained.config["cache"]["key"], "features": plain}

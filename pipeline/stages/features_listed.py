@@ -11,7 +11,7 @@ from pipeline.interp.dashboards.feature_text import Words
 from pipeline.interp.edits import Sides
 from pipeline.interp.original import prompt_tokens
 from pipeline.stages.features_options import FeaturesConfig
-from pipeline.train import artifact
+from pipeline.train import finished
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def found(cfg: FeaturesConfig, text: str, directory: Path) -> Path | None:
 
 def on_prompt(cfg: FeaturesConfig, prompt: str, directory: Path) -> Path | None:
     """List the features that are active at each token. -> the JSON file that was asked for"""
-    trained = artifact.read(directory.parent)
+    trained = finished.read(directory.parent, cfg.transcoder, cfg.device)
     lm = opening.base_model(trained, cfg.device)
     tokens = prompt_tokens(lm, opening.begins_with(trained, lm), prompt)
     if tokens.shape[1] < 2:

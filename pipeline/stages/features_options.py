@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from pipeline.data.options import CacheOptions
 from pipeline.interp.dashboards.feature_options import FeatureOptions
+from pipeline.train.options import WeightsIn
 
 
 @dataclass
@@ -22,6 +23,10 @@ class FeaturesConfig:
     to: str | None = None
     """The directory of the features; null is runs/NAME/features. With search= or prompt= a JSON file of what is
     listed; null writes none."""
+
+    transcoder: WeightsIn = WeightsIn.auto
+    """Where its weights are while they are used. memory: all of them; disk: in their files, of which the rows that are
+    needed are read, each time anew; auto: in memory if they take no more than half of what is free there."""
 
     device: str = "auto"
     """Where the base model and the transcoder run: auto, cpu, cuda or cuda:N."""

@@ -16,7 +16,7 @@ from pipeline.interp.generation import Generated, Side
 from pipeline.interp.replacement import NOTES, ReplacementModel
 from pipeline.plain import to_plain
 from pipeline.stages.options import GenerateConfig
-from pipeline.train import artifact
+from pipeline.train import finished
 from pipeline.train import run as runs
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def run(cfg: GenerateConfig) -> Path | None:
         raise UserError("there is no prompt; add prompt='some text'")
     generation.check(cfg.generate)
     directory = runs.chosen(cfg.run)
-    trained = artifact.read(directory)
+    trained = finished.read(directory, cfg.transcoder, cfg.device)
     opening.check_replaces(trained)
     model = opening.opened(trained, opening.base_model(trained, cfg.device))
     tokens = model.tokens(cfg.prompt)

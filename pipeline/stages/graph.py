@@ -43,14 +43,14 @@ from pipeline.interp.circuits.graph import Graph, Kind
 from pipeline.interp.circuits.graph_json import Supernode
 from pipeline.interp.circuits.graph_plan import Clock
 from pipeline.interp.circuits.graph_scores import Pruned
-from pipeline.interp.dashboards import feature_files
+from pipeline.interp.dashboards import feature_files, feature_labels
 from pipeline.interp.dashboards.feature_files import Record
 from pipeline.interp.replacement import ReplacementModel
 from pipeline.stages import graph_examples
 from pipeline.stages.generate import remarks
 from pipeline.stages.graph_examples import Place
 from pipeline.stages.graph_options import GraphConfig, GraphFileOptions
-from pipeline.train import artifact
+from pipeline.train import finished
 from pipeline.train import run as runs
 from pipeline.train.artifact import Trained
 from pipeline.web import graph_page
@@ -82,7 +82,7 @@ def run(cfg: GraphConfig) -> Path:
     check(cfg)
     prompts = named(cfg)
     directory = runs.chosen(cfg.run)
-    trained = artifact.read(directory)
+    trained = finished.read(directory, cfg.transcoder, cfg.device)
     attribution.check_linear(trained.transcoder)
     opening.check_replaces(trained)
     model = opening.opened(trained, opening.base_model(trained, cfg.device))
@@ -184,7 +184,7 @@ def prepared(traced: Graph, model: ReplacementModel, trained: Trained, file: Pat
     known = graph_examples.records(cfg, trained, model, places)
 
     def top_tokens(layer: int, index: int) -> list[str]:
-        return supernodes.top_tokens_of(known.get((layer, index)))
+        return feature_labels.top_tokens_of(known.get((layer, index)))
 
     def make() -> list[Supernode]:
         lm = model.lm

@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from pipeline.data import cache as caches
+from pipeline.data import caches
 from pipeline.data.address import cache_place
 from pipeline.errors import UserError
 from pipeline.interp.dashboards import feature_files, features

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from pipeline.data.options import CacheOptions
 from pipeline.interp.circuits.graph_options import GraphOptions
+from pipeline.train.options import WeightsIn
 
 
 @dataclass
@@ -49,6 +50,10 @@ class GraphConfig:
     validate: bool = False
     """Ablate the features of most influence, one by one, and compare what the graph predicts with what happens.
     `--validate` sets it."""
+
+    transcoder: WeightsIn = WeightsIn.auto
+    """Where its weights are while they are used. memory: all of them; disk: in their files, of which the rows that are
+    needed are read, each time anew; auto: in memory if they take no more than half of what is free there."""
 
     device: str = "auto"
     """Where the base model and the transcoder run: auto, cpu, cuda or cuda:N."""

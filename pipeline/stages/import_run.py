@@ -25,9 +25,10 @@ from pipeline.core.options import ActivationOptions
 from pipeline.data import models, tokens
 from pipeline.data.address import cache_place
 from pipeline.data.cache import Cache
+from pipeline.data.commands import command_of
 from pipeline.data.condition import is_finished
 from pipeline.data.harvest import Buffers, harvest
-from pipeline.data.layout import HOOKS, command_of, found_at, key_of, request_of
+from pipeline.data.layout import HOOKS, found_at, key_of, request_of
 from pipeline.data.plan import about_model
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.files import write_report
-from pipeline.interp import generation, opening
+from pipeline.interp import generation, naming, opening
 from pipeline.interp.generation import Side
 from pipeline.interp.replacement import ReplacementModel
 from pipeline.interp.steering import feature_edits, intervene_report, swaps
@@ -26,7 +26,7 @@ from pipeline.interp.steering.intervene_report import Change
 from pipeline.plain import to_plain
 from pipeline.stages.generate import remarks, text
 from pipeline.stages.intervene_options import InterveneConfig
-from pipeline.train import artifact
+from pipeline.train import finished
 from pipeline.train import run as runs
 
 logger = logging.getLogger(__name__)
@@ -39,13 +39,13 @@ def run(cfg: InterveneConfig) -> Path | None:
     """Edit features on a prompt and show what changes. -> the JSON file, where one was asked for"""
     check(cfg)
     directory = runs.chosen(cfg.run)
-    trained = artifact.read(directory)
+    trained = finished.read(directory, cfg.transcoder, cfg.device)
     opening.check_replaces(trained)
     passes.check(cfg.intervene, trained.transcoder.dims.n_layers)
     model = opening.opened(trained, opening.base_model(trained, cfg.device))
     tokens = model.tokens(cfg.prompt or "")
     edits = edits_of(model, tokens, cfg)
-    chosen = token_ids(model, cfg.tokens)
+    chosen = [naming.token(model.lm, text, "tokens") for text in (cfg.tokens or "").split(",") if cfg.tokens]
     for remark in remarks(model, tokens[0].tolist(), trained.config["dataset"]["context"]):
         logger.warning(remark)
     found = passes.intervene(model, tokens, [edits], cfg.intervene)
@@ -81,24 +81,6 @@ def edits_of(model: ReplacementModel, tokens: Tensor, cfg: InterveneConfig) -> l
     if not edits:
         raise UserError("no feature is edited: the list is empty, or none is active where the swap is made; name some")
     return edits
-
-
-def token_ids(model: ReplacementModel, names: str | None) -> list[int]:
-    """`Paris,#17` -> ids. UserError for a text that is no single token."""
-    found = []
-    for name in names.split(",") if names else ():
-        number = name.strip().removeprefix("#")
-        if name.strip().startswith("#") and number.isdigit() and int(number) < model.lm.vocab_size:
-            found.append(int(number))
-            continue
-        tried = [model.lm.tokenizer(one, add_special_tokens=False)["input_ids"] for one in (name, f" {name}")]
-        single = [ids[0] for ids in tried if len(ids) == 1 and ids[0] != model.lm.tokenizer.unk_token_id]
-        if not single:
-            raise UserError(
-                f"tokens={name}: {len(tried[0])} tokens of the model, not one; give a token, or #17 by number"
-            )
-        found.append(single[0])
-    return found
 
 
 def shown(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from pipeline.interp.steering.intervene_options import InterveneOptions, SwapOptions
+from pipeline.train.options import WeightsIn
 
 
 @dataclass
@@ -17,7 +18,7 @@ class InterveneConfig:
 
     edits: str | None = None
     """Edits with commas between them, or a YAML or JSON file with a list of them. One is FEATURE@WHERE=VALUE (set),
-    *FACTOR (scale) or +VALUE (add). FEATURE: LAYER/NUMBER, or the name of a supernode. WHERE: a position, several, a
+    *FACTOR (scale) or +VALUE (add). FEATURE: LAYER/INDEX, or the name of a supernode. WHERE: a position, several, a
     range 2:6, last, prompt, new (each generated token) or all, the default."""
 
     supernodes: str | None = None
@@ -28,6 +29,10 @@ class InterveneConfig:
 
     to: str | None = None
     """A JSON file with all of it; null writes none. `--json` sets it."""
+
+    transcoder: WeightsIn = WeightsIn.auto
+    """Where its weights are while they are used. memory: all of them; disk: in their files, of which the rows that are
+    needed are read, each time anew; auto: in memory if they take no more than half of what is free there."""
 
     device: str = "auto"
     """Where the base model and the transcoder run: auto, cpu, cuda or cuda:N."""

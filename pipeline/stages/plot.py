@@ -17,7 +17,7 @@ from pipeline.interp.plots.plot_data import Feature
 from pipeline.interp.plots.plot_options import By, Kind
 from pipeline.stages.plot_kinds import DRAW, TITLES, Subject
 from pipeline.stages.plot_options import PlotConfig
-from pipeline.train import artifact
+from pipeline.train import finished
 from pipeline.train import run as runs
 from pipeline.web import images, plot_page
 
@@ -33,7 +33,7 @@ def run(cfg: PlotConfig) -> Path:
     """Draw a picture. -> the page"""
     check(cfg)
     directory = runs.chosen(cfg.run)
-    trained = artifact.read(directory)
+    trained = finished.read(directory, cfg.transcoder, cfg.device)
     if cfg.kind is Kind.token_probability or (cfg.kind is Kind.ranking and cfg.plot.by is By.effect):
         opening.check_replaces(trained)
     page = _place(cfg, directory)

@@ -7,13 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data import cache as caches
+from pipeline.data import caches
 from pipeline.data.address import cache_place
 from pipeline.data.models import LanguageModel
 from pipeline.errors import UserError
-from pipeline.interp import opening
+from pipeline.interp import naming, opening
 from pipeline.interp.dashboards import feature_files
-from pipeline.interp.dashboards.feature_ids import named
 from pipeline.interp.dashboards.feature_options import Text
 from pipeline.interp.dashboards.feature_text import FeatureText, Words
 from pipeline.interp.edits import Sides
@@ -53,9 +52,10 @@ class Subject:
         self.sides = Sides(lm, self.transcoder)
         self.words = Words(lm.tokenizer)
         self.n = cfg.plot.n or N.get(cfg.kind, 30)
-        sizes = self.transcoder.n_sources, self.transcoder.d_features
-        ids = cfg.plot.features
-        self.only: list[Feature] | None = None if ids is None else named(ids, "plot.features", *sizes)
+        self.only: list[Feature] | None = None
+        if cfg.plot.features is not None:
+            self.only = naming.features(cfg.plot.features, "plot.features")
+            naming.check_there(self.only, self.transcoder.n_sources, self.transcoder.d_features, "plot.features: ")
         self.tokens: Tensor | None = None
         if cfg.prompt is not None:
             self.tokens = prompt_tokens(lm, opening.begins_with(trained, lm), cfg.prompt)
@@ -96,11 +96,7 @@ class Subject:
         """The token that plot.token names, or the most likely one. logits [V]"""
         if self.options.token is None:
             return int(logits[: len(self.lm.tokenizer)].argmax())
-        for text in (self.options.token, f" {self.options.token}"):
-            ids = self.lm.tokenizer(text, add_special_tokens=False)["input_ids"]
-            if len(ids) == 1 and ids[0] != self.lm.tokenizer.unk_token_id:
-                return int(ids[0])
-        raise UserError(f"plot.token={self.options.token} is no single token of the model; name one")
+        return naming.token(self.lm, self.options.token, "plot.token")
 
 
 def heatmap(subject: Subject) -> Drawn:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from pipeline.data.options import CacheOptions
 from pipeline.interp.plots.plot_options import Kind, PlotOptions
+from pipeline.train.options import WeightsIn
 
 
 @dataclass
@@ -21,6 +22,10 @@ class PlotConfig:
 
     to: str | None = None
     """The page, which ends in .html; null is runs/NAME/plots/KIND-PROMPT.html. The image lies beside it."""
+
+    transcoder: WeightsIn = WeightsIn.auto
+    """Where its weights are while they are used. memory: all of them; disk: in their files, of which the rows that are
+    needed are read, each time anew; auto: in memory if they take no more than half of what is free there."""
 
     device: str = "auto"
     """Where the base model and the transcoder run: auto, cpu, cuda or cuda:N."""

@@ -23,7 +23,8 @@ import torch
 
 from pipeline.data import tokens, world
 from pipeline.data.asking import asked, words_of
-from pipeline.data.layout import command_of, gb
+from pipeline.data.commands import command_of
+from pipeline.data.layout import gb
 from pipeline.data.models import resolve_device, resolve_dtype
 from pipeline.data.options import Content, DatasetKind, DatasetOptions, ModelOptions
 from pipeline.data.plan import disk_of, free_bytes

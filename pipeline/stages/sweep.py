@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import LostPeers, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +61,13 @@ class Sweep:
 
     jobs: dict[int, Job] = field(default_factory=dict)
 
-    def begin(self, number: int, overrides: Iterable[str], more: str = "") -> None:
-        """Say that a job begins, and note what it is."""
+    def begin(self, number: int, overrides: Iterable[str], more: str = "", rank: int = 0) -> None:
+        """Say that a job begins, and note what it is; of several ranks the first does."""
         own = [word for word in overrides if self._is_swept(word)]
         logger.info(f"job {number}: {' '.join(own)}{more}")
-        self._note({number: Job(own, self.started)})
+        self.jobs[number] = Job(own, self.started)
+        if not rank:
+            self._note({number: self.jobs[number]})
 
     def _is_swept(self, override: str) -> bool:
         """Whether it is one value of several: its key stands in the command line with a list, a range or a glob, or
@@ -74,8 +76,9 @@ class Sweep:
         given = [word for word in self.words if word.lstrip("+").partition("=")[0] == key]
         return override not in given and (not given or any(sign in word for word in given for sign in ",(*"))
 
-    def failed(self, numbers: Sequence[int], error: Exception) -> None:
-        """Say what became of these jobs, with a trace where it is our bug, and note it."""
+    def failed(self, numbers: Sequence[int], error: Exception, rank: int = 0) -> None:
+        """Say what became of these jobs, with a trace where it is our bug, and note it: of several ranks the first, and
+        another one where none has."""
         label = f"job {numbers[0]}" if len(numbers) == 1 else f"jobs {', '.join(map(str, numbers))}"
         refusal = self.refusal(error)
         if refusal is None:
@@ -83,7 +86,9 @@ class Sweep:
         else:
             logger.error(f"{label}: {refusal}")
         cause = " ".join(f"{type(error).__name__}: {error}".split()) if refusal is None else str(refusal)
-        self._note({n: Job(self.jobs[n].overrides, self.started, cause, refusal is None) for n in numbers})
+        cause = f"rank {rank}: {cause}" if rank else cause
+        is_second = bool(rank) or isinstance(error, LostPeers)
+        self._note({n: Job(self.jobs[n].overrides, self.started, cause, refusal is None) for n in numbers}, is_second)
 
     def end(self) -> int:
         """Say which jobs failed, why, and what continues them. -> the exit code"""
@@ -114,7 +119,8 @@ class Sweep:
             noted = read(self.directory)
             self.jobs |= {number: job for number, job in noted.items() if job.started == self.started}
 
-    def _note(self, jobs: Mapping[int, Job]) -> None:
+    def _note(self, jobs: Mapping[int, Job], is_second: bool = False) -> None:
+        """is_second: what is noted of a failure already stays."""
         self.jobs |= jobs
         if self.directory is None:
             return
@@ -127,6 +133,8 @@ class Sweep:
             noted = read(self.directory)
             for number, job in jobs.items():
                 before = noted.get(number)
+                if is_second and before is not None and before.started == job.started and before.failed is not None:
+                    continue
                 # Of a run that was made with other settings, which the job will be refused for, what is noted stays.
                 is_other = before is not None and before.overrides != job.overrides
                 if not is_other or not (self.directory / str(number)).exists():

@@ -3,8 +3,7 @@
 import logging
 from typing import Any
 
-from pipeline.data import cache as caches
-from pipeline.data import inventory
+from pipeline.data import caches, inventory
 from pipeline.data.address import Place, cache_place, is_address, local_of, resolved
 from pipeline.data.cache import Cache
 from pipeline.data.layout import MERGED, directory_of, request_of

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pipeline.arch import init
-from pipeline.arch.base import Transcoder
+from pipeline.arch.base import Dims, Transcoder
 from pipeline.arch.cost import flops
 from pipeline.core import products
 from pipeline.core.activations import BatchTopKAcross, JumpReLU
@@ -14,12 +14,13 @@ from pipeline.data.layout import gb, prefix
 from pipeline.data.models import resolve_device
 from pipeline.data.plan import disk_of, free_bytes
 from pipeline.data.tokens import Split
+from pipeline.dist import plan_gradients
 from pipeline.stages.options import TrainConfig
+from pipeline.train import checkpoint_writer, optim, precision
 from pipeline.train import run as runs
 from pipeline.train.calibrate import FEATURES_AT_ONCE
-from pipeline.train.loop import Plan
-from pipeline.train.optim import OPTIMISERS
 from pipeline.train.options import Precision, SparseStep
+from pipeline.train.run_plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +38,6 @@ layers begin in dense form; in a step of relu, or of any with a loss that reads 
 
 MEASURED = 3.7
 """The same while held-out text is measured, in batches of the training's size."""
-
-LEAVES = {"clt", "per_layer", "sae", "skip"}
-"""Architectures whose decoders are read as they are stored, so that gradients can be kept as terms."""
 
 FIRST_COPIES, HELD_OUT_COPIES = 12, 12
 """Rows as float32, so many times, of the sample that weights start from, and of held-out text."""
@@ -59,8 +57,8 @@ class Memory(NamedTuple):
 
 def memory(cfg: TrainConfig, cache: Cache, plan: Plan, model: Transcoder, needs_pre_acts: bool) -> Memory:
     """Of a run, the libraries apart."""
-    in_use, state = _kept(cfg, model)
-    kept = in_use + gradient_bytes(cfg, model) + state
+    in_use, state = kept_bytes(cfg, model)
+    kept = in_use + gradient_bytes(cfg, model) + state + (copied_bytes(cfg, model) if _on_cpu(cfg) else 0)
     return Memory(kept, peak_bytes(cfg, model, plan, needs_pre_acts, held_out_rows(cache)) - LIBRARIES - kept)
 
 
@@ -77,10 +75,12 @@ def say(cfg: TrainConfig, cache: Cache, plan: Plan, model: Transcoder, needs_pre
     """`model` may lie on the meta device: only its shapes are read."""
     learned = model.n_parameters
     cost = flops(model, needs_pre_acts)
-    (weights, state), peak = _kept(cfg, model), peak_bytes(cfg, model, plan, needs_pre_acts, held_out_rows(cache))
+    (weights, state), peak = kept_bytes(cfg, model), peak_bytes(cfg, model, plan, needs_pre_acts, held_out_rows(cache))
     tokens = plan.n_steps * plan.batch_tokens
     sparse = "" if cost.decode_sparse is None else f", sparse {_count(cost.decode_sparse)}"
-    needed, free = disk_bytes(model, plan), free_bytes(runs.RUNS)
+    needed, free = disk_bytes(cfg, model, plan), free_bytes(runs.RUNS)
+    copied = copied_bytes(cfg, model)
+    pinned = "" if not copied or _on_cpu(cfg) else f"; for checkpoints {gb(copied)} of the CPU's"
     lines = {
         "cache": f"{cache.path}: {cache.n_rows:,} rows, {model.dims.n_layers} layers of {model.dims.d_model}",
         "transcoder": f"{cfg.arch.name}, {cfg.activation.name}, {model.n_sources} x {model.d_features:,} features, "
@@ -90,7 +90,7 @@ def say(cfg: TrainConfig, cache: Cache, plan: Plan, model: Transcoder, needs_pre
         "FLOPs a step": f"{_count(cost.step * plan.batch_tokens)} forward and backward "
         f"({_count(cost.step)} a token), {_count(cost.step * tokens)} in all; a multiply-add is 2",
         "memory": f"weights {gb(weights)}, gradients {gb(gradient_bytes(cfg, model))}, optimiser {gb(state)}; "
-        f"about {gb(peak)} at the peak, on {cfg.train.device}",
+        f"about {gb(peak)} at the peak, on {cfg.train.device}{pinned}",
         "disk": f"{gb(needed)}, {gb(free)} free on {disk_of(runs.RUNS)}" + ("" if free >= needed else ": NOT ENOUGH"),
         "run": f"runs/{cfg.name}: {plan.n_steps:,} steps of {plan.batch_tokens:,} tokens, "
         f"{tokens / cache.n_rows:.2f} passes over the cache",
@@ -101,11 +101,12 @@ def say(cfg: TrainConfig, cache: Cache, plan: Plan, model: Transcoder, needs_pre
     logger.info("nothing was written; without --dry-run the same command trains")
 
 
-def disk_bytes(model: Transcoder, plan: Plan) -> int:
-    """What a run writes: weights and two moments in each checkpoint, one more of them while it is being written, and
-    the result."""
-    weights = FLOAT * model.n_parameters
-    return weights * (3 * (plan.keep_checkpoints + plan.keep_best + 1) + 1)
+def disk_bytes(cfg: TrainConfig, model: Transcoder, plan: Plan) -> int:
+    """What a run writes: weights and the optimiser's state in each checkpoint, one more of them while it is being
+    written, and the result."""
+    weights, state = kept_bytes(cfg, model)
+    both = weights + state + (weights if cfg.optim.name == "signsgd" else 0)  # those at work and the averaged
+    return both * (plan.keep_checkpoints + plan.keep_best + 1) + FLOAT * model.n_parameters
 
 
 def peak_bytes(cfg: TrainConfig, model: Transcoder, plan: Plan, needs_pre_acts: bool, held_out: int) -> int:
@@ -113,15 +114,12 @@ def peak_bytes(cfg: TrainConfig, model: Transcoder, plan: Plan, needs_pre_acts: 
     estimate; pages of the cache's files, which the system takes back when it needs them, are not in it."""
     weights = FLOAT * model.n_parameters
     row = FLOAT * model.dims.n_layers * model.dims.d_model
-    sampled = cfg.train.init_from is None and init.needs_sample(cfg.arch)
-    n_first = max(8192, 4 * model.d_features) if sampled else 0
-    start = weights + FIRST_COPIES * n_first * row
-    in_use, state = _kept(cfg, model)
+    start = weights + first_bytes(cfg, model.dims, model.d_features)
+    in_use, state = kept_bytes(cfg, model)
     # From the first step on. What the allocator got for the rows of dead features it does not give back.
     kept = in_use + gradient_bytes(cfg, model) + state + (weights if cfg.loss.aux_k > 0 else 0)
-    # As they are stored, as floats, through the norm, scaled, and the reconstruction with its gradient.
-    batch = 8 * plan.batch_tokens * row
-    step = kept + batch + _features_bytes(cfg, model, plan, needs_pre_acts)
+    kept += copied_bytes(cfg, model) if _on_cpu(cfg) else 0
+    step = kept + step_bytes(cfg, model, plan, needs_pre_acts)
     # With signsgd the weights at work lie beside the averaged.
     checkpoint = kept + (weights if cfg.optim.name == "signsgd" else 0)
     ranked = RANKED * held_out * min(FEATURES_AT_ONCE, model.d_features) if model.activation.chooses else 0
@@ -131,16 +129,41 @@ def peak_bytes(cfg: TrainConfig, model: Transcoder, plan: Plan, needs_pre_acts: 
     return LIBRARIES + max(start, step, checkpoint, end)
 
 
+def step_bytes(cfg: TrainConfig, model: Transcoder, plan: Plan, needs_pre_acts: bool) -> int:
+    """Of the tokens of a step and what becomes of them."""
+    # As they are stored, as floats, through the norm, scaled, and the reconstruction with its gradient.
+    batch = 8 * plan.batch_tokens * FLOAT * model.dims.n_layers * model.dims.d_model
+    return batch + _features_bytes(cfg, model, plan, needs_pre_acts)
+
+
+def first_bytes(cfg: TrainConfig, dims: Dims, d_features: int) -> int:
+    """Of the sample of rows that weights start from, for so many features of the whole transcoder."""
+    sampled = cfg.train.init_from is None and init.needs_sample(cfg.arch)
+    n_first = max(8192, 4 * d_features) if sampled else 0
+    return FIRST_COPIES * n_first * FLOAT * dims.n_layers * dims.d_model
+
+
 def gradient_bytes(cfg: TrainConfig, model: Transcoder) -> int:
     """Of those that are written. A sparse step of Adam in float32 keeps terms in their place (`core/deferred.py`), and
     torch's kernels make that of one table at a time; a dense layer, and AuxK, write those of all weights."""
-    weights = _kept(cfg, model)[0]
+    weights = kept_bytes(cfg, model)[0]
     adam = cfg.optim.name in ("adam", "adamw") and cfg.optim.clip is None and cfg.train.weights is Precision.float32
     terms = adam and (products.module() is not None or resolve_device(cfg.train.device).type == "cpu")
     sparse = model.activation.chooses and cfg.train.sparse is not SparseStep.never and cfg.loss.aux_k == 0
-    if not (terms and sparse and cfg.arch.name in LEAVES):
+    if not (terms and sparse and cfg.arch.name in plan_gradients.LEAVES):
         return weights
     return 0 if products.module() is not None else FLOAT * model.d_features * model.dims.d_model
+
+
+def copied_bytes(cfg: TrainConfig, model: Transcoder) -> int:
+    """What a checkpoint that is written beside the training is written from: a copy of weights and optimiser state in
+    the CPU's memory."""
+    device = resolve_device(cfg.train.device)
+    return sum(kept_bytes(cfg, model)) if checkpoint_writer.beside(cfg.train.async_checkpoints, device) else 0
+
+
+def _on_cpu(cfg: TrainConfig) -> bool:
+    return resolve_device(cfg.train.device).type == "cpu"
 
 
 def held_out_rows(cache: Cache) -> int:
@@ -148,10 +171,14 @@ def held_out_rows(cache: Cache) -> int:
     return max(cache.specs[f"{prefix(split)}resid_mid"].shape[0] for split in (Split.calibration, Split.evaluation))
 
 
-def _kept(cfg: TrainConfig, model: Transcoder) -> tuple[int, int]:
+def table_bytes(cfg: TrainConfig) -> int:
+    """Of one weight of a table in training."""
+    return FLOAT // 2 if cfg.train.weights is Precision.bfloat16 else FLOAT
+
+
+def kept_bytes(cfg: TrainConfig, model: Transcoder) -> tuple[int, int]:
     """Bytes of the weights in training, and of the optimiser's state."""
-    each = FLOAT // 2 if cfg.train.weights is Precision.bfloat16 else FLOAT
-    return each * model.n_parameters, int(OPTIMISERS[cfg.optim.name].state_bytes * model.n_parameters)
+    return precision.weight_bytes(model, cfg.train.weights), optim.state_bytes(cfg.optim.name, model)
 
 
 def _pre_acts_bytes(model: Transcoder, n_tokens: int) -> int:

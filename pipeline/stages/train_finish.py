@@ -1,21 +1,25 @@
 """The end of `clt train`: thresholds, folding, `runs/NAME/final/`."""
 
 import logging
+from pathlib import Path
 
 from torch import Tensor
 
 from pipeline.core import activations
 from pipeline.data.cache import Cache
 from pipeline.data.tokens import Split
+from pipeline.dist.sharded import Ranks
 from pipeline.plain import to_plain
 from pipeline.stages.options import TrainConfig
 from pipeline.stages.train_cache import statistics
+from pipeline.stages.train_ranks import first
 from pipeline.train import artifact, calibrate, checkpoint, precision
 from pipeline.train.held_out import HeldOut
 from pipeline.train.inputs import Inputs
-from pipeline.train.loop import Plan, Trainer
+from pipeline.train.loop import Trainer
 from pipeline.train.optimisers import settle
 from pipeline.train.run_log import METRICS, last_line
+from pipeline.train.run_plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +31,15 @@ def finish(cfg: TrainConfig, cache: Cache, trainer: Trainer, metrics: dict[str, 
     """Thresholds from the calibration split, their L0 and FVU on the evaluation split, folding, runs/NAME/final."""
     settle(trainer.optimizer)
     precision.restore(trainer.model)
-    model, prepare, batch = trainer.model.eval(), trainer.inputs, trainer.plan.part_tokens
+    model, prepare, batch, ranks = trainer.model.eval(), trainer.inputs, trainer.plan.part_tokens, trainer.ranks
     x = _held_out(cache, Split.calibration, prepare)[0]
     rank_norms = model.rank_norms()
     threshold = calibrate.thresholds(model, x, batch, cfg.train.seed)
     measured_x, measured_y = _held_out(cache, Split.evaluation, prepare)
     y_scale = prepare.scaling.y_scale
-    before = calibrate.measure(model, measured_x, measured_y, y_scale, batch, cfg.train.seed)
+    before = calibrate.measure(model, measured_x, measured_y, y_scale, batch, cfg.train.seed, ranks)
     model.activation = activations.FixedThreshold(threshold)
-    after = calibrate.measure(model, measured_x, measured_y, y_scale, batch, cfg.train.seed)
+    after = calibrate.measure(model, measured_x, measured_y, y_scale, batch, cfg.train.seed, ranks)
     logger.info("held out   %s: L0 %.2f, FVU %.4f", cfg.activation.name, before["l0"], before["fvu"])
     logger.info("           fixed thresholds: L0 %.2f, FVU %.4f", after["l0"], after["fvu"])
     _compare(cfg.loss.target_l0, after["l0"])
@@ -57,7 +61,7 @@ def finish(cfg: TrainConfig, cache: Cache, trainer: Trainer, metrics: dict[str, 
         },
         "metrics": metrics,
     }
-    artifact.save(trainer.directory, model, threshold, y_mean, config, rank_norms)
+    artifact.save(trainer.directory, model, threshold, y_mean, config, rank_norms, ranks.mesh, ranks.shard)
 
 
 def _compare(target: float | None, l0: float | None) -> None:
@@ -73,18 +77,24 @@ def _held_out(cache: Cache, split: Split, prepare: Inputs) -> tuple[Tensor, Tens
     return prepare(resid_mid, mlp_out)
 
 
-def held_out(cfg: TrainConfig, cache: Cache, plan: Plan, prepare: Inputs) -> HeldOut:
+def held_out(cfg: TrainConfig, cache: Cache, plan: Plan, prepare: Inputs, ranks: Ranks) -> HeldOut:
     """What a run is measured on as it goes on, and its best checkpoints chosen by: the calibration split, since the
     evaluation split is neither looked at nor chosen by."""
     return HeldOut(
-        lambda n: cache.held_out_rows(Split.calibration, n), prepare, cfg.log.held_out_rows, plan.part_tokens, plan.seed
+        lambda n: cache.held_out_rows(Split.calibration, n),
+        prepare,
+        cfg.log.held_out_rows,
+        plan.part_tokens,
+        plan.seed,
+        ranks,
     )
 
 
 def use_best(trainer: Trainer) -> dict[str, object]:
     """Put the weights of the best checkpoint into the model. -> what was logged of its steps last"""
-    chosen = checkpoint.best(trainer.directory)[0]
-    step = checkpoint.load(chosen, trainer.model, trainer.optimizer).step
+    chosen = Path(first(trainer.ranks.mesh, lambda: str(checkpoint.best(trainer.directory)[0])))
+    step = trainer.writer.load(chosen, trainer.model, trainer.optimizer).step
+    trainer.ranks.bare(trainer.model)
     trainer.model.activation.at((step - 1) / trainer.plan.n_steps)
     logger.info("best       %s", chosen)
     return last_line(chosen / METRICS)

@@ -7,10 +7,13 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
+from pipeline.dist import mesh as meshes
+from pipeline.dist.mesh import Mesh
 from pipeline.errors import UserError
 from pipeline.files import take_lock
 from pipeline.plain import from_plain
 from pipeline.stages.options import TrainConfig
+from pipeline.stages.train_ranks import first
 from pipeline.train import run as runs
 from pipeline.train.options import LogOptions
 
@@ -66,14 +69,18 @@ def check_resume(cfg: TrainConfig) -> None:
 
 
 @contextmanager
-def alone(directory: Path) -> Iterator[None]:
-    """Hold a run directory. Raises UserError while another process trains there; being killed releases it."""
-    lock = take_lock(directory, directory)
+def alone(directory: Path, mesh: Mesh | None = None) -> Iterator[None]:
+    """Hold a run directory, for all ranks of the mesh. Raises UserError while another process trains there; being
+    killed releases it."""
+    mesh = mesh or meshes.alone()
+    held: list[int] = []
+    first(mesh, lambda: held.append(take_lock(directory, directory)))
     try:
         yield
     finally:
-        (directory / "lock").unlink(missing_ok=True)
-        os.close(lock)
+        for lock in held:
+            (directory / "lock").unlink(missing_ok=True)
+            os.close(lock)
 
 
 def _changes_lines(cfg: TrainConfig, own: TrainConfig) -> bool:

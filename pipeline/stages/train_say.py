@@ -12,7 +12,7 @@ from pipeline.data.cache import Cache
 from pipeline.data.layout import gb
 from pipeline.data.mlps import Mlps
 from pipeline.stages.options import TrainConfig
-from pipeline.train.loop import Plan
+from pipeline.train.run_plan import Plan
 
 logger = logging.getLogger(__name__)
 

@@ -41,8 +41,11 @@ END_SECONDS = 60.0
 
 
 @contextmanager
-def watchers(cfg: TrainConfig, directory: Path) -> Iterator[list[Watcher]]:
-    """Those of a run, which are told its end."""
+def watchers(cfg: TrainConfig, directory: Path, speaks: bool = True) -> Iterator[list[Watcher]]:
+    """Those of a run, which are told its end. speaks: whether this is the rank that they watch."""
+    if not speaks:
+        yield []
+        return
     assert cfg.name is not None
     page = Page(directory) if cfg.log.report else None
     try:

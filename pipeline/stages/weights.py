@@ -6,28 +6,26 @@ clt weights run=demo feature=1/299 weights.n=50 to=weights.parquet
 
 import io
 import logging
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.data import cache as caches
+from pipeline.data import caches
 from pipeline.data.address import cache_place
 from pipeline.errors import UserError
 from pipeline.files import csv_text, write_aside
-from pipeline.interp import opening
+from pipeline.interp import naming, opening
 from pipeline.interp.circuits import attribution, global_weights
 from pipeline.interp.circuits.global_weights import Strongest, Together, Weight
-from pipeline.interp.circuits.supernodes import top_tokens_of
-from pipeline.interp.dashboards import feature_files
+from pipeline.interp.dashboards import feature_files, feature_labels
 from pipeline.interp.dashboards.feature_options import Text
 from pipeline.interp.dashboards.feature_text import FeatureText
 from pipeline.interp.replacement import ReplacementModel
 from pipeline.progress import Progress
 from pipeline.stages.circuit_options import WeightsConfig
-from pipeline.train import artifact
+from pipeline.train import finished
 from pipeline.train import run as runs
 
 logger = logging.getLogger(__name__)
@@ -39,7 +37,7 @@ def run(cfg: WeightsConfig) -> Path | None:
     """Show the strongest virtual weights of a feature. -> the file, where one was asked for"""
     layer, feature = place(cfg)
     directory = runs.chosen(cfg.run)
-    trained = artifact.read(directory)
+    trained = finished.read(directory, cfg.transcoder, cfg.device)
     attribution.check_linear(trained.transcoder)
     opening.check_replaces(trained)
     key, request = trained.config["cache"]["key"], trained.config["cache"]["request"]
@@ -62,18 +60,19 @@ def run(cfg: WeightsConfig) -> Path | None:
 
 def place(cfg: WeightsConfig) -> tuple[int, int]:
     """(layer, feature). UserError for settings that mean nothing, before anything is loaded."""
-    match = re.fullmatch(r"\s*(\d+)/(\d+)\s*", cfg.feature or "")
-    if match is None:
-        given = "there is no feature" if cfg.feature is None else f"feature={cfg.feature} names none"
+    if cfg.feature is None:
         raise UserError(
-            f"{given}; add feature=LAYER/INDEX, such as feature=1/17 (clt features and clt graph name some)"
+            "no feature is named; add feature=LAYER/INDEX, such as 1/17 (clt features and clt graph name some)"
         )
+    found = naming.place(cfg.feature)
+    if found is None or found.position is not None:
+        raise naming.no_feature(f"feature={cfg.feature}")
     for key in ("n", "norm_contexts"):
         if (value := getattr(cfg.weights, key)) < 1:
             raise UserError(f"weights.{key}={value} must be 1 or more")
     if cfg.to is not None and Path(cfg.to).suffix not in (".csv", ".parquet"):
         raise UserError(f"to={cfg.to} ends neither in .csv nor in .parquet; give one of them")
-    return int(match[1]), int(match[2])
+    return found.layer, found.feature
 
 
 def count(model: ReplacementModel, text: FeatureText, layer: int, feature: int) -> Together:
@@ -93,7 +92,7 @@ def lines(found: Strongest, together: Together | None, cfg: WeightsConfig, run: 
     """Two tables, inputs and outputs."""
 
     def label(layer: int, feature: int) -> str:
-        return ", ".join(top_tokens_of(feature_files.read(run / "features", layer, feature)))
+        return ", ".join(feature_labels.top_tokens_of(feature_files.read(run / "features", layer, feature)))
 
     layer, feature = place(cfg)
     named = label(layer, feature)

@@ -4,6 +4,8 @@ For each feature: how often did the training rule choose it on the calibration s
 between the smallest pre-activation that keeps this count and the largest that would exceed it, so that a = h 1[h >
 theta] fires exactly as often on that split. A feature that the rule never chose there gets a
 threshold just above the largest pre-activation seen.
+
+Where features lie on several ranks, each has the thresholds of its own, and everyone reads the same tokens.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,6 +17,8 @@ from pipeline.arch.base import Transcoder
 from pipeline.core.activations import FixedThreshold, JumpReLU
 from pipeline.core.metrics import Firing, Reconstruction
 from pipeline.core.sparse import Sparse
+from pipeline.dist import sharded
+from pipeline.dist.sharded import Ranks
 
 SILENT_MARGIN = 1e-5
 """How far above its largest pre-activation, as a share of it, the threshold of a never chosen feature lies: rounding of
@@ -34,8 +38,9 @@ def shuffled_batches(n: int, batch: int, seed: int) -> Iterator[Tensor]:
 def firing_counts(model: Transcoder, x: Tensor, batch: int, seed: int) -> Tensor:
     """How often the model's own rule fires each feature. x [n, L, D] -> int64 [S, F]"""
     firing = Firing(model.n_sources, model.d_features)
-    for rows in shuffled_batches(x.shape[0], batch, seed):
-        firing.update(dense_features(model, x[rows]))
+    with model.activation.peers.same_tokens():
+        for rows in shuffled_batches(x.shape[0], batch, seed):
+            firing.update(dense_features(model, x[rows]))
     return firing.fires
 
 
@@ -88,23 +93,45 @@ def at_count(pre_acts: Tensor, counts: Tensor) -> Tensor:
     return torch.where(counts > 0, theta, below * (1 + SILENT_MARGIN))
 
 
-def measure(model: Transcoder, x: Tensor, y: Tensor, y_scale: Tensor, batch: int, seed: int) -> dict[str, float | None]:
+def measure(
+    model: Transcoder, x: Tensor, y: Tensor, y_scale: Tensor, batch: int, seed: int, ranks: Ranks | None = None
+) -> dict[str, float | None]:
     """Total L0 and pooled FVU (model's units) of the model as it stands, on shuffled batches of training size."""
     batches = ((x[rows], y[rows]) for rows in shuffled_batches(x.shape[0], batch, seed))
-    firing, reconstruction = sums(model, batches, y_scale)
-    return {"l0": firing.l0()["total"], "fvu": reconstruction.fvu()["pooled"]}
+    firing, reconstruction = sums(model, batches, y_scale, ranks)
+    return {"l0": l0(firing, ranks), "fvu": reconstruction.fvu()["pooled"]}
 
 
 @torch.no_grad()
-def sums(model: Transcoder, batches: Iterable[tuple[Tensor, Tensor]], y_scale: Tensor) -> tuple[Firing, Reconstruction]:
-    """What the model does as it stands. batches: x, y [B, L, D] in the transcoder's units."""
+def sums(
+    model: Transcoder, batches: Iterable[tuple[Tensor, Tensor]], y_scale: Tensor, ranks: Ranks | None = None
+) -> tuple[Firing, Reconstruction]:
+    """What the model does as it stands; of several feature ranks what its own features do, and how near the
+    reconstruction from all comes. batches: x, y [B, L, D] in the transcoder's units, the same on every rank."""
+    ranks = ranks or sharded.alone(model)
     firing = Firing(model.n_sources, model.d_features)
     reconstruction = Reconstruction(*model.dims)
-    for x, y in batches:
-        out = model(x)
-        firing.update(out.features.dense() if isinstance(out.features, Sparse) else out.features)
-        reconstruction.update(out.y_hat * y_scale, y * y_scale)
+    with model.activation.peers.same_tokens():
+        for x, y in batches:
+            out = model(x)
+            firing.update(out.features.dense() if isinstance(out.features, Sparse) else out.features)
+            (y_hat,) = ranks.summed([out.y_hat], "reconstruction")
+            reconstruction.update(y_hat * y_scale, y * y_scale)
     return firing, reconstruction
+
+
+def l0(firing: Firing, ranks: Ranks | None) -> float:
+    """Active features of a token, those of other ranks too."""
+    own: float = firing.l0()["total"]
+    return own if ranks is None else ranks.total(own)
+
+
+def dead_fraction(firing: Firing, ranks: Ranks | None) -> float:
+    """The share of features that never fired, those of other ranks too."""
+    own: float = firing.dead_fraction()["total"]
+    if ranks is None:
+        return own
+    return ranks.total(own * ranks.shard.n / ranks.shard.d_features)
 
 
 def dense_features(model: Transcoder, x: Tensor) -> Tensor:

@@ -8,6 +8,9 @@
         state.json               step, the cache's key, where it was scored the FVU on held-out text
         metrics.jsonl            what had been logged by then
 
+Several ranks write the same tensors together, by the rows of their features, into files of their own (`model-00001-of-
+00004.safetensors`, ...; `train/row_files.py`), and any number of ranks reads either.
+
 The data position is the step: batch n of a run is a function of the seed and n (`data/loader.py`). A checkpoint is
 written beside its place, synced and renamed, so that whatever bears its name is whole.
 """
@@ -16,19 +19,27 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim import Optimizer
 
 from pipeline.arch.base import Transcoder
-from pipeline.files import atomic_directory
+from pipeline.dist.mesh import Mesh, alone
+from pipeline.dist.shard import Shard, whole
+from pipeline.files import atomic_directory, save_tensors
+from pipeline.train import row_files
+from pipeline.train.checkpoint_rows import COUNTERS, MODEL, OPTIMIZER, STATE, Layout, Parts, check_ranks
 from pipeline.train.controller import Steering
 from pipeline.train.optimisers import averaged, optimizer_tensors, restore_optimizer
+from pipeline.train.row_files import Held, Stored
 from pipeline.train.run_log import METRICS
+from pipeline.train.together import Together
 
 SCORE = "held_out_fvu"
 """What the best checkpoints have the least of; in state.json."""
@@ -61,39 +72,122 @@ class State:
 
 
 def save(
-    directory: Path, model: Transcoder, optimizer: torch.optim.Optimizer, state: State, about: dict[str, object]
+    directory: Path,
+    model: Transcoder,
+    optimizer: Optimizer,
+    state: State,
+    about: dict[str, object],
+    mesh: Mesh | None = None,
+    shard: Shard | None = None,
 ) -> Path:
-    """Write checkpoints/step_N of a run directory. `about` goes into state.json; a copy of metrics.jsonl lies beside
-    it, from which whatever happens to that file is mended."""
+    """Write checkpoints/step_N of a run directory and wait until it is there. `about` goes into state.json; a copy of
+    metrics.jsonl lies beside it, from which whatever happens to that file is mended. All ranks of `mesh` call it at the
+    same step, with the transcoder that holds the features of `shard`; the directory is one that all see.
+
+    UserError when the disk cannot hold it. `checkpoint_writer.Writer` does the same beside the training.
+    """
+    saving = prepared(directory, model, optimizer, state, about, mesh, shard)
+    saving.write()
+    if mesh is not None:
+        mesh.world.barrier()
+    return saving.target
+
+
+Files = Generator[tuple[str, dict[str, Held]], None, None]
+"""(stem, tensors): of the transcoder while the optimiser's averaged weights are in it, then the others'."""
+
+
+@dataclass
+class Saving:
+    """A checkpoint that is to be written: `files` are read once, in order."""
+
+    target: Path
+    files: Files
+    texts: dict[str, bytes]
+    together: Together | None
+    """Where several ranks write it."""
+
+    def write(self, stop: Event | None = None) -> bool:
+        """What this rank has to write; on rank 0 it lasts until the others have written too, or `stop` is set: then
+        there is no checkpoint. -> whether this rank made it appear."""
+        if self.together is None:
+            with atomic_directory(self.target) as aside, closing(self.files) as files:
+                for stem, held in files:
+                    tensors = {name: one.tensor for name, one in held.items()}
+                    save_tensors(contiguous(tensors), aside / f"{stem}.safetensors")
+                self._write_texts(aside)
+            return True
+        rank, n = self.together.rank, self.together.n_ranks
+        with closing(self.files) as files:
+            self.together.write(lambda at: {stem: row_files.write(at, stem, held, rank, n) for stem, held in files})
+        return rank == 0 and self.together.finish(self._write_texts, stop)
+
+    def _write_texts(self, folder: Path) -> None:
+        for name, text in self.texts.items():
+            (folder / name).write_bytes(text)
+
+
+def prepared(
+    directory: Path,
+    model: Transcoder,
+    optimizer: Optimizer,
+    state: State,
+    about: dict[str, object],
+    mesh: Mesh | None = None,
+    shard: Shard | None = None,
+) -> Saving:
+    """What `save` writes. All ranks make room for it together."""
+    mesh, shard = mesh or alone(), shard or whole(model.d_features)
     target = directory / "checkpoints" / f"step_{state.step}"
-    with atomic_directory(target) as aside:
-        with averaged(optimizer):
-            save_file(contiguous(model.state_dict()), aside / "model.safetensors")
-        save_file(contiguous(optimizer_tensors(model, optimizer)), aside / "optimizer.safetensors")
-        save_file(contiguous(_state_tensors(state)), aside / "state.safetensors")
-        (aside / "state.json").write_text(json.dumps({"step": state.step, **about}, indent=2) + "\n")
-        if (directory / METRICS).exists():
-            shutil.copyfile(directory / METRICS, aside / METRICS)
-    return target
+    texts = {"state.json": (json.dumps({"step": state.step, **about}, indent=2) + "\n").encode()}
+    if (directory / METRICS).exists():
+        texts[METRICS] = (directory / METRICS).read_bytes()
+    together = Together.begin(target, mesh) if mesh.world.size > 1 else None
+    return Saving(target, _files(model, optimizer, state, Layout(model, mesh, shard)), texts, together)
 
 
-def load(checkpoint: Path, model: Transcoder, optimizer: torch.optim.Optimizer) -> State:
-    """Restore model, optimiser and random generators in place, and return the rest."""
-    model.load_state_dict(load_file(checkpoint / "model.safetensors"))
-    restore_optimizer(model, optimizer, load_file(checkpoint / "optimizer.safetensors"))
-    tensors = load_file(checkpoint / "state.safetensors")
+def _files(model: Transcoder, optimizer: Optimizer, state: State, layout: Layout) -> Files:
+    """By stem what this rank writes."""
+    named = {MODEL: model.state_dict(), OPTIMIZER: optimizer_tensors(model, optimizer), STATE: _state_tensors(state)}
+    mine = layout.mine(named)
+
+    def held(stem: str, tensors: Mapping[str, Tensor]) -> dict[str, Held]:
+        return {name: layout.held(stem, name, tensors[name]) for name in tensors if (stem, name) in mine}
+
+    with averaged(optimizer):
+        yield MODEL, held(MODEL, model.state_dict())
+    yield OPTIMIZER, held(OPTIMIZER, optimizer_tensors(model, optimizer))
+    yield STATE, held(STATE, named[STATE])
+
+
+def load(
+    checkpoint: Path, model: Transcoder, optimizer: Optimizer, mesh: Mesh | None = None, shard: Shard | None = None
+) -> State:
+    """Restore model, optimiser and random generators in place, and return the rest: of a checkpoint of any number of
+    ranks the rows of `shard`. What is of a rank alone comes from rank 0 where the ranks are others now. UserError for
+    moments that several feature ranks cannot share."""
+    layout = Layout(model, mesh or alone(), shard or whole(model.d_features))
+    with (
+        Stored(checkpoint, MODEL) as weights,
+        Stored(checkpoint, OPTIMIZER) as moments,
+        Stored(checkpoint, STATE) as own,
+    ):
+        check_ranks(moments, layout, checkpoint)
+        model.load_state_dict(dict(Parts(weights, MODEL, layout)))
+        restore_optimizer(model, optimizer, Parts(moments, OPTIMIZER, layout))
+        tensors = {name: tensor.clone() for name, tensor in Parts(own, STATE, layout).items()}
     torch.set_rng_state(tensors.pop("torch_rng"))
     if "cuda_rng" in tensors:
         torch.cuda.set_rng_state(tensors.pop("cuda_rng"), model.b_enc.device)
     step = json.loads((checkpoint / "state.json").read_text())["step"]
-    fired = tensors.pop("tokens_since_fired").to(model.b_enc.device)
-    own = [name for name in tensors if name.startswith(STEERING)]
-    steering = {name.removeprefix(STEERING): float(tensors.pop(name)) for name in own}
+    fired = tensors.pop(COUNTERS).to(model.b_enc.device)
+    own_names = [name for name in tensors if name.startswith(STEERING)]
+    steering = {name.removeprefix(STEERING): float(tensors.pop(name)) for name in own_names}
     return State(step, fired, Steering(**steering) if steering else None, tensors)
 
 
 def _state_tensors(state: State) -> dict[str, Tensor]:
-    own = {"tokens_since_fired": state.tokens_since_fired, "torch_rng": torch.get_rng_state()}
+    own = {COUNTERS: state.tokens_since_fired, "torch_rng": torch.get_rng_state()}
     if state.tokens_since_fired.is_cuda:
         own["cuda_rng"] = torch.cuda.get_rng_state(state.tokens_since_fired.device)
     if state.steering is not None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pipeline.arch.base import Transcoder
+from pipeline.dist.sharded import Ranks
 from pipeline.errors import UserError
 from pipeline.train import calibrate
 from pipeline.train.inputs import Inputs
@@ -39,11 +40,19 @@ class HeldOut:
     when they are first asked for, and kept as they are stored.
 
     read: from a number of rows to resid_mid, mlp_out [n, L, D]. batch: tokens that compete. seed: orders the rows.
+    ranks: those that hold the features; all measure at the same steps.
     """
 
     def __init__(
-        self, read: Callable[[int], tuple[Tensor, Tensor]], inputs: Inputs, rows: int, batch: int, seed: int
+        self,
+        read: Callable[[int], tuple[Tensor, Tensor]],
+        inputs: Inputs,
+        rows: int,
+        batch: int,
+        seed: int,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks
         self._read, self._inputs, self._n, self._batch, self._seed = read, inputs, max(rows, batch), batch, seed
         self._rows: tuple[Tensor, Tensor] | None = None
         self._last: tuple[int, dict[str, float | None]] = (-1, {})
@@ -66,13 +75,13 @@ class HeldOut:
         order = calibrate.shuffled_batches(resid_mid.shape[0], self._batch, self._seed)
         with averaged(optimizer):
             batches = (self._inputs(resid_mid[rows], mlp_out[rows]) for rows in order)
-            firing, error = calibrate.sums(model.eval(), batches, self._inputs.scaling.y_scale)
+            firing, error = calibrate.sums(model.eval(), batches, self._inputs.scaling.y_scale, self._ranks)
         model.train(was_training)
         found: dict[str, float | None] = {
             "fvu": error.fvu()["pooled"],
             "explained_variance": error.explained_variance()["pooled"],
-            "l0": firing.l0()["total"],
-            "dead_fraction": firing.dead_fraction()["total"],
+            "l0": calibrate.l0(firing, self._ranks),
+            "dead_fraction": calibrate.dead_fraction(firing, self._ranks),
             "n_tokens": firing.n,
         }
         self._last = step, found

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from pipeline.data.tokens import count
 from pipeline.errors import UserError
 from pipeline.progress import Progress
-from pipeline.train.interrupt import stop_requests
+from pipeline.train.interrupt import leave, stop_requests
 from pipeline.train.lm_measure import evaluate, next_token_loss
 from pipeline.train.lm_run import Json, Work
 from pipeline.train.options import LmOptions
@@ -133,7 +133,7 @@ def fit(
                 clock.restart()
             if stopping:
                 logger.info("stopped at step %d of %d; the same command goes on", step, plan.n_steps)
-                raise KeyboardInterrupt
+                leave(stopping)
     return work.lines[-1]
 
 

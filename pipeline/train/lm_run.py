@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from pipeline.errors import UserError
-from pipeline.files import atomic_directory, remove_empty, take_lock, write_aside
+from pipeline.files import atomic_directory, remove_empty, save_tensors, take_lock, write_aside
 from pipeline.train import checkpoint
 from pipeline.train.optimisers import optimizer_tensors, restore_optimizer
 from pipeline.train.run import flatten
@@ -80,10 +80,10 @@ class Work:
         """Write checkpoints/step_N and remove the one before it."""
         weights = dict(model.named_parameters())  # tied ones once
         with atomic_directory(self.directory / "checkpoints" / f"step_{step}") as aside:
-            save_file(checkpoint.contiguous(weights), aside / "model.safetensors")
+            save_tensors(checkpoint.contiguous(weights), aside / "model.safetensors")
             moments = optimizer_tensors(model, optimizer)
-            save_file(checkpoint.contiguous(moments), aside / "optimizer.safetensors")
-            save_file({"torch_rng": torch.get_rng_state()}, aside / "state.safetensors")
+            save_tensors(checkpoint.contiguous(moments), aside / "optimizer.safetensors")
+            save_tensors({"torch_rng": torch.get_rng_state()}, aside / "state.safetensors")
             (aside / "state.json").write_text(json.dumps({"step": step, "data": self.data}, indent=2) + "\n")
             (aside / "metrics.jsonl").write_text("".join(map(_line, self.lines)))
         checkpoint.prune(self.directory, keep=1)

@@ -1,6 +1,5 @@
 """The training loss: a dict of terms, coefficients inside, whose sum is minimised and logged."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,19 +12,26 @@ from pipeline.arch import sparse_step
 from pipeline.arch.base import Output, Transcoder
 from pipeline.arch.matryoshka import Matryoshka
 from pipeline.core import activations, density, losses
-from pipeline.core.activations import Activation, Choosing, GroupMax, JumpReLU
-from pipeline.core.options import LayerWeighting, LossOptions, PreActForm, Ramp, Shape, SparsityForm
+from pipeline.core.activations import Activation, Choosing, JumpReLU
+from pipeline.core.options import LayerWeighting, LossOptions, PreActForm, Ramp, SparsityForm
 from pipeline.core.sparse import Features, Sparse
+from pipeline.dist import sharded
+from pipeline.dist.sharded import Ranks
 from pipeline.errors import UserError
-from pipeline.train import schedule
+from pipeline.train import loss_checks, schedule
 from pipeline.train.options import SparseStep
 
 WIDER = 4
 """Multi-TopK's second reconstruction has so many times k features (Gao et al. 2024, A.3)."""
 
 
+BY_FEATURE = frozenset({"sparsity", "pre_act"})
+"""Terms that are sums over features: each rank has those of its own."""
+
+
 class Whole(NamedTuple):
-    """Of a batch that comes in parts: what the terms which are no means over tokens need to know of all of it."""
+    """Of a batch that comes in parts, or lies on several ranks: what the terms which are no means over tokens need to
+    know of all of it."""
 
     spread: float
     """mean_n |e - mean e|^2 of the errors e = y - y_hat."""
@@ -36,7 +42,7 @@ class Whole(NamedTuple):
 class Objective:
     """A run's terms. `layer_variance` [M] is mean_n |y^m - mean y^m|^2 of the cache, in the transcoder's units, and
     `variance` V its sum; only inverse-variance weighting needs the former. `seed` decides what a term
-    draws at a step."""
+    draws at a step. `ranks`: the others that hold features of the same transcoder, or share its tokens."""
 
     def __init__(
         self,
@@ -47,8 +53,10 @@ class Objective:
         layer_variance: Tensor | None = None,
         seed: int = 0,
         sparse: SparseStep = SparseStep.auto,
+        ranks: Ranks | None = None,
     ) -> None:
-        _check(options, model)
+        self.ranks = sharded.alone(model) if ranks is None else ranks
+        loss_checks.check(options, self.ranks.whole)
         self.sparse = sparse
         self.options, self.variance, self.n_steps, self.seed = options, variance, n_steps, seed
         self.weights = _layer_weights(options, model, layer_variance)
@@ -59,7 +67,9 @@ class Objective:
         self.wider: Choosing | None = None
         if options.multi_topk > 0:
             assert isinstance(model.activation, Choosing)
-            rule = activations.build(model.activation.options, model.activation.n_layers, model.d_features)
+            rule = activations.build(
+                model.activation.options, model.activation.n_layers, model.d_features, model.activation.peers
+            )
             assert isinstance(rule, Choosing)
             self.wider = rule.to(model.b_dec.device)
 
@@ -78,9 +88,17 @@ class Objective:
         """Whether a term reads every pre-activation, so that the sparse path cannot drop them."""
         return self.options.pre_act > 0
 
-    def reads_whole(self, dead: Tensor) -> bool:
-        """Whether a term of this step is no mean over tokens."""
-        return self.options.l0 > 0 or (self.options.aux_k > 0 and bool(dead.any()))
+    def reads_whole(self, n_dead: Sequence[int]) -> bool:
+        """Whether a term of this step is no mean over tokens. n_dead: of each source, features of all ranks."""
+        return self.options.l0 > 0 or self.explains(n_dead)
+
+    def counted(self, dead: Tensor) -> list[int]:
+        """Dead features of each source, bool [S, F] -> [S]; empty where no term asks."""
+        return count(dead) if self.options.aux_k > 0 else []
+
+    def explains(self, n_dead: Sequence[int]) -> bool:
+        """Whether dead features are to explain the error in this step."""
+        return self.options.aux_k > 0 and any(n_dead)
 
     @property
     def reads_norms(self) -> bool:
@@ -89,11 +107,12 @@ class Objective:
 
     def forward(self, model: Transcoder, x: Tensor, step: int) -> Output:
         """The model's output with all that the terms of this step read. x [B, L, D] in the transcoder's units."""
-        sizes = model.sizes(self.seed, step) if isinstance(model, Matryoshka) else []
+        whole = self.ranks.whole
+        sizes = self.ranks.here(whole.sizes(self.seed, step)) if isinstance(whole, Matryoshka) else []
         if self.sparse == SparseStep.never:
-            return model(x, True, sizes) if isinstance(model, Matryoshka) else model(x, True)
+            return self.ranks.output(model(x, True, sizes) if isinstance(model, Matryoshka) else model(x, True))
         limits = density.ALWAYS if self.sparse == SparseStep.always else density.limits(model.b_dec)
-        return sparse_step.forward(model, x, limits, self.needs_pre_acts, sizes)
+        return self.ranks.output(sparse_step.forward(model, x, limits, self.needs_pre_acts, sizes))
 
     def lambda_at(self, step: int, log_lambda: float | None) -> float:
         """Coefficient of the sparsity penalty: the controller's, or the schedule's."""
@@ -112,12 +131,17 @@ class Objective:
         step: int,
         log_lambda: float | None = None,
         whole: Whole | None = None,
+        n_dead: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
         """x, y [B, M, D] in the transcoder's units; dead [L, F] bool; log_lambda the controller's; whole: of the batch
-        that these tokens are a part of -> {term: []}."""
+        that these tokens are a part of; n_dead: dead features of each source, on all ranks -> {term: []}.
+
+        A term is that of these tokens. Of several feature ranks each has it in full, but for the terms in `BY_FEATURE`,
+        which are sums over its own features."""
         options = self.options
+        n_dead = self.counted(dead) if n_dead is None else n_dead
         terms = {"reconstruction": losses.reconstruction(out.y_hat, y, self._weights_on(y))}
-        if isinstance(model, Matryoshka) and model.nests:
+        if isinstance(self.ranks.whole, Matryoshka) and self.ranks.whole.nests:
             assert out.shorter, "the output of Objective.forward has the shorter prefixes"
             parts = [losses.reconstruction(part, y, self._weights_on(y)) for part in out.shorter]
             terms["prefixes"] = torch.stack(parts).sum()
@@ -136,11 +160,11 @@ class Objective:
             terms["pre_act"] = self._now("pre_act", step) * self._pre_act(model, out.pre_acts, norms)
         if self.wider is not None:
             terms["multi_topk"] = self._now("multi_topk", step) * self._multi_topk(model, x, y)
-        if options.aux_k > 0 and dead.any():
+        if self.explains(n_dead):
             error = (y - out.y_hat).detach()
-            explained = explain_error(model, x, dead)
+            (explained,) = self.ranks.summed([explain_error(model, x, dead)], "aux_k")
             spread = None if whole is None else whole.spread
-            auxiliary = losses.aux_k(error, explained, int(dead.sum()), self.variance, spread)
+            auxiliary = losses.aux_k(error, explained, sum(n_dead), self.variance, spread)
             terms["aux_k"] = self._now("aux_k", step) * auxiliary
         return terms
 
@@ -174,66 +198,10 @@ class Objective:
     def _multi_topk(self, model: Transcoder, x: Tensor, y: Tensor) -> Tensor:
         assert self.wider is not None
         assert isinstance(model.activation, Choosing)
-        self.wider.k = [min(WIDER * k, model.d_features) for k in model.activation.k]
+        self.wider.k = [min(WIDER * k, self.ranks.whole.d_features) for k in model.activation.k]
         out: Output = model.under(self.wider)(x)
-        return losses.reconstruction(out.y_hat, y, self._weights_on(y))
-
-
-def _check(options: LossOptions, model: Transcoder) -> None:
-    """UserError for coefficients and combinations that make no sense, before anything is computed."""
-    rule = model.activation
-    for name in ("sparsity", "l0", "pre_act", "aux_k", "multi_topk"):
-        if getattr(options, name) < 0:
-            raise UserError(f"loss.{name}={getattr(options, name)} must not be negative")
-    for field in dataclasses.fields(options.schedule):
-        schedule.check(getattr(options.schedule, field.name), f"loss.schedule.{field.name}")
-    if options.sparsity_c <= 0:
-        raise UserError(f"loss.sparsity_c={options.sparsity_c} must be above 0")
-    if options.sparsity_form == SparsityForm.l1 and options.sparsity_c != LossOptions.sparsity_c:
-        raise UserError("loss.sparsity_c has no meaning for loss.sparsity_form=l1; leave it out")
-    january = options.pre_act > 0 and options.pre_act_form == PreActForm.january
-    if january and not isinstance(rule, JumpReLU):
-        raise UserError("loss.pre_act_form=january needs thresholds; use activation=jumprelu or pre_act_form=clt")
-    untied = all(model.n_tables(source) == len(model.targets(source)) for source in range(model.n_sources))
-    if options.resample_every is not None and (model.n_sources != model.dims.n_layers or not untied):
-        raise UserError(
-            "loss.resample_every needs an encoder for each layer and a decoder for each layer that it writes, which "
-            f"arch={model.options.name} has not; leave it out"
-        )
-    if not 0 < options.resample_until <= 1:
-        raise UserError(f"loss.resample_until={options.resample_until} is a share of the run and must lie in (0, 1]")
-    if options.multi_topk > 0 and (not isinstance(rule, Choosing) or isinstance(rule, GroupMax)):
-        raise UserError(
-            f"loss.multi_topk={options.multi_topk} needs a k to multiply, which activation={rule.name} has not; "
-            "use topk, batchtopk or batchtopk_across, or leave it out"
-        )
-    _check_target(options, model)
-
-
-def _check_target(options: LossOptions, model: Transcoder) -> None:
-    rule, target = model.activation, options.target_l0
-    if options.l0 > 0 and not isinstance(rule, JumpReLU):
-        raise UserError(
-            f"loss.l0={options.l0} teaches thresholds, which activation={rule.name} has not; use activation=jumprelu"
-        )
-    if options.l0 > 0 and target is None:
-        raise UserError(f"loss.l0={options.l0} needs a number to aim at; add loss.target_l0=64")
-    if target is None:
-        return
-    if isinstance(rule, Choosing):
-        raise UserError(
-            f"loss.target_l0={target} has no meaning for activation={rule.name}, whose k fixes L0; use activation.k"
-        )
-    most = rule.n_layers * model.d_features
-    if not 0 < target < most:
-        raise UserError(f"loss.target_l0={target} must lie between 0 and the {most} features there are")
-    if options.l0 > 0 and options.sparsity > 0:
-        raise UserError(
-            "loss.l0 and loss.sparsity would both act on L0, and loss.target_l0 says which is to reach it; set "
-            "loss.l0=0 for the controller of loss.sparsity, or loss.sparsity=0 for the penalty loss.l0"
-        )
-    if options.l0 == 0 and options.schedule.sparsity != Ramp(Shape.linear):
-        raise UserError("loss.target_l0 sets lambda itself, so loss.schedule.sparsity has no meaning; leave it out")
+        (y_hat,) = self.ranks.summed([out.y_hat], "multi_topk")
+        return losses.reconstruction(y_hat, y, self._weights_on(y))
 
 
 def _layer_weights(options: LossOptions, model: Transcoder, layer_variance: Tensor | None) -> Tensor | None:
@@ -258,6 +226,12 @@ def _layer_weights(options: LossOptions, model: Transcoder, layer_variance: Tens
     return torch.tensor(list(given), dtype=torch.float64)
 
 
+def count(dead: Tensor) -> list[int]:
+    """Dead features of each source. bool [S, F] -> [S]"""
+    found: list[int] = dead.sum(dim=1).tolist()
+    return found
+
+
 def active_features(rule: JumpReLU, out: Output) -> tuple[Features, Tensor]:
     """What is 1 where a feature is active, with the thresholds' gradient; and 0 [], with that of pairs not in it."""
     gated = out.pre_acts if out.gated is None else out.gated
@@ -269,19 +243,20 @@ def active_features(rule: JumpReLU, out: Output) -> tuple[Features, Tensor]:
 def explain_error(model: Transcoder, x: Tensor, dead: Tensor) -> Tensor:
     """AuxK's e_hat: the min(d/2, n_dead) most active dead features of each token and layer, decoded without a bias.
 
+    Where features lie on several ranks, the most active of all of them, and what those that are here write.
     x [B, L, D], dead [S, F] bool, S the model's feature spaces -> [B, L, D]
     """
     n_layers, d_model = model.dims
     rows = [x.new_zeros(x.shape[0], d_model) for _ in range(n_layers)]
-    for source, read in enumerate(model.inputs(x)):
-        ids = dead[source].nonzero().squeeze(1)
-        if not ids.numel():
-            continue
-        pre_acts = F.linear(read, model.encoders[source][ids], model.b_enc[source][ids].to(read.dtype))
-        z = pre_acts.relu()
-        if ids.numel() > d_model // 2:
-            values, indices = z.topk(d_model // 2, dim=1)
-            z = torch.zeros_like(z).scatter(1, indices, values)
-        for target, part in model.write_rows(z, ids, source, read):
-            rows[target] = rows[target] + part
+    inputs, ids = model.inputs(x), [layer.nonzero().squeeze(1) for layer in dead]
+
+    def activations_of(source: int) -> Tensor:
+        weight, bias = model.encoders[source][ids[source]], model.b_enc[source][ids[source]]
+        return F.linear(inputs[source], weight, bias.to(weight.dtype)).relu()
+
+    dead_ones = ((activations_of(source), ids[source]) for source in range(model.n_sources))
+    for source, z in enumerate(model.activation.peers.strongest(dead_ones, d_model // 2)):
+        if ids[source].numel():
+            for target, part in model.write_rows(z, ids[source], source, inputs[source]):
+                rows[target] = rows[target] + part
     return torch.stack(rows, dim=1)

@@ -1,7 +1,7 @@
 """A library's optimisers behind one face: one list of groups, one state, gradients that are whole and clipped.
 
     Optimiser       one or several of torch's optimisers, each on its own parameters
-    EightBit        torchao's Adam, whose moments are tensors of 8-bit codes
+    EightBit        torchao's Adam, whose moments are tensors of 8-bit codes (`train/eight_bit.py`)
     ScheduleFree    facebook's wrapper around the sign of the gradient (Defazio et al. 2024, arXiv:2405.15682)
 
 Schedule-free training knows three points: z, which the steps move; x, the average of all z so far, which is the
@@ -9,11 +9,9 @@ result; and y, between the two, where gradients are taken. The parameters hold y
 z, and x follows from both. `averaged` puts x into the parameters for a while, `settle` for good.
 """
 
-import importlib
-import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,19 +19,22 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from pipeline.core import deferred
+from pipeline.dist.wire import Group
+from pipeline.train import eight_bit
 
 
 class Optimiser(Optimizer):
     """Optimisers that share their groups and their state with this one. Before each step gradients that are kept as
     terms (`core/deferred.py`) are summed, and all are clipped."""
 
-    def __init__(self, parts: Sequence[Optimizer], clip: float | None = None) -> None:
-        """clip: the largest norm of all gradients together; None for no limit."""
+    def __init__(self, parts: Sequence[Optimizer], clip: float | None = None, features: Group | None = None) -> None:
+        """clip: the largest norm of all gradients together; None for no limit. features: ranks that hold the other
+        parameters."""
         groups = [group for part in parts for group in part.param_groups]
         super().__init__(groups, parts[0].defaults if len(parts) == 1 else {})
         for part in parts:
             part.state = self.state
-        self.parts, self.clip = list(parts), clip
+        self.parts, self.clip, self.features = list(parts), clip, features
 
     def parameters(self) -> list[Parameter]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
@@ -44,7 +45,7 @@ class Optimiser(Optimizer):
         for parameter in self.parameters():
             deferred.materialise(parameter)
         if self.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), self.clip)
+            clip_gradients(self.parameters(), self.clip, self.features)
         self._advance()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -59,24 +60,6 @@ class Optimiser(Optimizer):
 class EightBit(Optimiser):
     """torchao's optimisers compile their step, which a CPU does not repay: a minute of compiling comes first, and the
     step is slow either way."""
-
-    @staticmethod
-    def adam(parameters: Iterable[Parameter], **numbers: Any) -> Optimizer:
-        """AdamW with 8-bit moments. Of parameters that are bfloat16 each step is rounded at random."""
-        library, state = _quietly("torchao.optim"), _quietly("torchao.optim.subclass_8bit")
-
-        class Adam(library.AdamW8bit):  # type: ignore[name-defined]
-            @staticmethod
-            def _subclass_zeros(p: Tensor, signed: bool, block_size: int) -> Any:
-                zeros = state.OptimState8bit.zeros(p.shape, signed, block_size, p.device, dtype=p.dtype)
-                if not signed:
-                    # A second moment below the smallest step of its block would become 0, and the update, which is
-                    # divided by its root, would be without bounds where the first moment is not 0 too: in features
-                    # that fire rarely, that is the rule.
-                    zeros.qmap[0] = zeros.qmap[1] / 2
-                return zeros
-
-        return Adam(parameters, bf16_stochastic_round=True, **numbers)
 
     def _advance(self) -> None:
         for group in self.param_groups:
@@ -95,11 +78,18 @@ class ScheduleFree(Optimiser):
     SCALARS: ClassVar[tuple[str, ...]] = ("k", "lr_max", "weight_sum")
     """What the wrapper keeps in each group: steps, the highest rate, the sum of the average's weights."""
 
-    def __init__(self, parameters: Iterable[Parameter], lr: float, momentum: float, clip: float | None) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[Parameter],
+        lr: float,
+        momentum: float,
+        clip: float | None,
+        features: Group | None = None,
+    ) -> None:
         from schedulefree import ScheduleFreeWrapper
 
         base = torch.optim.SGD(parameters, lr=lr, fused=True)
-        super().__init__([base], clip)
+        super().__init__([base], clip, features)
         self.wrapper = ScheduleFreeWrapper(base, momentum=momentum)
         self.wrapper.train()
 
@@ -108,6 +98,21 @@ class ScheduleFree(Optimiser):
             if parameter.grad is not None:
                 parameter.grad.sign_()
         self.wrapper.step()
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[Parameter], largest: float, features: Group | None = None) -> None:
+    """Shorten all gradients together, those of other feature ranks too, to the norm `largest`, if they exceed it.
+
+    A parameter of which there is one for all ranks must have a gradient on one of them alone. 8 bytes on the wire.
+    """
+    if features is None or features.size == 1:
+        torch.nn.utils.clip_grad_norm_(parameters, largest)
+        return
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    square = norm.to(features.device, torch.float64).square().reshape(1)
+    features.sum(square, "gradient norm")
+    torch.nn.utils.clip_grads_with_norm_(parameters, largest, square.sqrt().to(norm.dtype).squeeze())
 
 
 @contextmanager
@@ -147,7 +152,7 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: Optimizer) -> dict[str,
         f"{what}{part}/{names[parameter]}": tensor
         for parameter, state in optimizer.state.items()
         for what, value in state.items()
-        for part, tensor in _plain(torch.as_tensor(value)).items()
+        for part, tensor in eight_bit.parts(torch.as_tensor(value)).items()
     }
     if isinstance(optimizer, ScheduleFree) and "k" in optimizer.param_groups[0]:
         found |= {f"y/{names[parameter]}": parameter.detach() for parameter in optimizer.parameters()}
@@ -159,7 +164,7 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: Optimizer) -> dict[str,
 
 
 @torch.no_grad()
-def restore_optimizer(model: torch.nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+def restore_optimizer(model: torch.nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """The inverse of `optimizer_tensors`."""
     parameters = dict(model.named_parameters())
     groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
@@ -187,7 +192,7 @@ def restore_optimizer(model: torch.nn.Module, optimizer: Optimizer, tensors: dic
         else:
             optimizer.state[parameter][what] = copied
     for (what, name), parts in coded.items():
-        optimizer.state[parameters[name]][what] = _eight_bit(what, parts, parameters[name])
+        optimizer.state[parameters[name]][what] = eight_bit.moment(what, parts, parameters[name])
 
 
 @torch.no_grad()
@@ -199,33 +204,7 @@ def forget(optimizer: Optimizer, parameter: Tensor, rows: Tensor) -> None:
             continue
         if what == "z":
             value[rows] = parameter[rows]  # so that the average begins there too
-        elif _is_coded(value):
+        elif eight_bit.is_coded(value):
             value.codes[rows] = value.qmap.abs().argmin().to(torch.uint8)  # type: ignore[attr-defined]
         else:
             value[rows] = 0
-
-
-def _is_coded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "__tensor_flatten__")
-
-
-def _plain(tensor: Tensor) -> dict[str, Tensor]:
-    """A tensor by the names of its parts, "" for one that is plain."""
-    if not _is_coded(tensor):
-        return {"": tensor}
-    return {f".{name}": getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}  # type: ignore[attr-defined]
-
-
-def _eight_bit(what: str, parts: dict[str, Tensor], parameter: Tensor) -> Any:
-    state = _quietly("torchao.optim.subclass_8bit")
-    return state.OptimState8bit(**parts, signed=what == "exp_avg", dtype=parameter.dtype)
-
-
-def _quietly(module: str) -> Any:
-    """torchao's modules. On import it complains of kernels for other machines, which no optimiser uses."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        return importlib.import_module(module)
-    finally:
-        logging.disable(before)

@@ -7,6 +7,12 @@ from pipeline.core.options import Kernels
 from pipeline.data.options import Dtype
 
 
+class AsyncCheckpoints(StrEnum):
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
 class Finish(StrEnum):
     last = "last"
     best = "best"
@@ -67,6 +73,12 @@ class OptimOptions:
     """Shape of the fall: linear, cosine, or constant for none."""
 
 
+class WeightsIn(StrEnum):
+    auto = "auto"
+    memory = "memory"
+    disk = "disk"
+
+
 @dataclass
 class TrainOptions:
     n_tokens: str | None = None
@@ -120,6 +132,11 @@ class TrainOptions:
 
     keep_checkpoints: int = 1
     """How many of the newest checkpoints stay."""
+
+    async_checkpoints: AsyncCheckpoints = AsyncCheckpoints.auto
+    """Whether a checkpoint is written while the training goes on, from a copy in the CPU's memory, as large as weights
+    and optimiser state together. auto: where the training is on a GPU, from which they are copied anyway. The files are
+    the same."""
 
     keep_best: int = 0
     """How many of the best checkpoints stay besides: those of the lowest FVU on the first rows of the calibration

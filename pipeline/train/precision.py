@@ -15,15 +15,12 @@ import torch
 
 from pipeline.arch.base import Transcoder
 from pipeline.errors import UserError
+from pipeline.train.eight_bit import BLOCK
 from pipeline.train.optim import OPTIMISERS
 from pipeline.train.options import Precision
 
 TABLES = {"encoders", "decoders"}
 """What becomes bfloat16, by the first part of its name."""
-
-BLOCK, SMALLEST = 256, 4096
-"""Moments have 8 bits in tables of so many numbers at least that divide into such blocks. Others would be bfloat16,
-which the second moment cannot follow."""
 
 LEFT_OUT = ("tied", "molt")
 """Architectures that mix tables with scales or transforms."""
@@ -40,11 +37,11 @@ def check(weights: Precision, optim: str, model: Transcoder) -> None:
         )
     if model.options.name in LEFT_OUT:
         raise UserError(f"train.weights=bfloat16 cannot be had with arch={model.options.name}; use float32")
-    small = [table.numel() for table in _tables(model) if table.numel() % BLOCK or table.numel() < SMALLEST]
-    if small:
+    odd = [table.numel() for table in _tables(model) if table.numel() % BLOCK]
+    if odd:  # their moments would be bfloat16, which the second moment cannot follow
         raise UserError(
-            f"train.weights=bfloat16 needs tables of {SMALLEST} numbers at least, a multiple of {BLOCK}, not "
-            f"{small[0]}; change arch.d_features or use float32"
+            f"train.weights=bfloat16 needs tables that divide into blocks of {BLOCK} numbers, for moments of 8 bits, "
+            f"and one has {odd[0]}; change arch.d_features or use float32"
         )
 
 
@@ -61,6 +58,12 @@ def restore(model: Transcoder) -> None:
         if table.dtype == torch.bfloat16:
             table.data = table.data.float()
             table.grad = None
+
+
+def weight_bytes(model: Transcoder, weights: Precision) -> int:
+    """Of a model's parameters while they are trained, whose shapes alone are read."""
+    half = sum(table.numel() for table in _tables(model)) if weights == Precision.bfloat16 else 0
+    return 4 * model.n_parameters - 2 * half
 
 
 def _tables(model: Transcoder) -> list[torch.nn.Parameter]:

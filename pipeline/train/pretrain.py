@@ -8,6 +8,7 @@
 import json
 import logging
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -179,7 +180,8 @@ def save(model: "GPT2LMHeadModel", tokenizer: Path, weights: Weights, to: Path) 
     config = json.loads((to / "config.json").read_text())
     config.pop("_name_or_path", None)
     (to / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    (to / "model.safetensors").chmod(0o644)  # safetensors makes it private
+    mode = stat.S_IMODE((to / "config.json").stat().st_mode)
+    (to / "model.safetensors").chmod(mode)  # safetensors makes it private
 
 
 # ----------------------------------------------------------------------------------------------------- samples

@@ -11,6 +11,8 @@ replacement within a layer, with probability proportional to its squared loss:
 Theirs are a sample of inputs, unit decoder rows and encoder rows at .2 of the living; ours is the batch of the step,
 so that the result is a function of the checkpoint, and the share is taken in the decoder, since TopK features have to
 win a comparison of pre-activations.
+
+Where features lie on several ranks, tokens are drawn for the dead ones of all, and each rank restarts its own.
 """
 
 import torch
@@ -20,6 +22,8 @@ from torch.nn import functional as F
 from pipeline.arch.base import Transcoder
 from pipeline.arch.init_rows import FIRING
 from pipeline.core.activations import JumpReLU
+from pipeline.dist import sharded
+from pipeline.dist.sharded import Ranks
 from pipeline.train.optimisers import forget
 
 SHARE = 0.2
@@ -34,34 +38,56 @@ def resample(
     error: Tensor,
     dead: Tensor,
     generator: torch.Generator,
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """Restart dead features in place. x, error = y - y_hat [B, L, D], dead bool [L, F] -> those restarted, [L, F].
 
-    No more of a layer than the batch has tokens. `generator` is one of the CPU.
+    No more of a layer than the batch has tokens. `generator` is one of the CPU. With `ranks` x and error are of the
+    tokens of all, model and dead of the features that are here.
     """
-    restarted = torch.zeros_like(dead)
+    ranks = ranks or sharded.alone(model)
+    restarted, dead = torch.zeros_like(dead), ranks.of_all(dead)
     weight = error.double().square().sum(dim=(1, 2)).square().cpu()
     for layer in range(model.n_sources):
         ids = dead[layer].nonzero().squeeze(1)[: int((weight > 0).sum())]
         if ids.numel():
             tokens = torch.multinomial(weight, ids.numel(), generator=generator).to(x.device)
-            _restart(model, x[:, layer], error, layer, ids, tokens)
-            restarted[layer, ids] = True
+            here, which = ranks.places(ids)
+            length = _length(model, layer, here, x, ranks)
+            _restart(model, x[:, layer], error, layer, here, tokens[which], length, ranks.whole.d_features)
+            restarted[layer, here] = True
     _forget(model, optimizer, restarted)
     return restarted
 
 
-def _restart(model: Transcoder, x: Tensor, error: Tensor, layer: int, ids: Tensor, tokens: Tensor) -> None:
+def _length(model: Transcoder, layer: int, ids: Tensor, x: Tensor, ranks: Ranks) -> Tensor:
+    """The mean length of the encoder rows of all features but these; 1 where there are no others. -> []"""
     living = torch.ones(model.d_features, dtype=torch.bool, device=x.device).index_fill(0, ids, False)
+    lengths = model.encoders[layer][living].norm(dim=1).to(x.dtype)
+    if ranks.splits:
+        total, n = ranks.mesh.features.sum(torch.stack([lengths.sum(), living.sum().to(x.dtype)]), "resample")
+        return total / n if n else torch.ones_like(total)
+    return lengths.mean() if living.any() else x.new_ones(())
+
+
+def _restart(
+    model: Transcoder,
+    x: Tensor,
+    error: Tensor,
+    layer: int,
+    ids: Tensor,
+    tokens: Tensor,
+    length: Tensor,
+    d_features: int,
+) -> None:
     weight, mean = model.encoders[layer], x.mean(dim=0)
-    length = weight[living].norm(dim=1).to(x.dtype).mean() if living.any() else x.new_ones(())
     rows = F.normalize(x[tokens] - mean, dim=1) * length
     at_token = (rows * (x[tokens] - mean)).sum(dim=1)
     bias, theta = -rows @ mean, torch.zeros_like(at_token)
     if not model.activation.chooses:
         if isinstance(model.activation, JumpReLU):
             theta = model.activation.threshold[layer, ids]
-        rank = max(1, round(min(0.5, FIRING / model.d_features) * x.shape[0]))
+        rank = max(1, round(min(0.5, FIRING / d_features) * x.shape[0]))
         reached = ((x - mean) @ rows.T).topk(rank, dim=0).values[-1]
         # The feature's own token is among those that it fires on.
         bias = bias + theta - torch.minimum(reached, at_token / 2)

@@ -19,8 +19,9 @@ SWEEP = "sweep.yaml"
 
 NO_EFFECT = {
     "cache.dir", "cache.read", "cache.shards_ahead", "cache.local_dir", "cache.local_gb", "newest_cache",
-    "train.keep_checkpoints", "train.keep_best", "train.diverged", "train.share_pass", "experiment", "dry_run",
-    "resume",
+    "train.keep_checkpoints", "train.keep_best", "train.diverged", "train.share_pass", "train.async_checkpoints",
+    "experiment", "dry_run", "resume",
+    "dist.name", "dist.features", "dist.data", "dist.timeout_s", "dist.world",
     "log.name", "log.project", "log.entity", "log.group", "log.tags", "log.mode", "log.report",
 }  # fmt: skip
 """Settings that do not change what a run computes, so they may differ when it is continued."""
@@ -29,6 +30,7 @@ ADDED = {
     "dataset.skip_tokens": "0", "train.accumulate": 1, "train.finish": "last", "train.weights": "float32",
     "optim.momentum": 0.95, "optim.weight_decay": 0.0, "optim.clip": None, "train.kernels": "auto",
     "train.sparse": "auto", "log.held_out_every": "auto", "log.held_out_rows": 2048,
+    "dist.name": "single", "dist.features": 1, "dist.data": 1, "dist.timeout_s": 600.0, "dist.world": None,
 }  # fmt: skip
 """Settings that the config.yaml of an older run lacks, and what they were then."""
 

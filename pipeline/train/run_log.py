@@ -22,9 +22,11 @@ class Watcher(Protocol):
 
 
 class RunLog:
-    """The two files of a run directory. metrics.jsonl repeats to the byte, timings.jsonl does not."""
+    """The two files of a run directory. metrics.jsonl repeats to the byte, timings.jsonl does not. writes: whether this
+    process writes them, of several that train one run."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, writes: bool = True) -> None:
+        self.writes = writes
         self.metrics, self.timings = directory / METRICS, directory / "timings.jsonl"
         self.watchers: list[Watcher] = []
 
@@ -34,6 +36,8 @@ class RunLog:
         The checkpoint has its own copy, unless nothing had been logged or an older version wrote it; then the file's
         lines up to `step` stay. Lines that a crash cut short go from both files.
         """
+        if not self.writes:
+            return
         copy = None if checkpoint is None else checkpoint / METRICS
         if copy is not None and copy.exists():
             write_aside(self.metrics, copy.read_bytes())
@@ -48,6 +52,8 @@ class RunLog:
 
     def add(self, metrics: dict[str, object], times: dict[str, object]) -> None:
         """A line for each file."""
+        if not self.writes:
+            return
         for path, line in ((self.metrics, metrics), (self.timings, times)):
             with path.open("a") as file:
                 file.write(json.dumps(line) + "\n")

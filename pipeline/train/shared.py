@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.data.loader import Batch
 from pipeline.progress import Progress
 from pipeline.train.inputs import Inputs
-from pipeline.train.interrupt import stop_requests
+from pipeline.train.interrupt import leave, stop_requests
 from pipeline.train.loop import Trainer
 
 Attempt = Callable[[Sequence[int], Callable[[], None]], bool]
@@ -175,10 +175,10 @@ def train(members: list[Member], batches: Iterator[Batch], attempt: Attempt, tar
             prepared.next(None)
             position += 1
             bar.update(size, **_shown(members))
-            if requested():
+            if asked := requested():
                 for member in list(members):
                     attempt([member.job], _in_turn(member, member.trainer.stop))
-                raise KeyboardInterrupt
+                leave(asked)
             _conclude(members, attempt)
 
 

@@ -6,6 +6,8 @@ cache that the new run trains on, which need not be those that it came from.
 
 import logging
 from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,20 +25,21 @@ LOWEST = 1e-4
 """Where a threshold of 0 begins, in the units of pre_acts: its logarithm is what is learned."""
 
 
-def check(trained: Trained, arch: ArchOptions, dims: Dims) -> None:
-    """UserError when the finished run has another shape than the new one, or the new one names a start as well."""
-    theirs = Dims(**trained.config["dims"])
+def check(path: Path, config: dict[str, Any], arch: ArchOptions, dims: Dims) -> None:
+    """UserError when the finished run, whose config.json this is, has another shape than the new one, or the new one
+    names a start as well."""
+    theirs = Dims(**config["dims"])
     if theirs != dims:
         raise UserError(
-            f"train.init_from={trained.path} was trained on {theirs.n_layers} layers of {theirs.d_model}, "
+            f"train.init_from={path} was trained on {theirs.n_layers} layers of {theirs.d_model}, "
             f"the cache has {dims.n_layers} of {dims.d_model}; name a run of the same language model and layers"
         )
-    before, now = trained.config["arch"], to_plain(arch)
+    before, now = config["arch"], to_plain(arch)
     starts = {name for name in now if name.startswith("init")}
     differ = [name for name in now if name not in starts and before.get(name) != now[name]]
     if differ:
         shown = ", ".join(f"arch.{name}={now[name]} (there {before.get(name)})" for name in differ)
-        raise UserError(f"train.init_from={trained.path} has another shape: {shown}; give this run that shape")
+        raise UserError(f"train.init_from={path} has another shape: {shown}; give this run that shape")
     for field in fields(arch):
         if field.name in starts and getattr(arch, field.name) != field.default:
             raise UserError(

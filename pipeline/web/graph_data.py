@@ -18,7 +18,8 @@ from torch import Tensor
 from pipeline.interp.circuits import graph_scores, top_paths
 from pipeline.interp.circuits.graph import Graph, Kind
 from pipeline.interp.circuits.graph_json import Supernode, node_ids
-from pipeline.interp.circuits.supernodes import top_tokens_of
+from pipeline.interp.circuits.graph_scores import Pruned
+from pipeline.interp.dashboards import feature_labels
 
 MOST_SHARE = 0.95
 MOST_NODES = 1500
@@ -50,19 +51,18 @@ class Strings:
 
 def payload(
     graph: Graph,
-    nodes_share: float,
-    edges_share: float,
+    pruned: Pruned,
     supernodes: Iterable[Supernode],
     features: FeatureData | None,
     labels: Mapping[tuple[int, int], str],
 ) -> dict[str, Any]:
     """What the page's script reads, as JSON can hold it.
 
-    nodes_share, edges_share: where the sliders of pruning stand at first. labels: of features by (layer, index);
+    pruned: gives the shares at which the sliders of pruning stand at first. labels: of features by (layer, index);
     others are named by their top contexts.
     """
-    influence = graph_scores.influence(graph)
-    ids, most = chosen(graph, influence, max(nodes_share, MOST_SHARE))
+    influence = pruned.influence
+    ids, most = chosen(graph, influence, max(pruned.nodes_share, MOST_SHARE))
     strings = Strings()
     found = _features(graph, ids, influence, features, strings, labels)
     names = {f"{l}/{i}": text for (l, i), text in labels.items()} | {key: one["label"] for key, one in found.items()}
@@ -75,7 +75,7 @@ def payload(
         "nodes": _nodes(graph, ids, influence, names),
         "edges": _edges(graph.edges[ids][:, ids]),
         "influence_total": float(influence.sort(descending=True).values.cumsum(dim=0)[-1]),
-        "thresholds": {"node": min(nodes_share, most), "edge": edges_share, "most": most},
+        "thresholds": {"node": min(pruned.nodes_share, most), "edge": pruned.edges_share, "most": most},
         "supernodes": groups,
         "paths": _paths(graph, ids),
         "features": found,
@@ -211,7 +211,7 @@ def _example(example: Mapping[str, Any], strings: Strings) -> tuple[list[int], l
 
 def _named(given: Mapping[str, Any], with_output: bool) -> str:
     """Its label, or the token or two at which its top contexts peak; of later layers, what it raises most as well."""
-    name = str(given.get("label") or ", ".join(top_tokens_of(given, 2)))
+    name = str(given.get("label") or ", ".join(feature_labels.top_tokens_of(given, 2)))
     output = str(next(iter(given.get("top_logits") or []), "")).strip()
     return f"{name} → {output}" if with_output and name and output else name
 

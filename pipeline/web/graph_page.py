@@ -33,12 +33,11 @@ def page(
 ) -> str:
     """-> the text of the page.
 
-    pruned: gives the shares at which its sliders stand at first; 0.8 and 0.98 without it. supernodes: groups that are
-    drawn as one node. features: what is known of a feature, None where nothing is. labels: of features by (layer,
+    pruned: gives the shares at which its sliders stand at first; without it those of `prune`. supernodes: groups that
+    are drawn as one node. features: what is known of a feature, None where nothing is. labels: of features by (layer,
     index); others are named by their top contexts. slug: names the file of groups that the page saves.
     """
-    shares = (pruned.nodes_share, pruned.edges_share) if pruned else (0.8, 0.98)
-    data = payload(graph, *shares, supernodes, features, labels or {})
+    data = payload(graph, pruned or graph_scores.prune(graph), supernodes, features, labels or {})
     data |= {"slug": slug, "scores": _scores(graph), "settings": _settings(graph)}
     probability = graph.probability[graph.of(Kind.logit)].tolist()
     outputs = sorted(zip(graph.labels, probability, strict=True), key=lambda output: -output[1])

@@ -174,18 +174,24 @@ def _finite(value: Any) -> Any:
 
 
 def _parameters(directory: Path) -> int | None:
-    """From the shapes in a safetensors header, so that no weight is read."""
-    finished = directory / "final" / "transcoder.safetensors"
-    if finished.is_file():
+    """From the shapes in a safetensors header, or an index, so that no weight is read."""
+    finished = _sizes(directory / "final", "transcoder")
+    if finished:
         final = _json(directory / "final" / "config.json") or {}
         left_out = NO_PARAMETERS + (() if lookup(final, "activation.name") == "jumprelu" else ("threshold",))
-        return sum(n for name, n in _sizes(finished).items() if not name.startswith(left_out))
-    checkpoints = [path for path in directory.glob("checkpoints/step_*/model.safetensors") if path.is_file()]
-    return sum(_sizes(max(checkpoints)).values()) if checkpoints else None
+        return sum(n for name, n in finished.items() if not name.startswith(left_out))
+    checkpoints = sorted(path for path in directory.glob("checkpoints/step_*") if _sizes(path, "model"))
+    return sum(_sizes(checkpoints[-1], "model").values()) if checkpoints else None
 
 
-def _sizes(file: Path) -> dict[str, int]:
-    """Elements of each tensor of a safetensors file."""
+def _sizes(folder: Path, stem: str) -> dict[str, int]:
+    """Elements of each tensor of a safetensors file, or of several with an index; {} where there is neither."""
+    file, index = folder / f"{stem}.safetensors", folder / "index.json"
+    if index.is_file():
+        entries = json.loads(index.read_text())["files"][stem]
+        return {name: math.prod(entry["shape"]) for name, entry in entries.items()}
+    if not file.is_file():
+        return {}
     with file.open("rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))
         header = json.loads(opened.read(length))

@@ -22,10 +22,11 @@ from pipeline.errors import UserError
 from pipeline.train import checkpoint, optim
 from pipeline.train.checkpoint import State
 from pipeline.train.inputs import Inputs
-from pipeline.train.loop import Plan, Trainer
+from pipeline.train.loop import Trainer
 from pipeline.train.micro import Taken
 from pipeline.train.objective import Objective
 from pipeline.train.options import OptimOptions
+from pipeline.train.run_plan import Plan
 from tests import oracle
 
 B, L, F, D = 5, 3, 11, 6

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import compose, prepare
+from pipeline.config import compose
+from pipeline.config.words import prepare
 from pipeline.data.asking import asked, words_of
-from pipeline.data.layout import overrides_of, request_of
+from pipeline.data.commands import overrides_of
+from pipeline.data.layout import request_of
 from pipeline.data.options import (
     Bos,
     Content,
@@ -82,7 +84,7 @@ def test_the_command_of_any_data_set_composes_back_to_it(dataset: DatasetOptions
     assert composed(line) == dataset
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(datasets)
 def test_what_was_asked_gives_the_options_back(dataset: DatasetOptions) -> None:
     assert from_plain(DatasetOptions, json.loads(json.dumps(asked(dataset)))) == dataset

@@ -9,9 +9,10 @@ import pytest
 import torch
 import zarr
 
-from pipeline.data import cache as caches
+from pipeline.data import caches
 from pipeline.data.cache import Cache
-from pipeline.data.layout import SITES, checksum, command_of, directory_of, hierarchy, key_of, request_of
+from pipeline.data.commands import command_of
+from pipeline.data.layout import SITES, checksum, directory_of, hierarchy, key_of, request_of
 from pipeline.data.layout import Size as S
 from pipeline.data.options import DatasetKind, DatasetOptions, Dtype, ModelOptions
 from pipeline.data.tokens import Split

@@ -16,8 +16,9 @@ import torch
 from pipeline.data import codecs, inventory, spill
 from pipeline.data.cache import Cache
 from pipeline.data.codecs import COMPRESSED
+from pipeline.data.commands import command_of
 from pipeline.data.convert import convert
-from pipeline.data.layout import JOURNAL, STORED, command_of, directory_of
+from pipeline.data.layout import JOURNAL, STORED, directory_of
 from pipeline.data.loader import Loader
 from pipeline.data.options import Codec, Write
 from pipeline.data.tokens import Split

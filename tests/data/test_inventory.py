@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import cache as caches
-from pipeline.data import condition, inventory, verify
+from pipeline.data import caches, condition, inventory, verify
 from pipeline.data.inventory import State
 from pipeline.data.layout import JOURNAL, spec_of
 from pipeline.errors import UserError

@@ -13,12 +13,12 @@ import pytest
 import torch
 import zarr
 
-from pipeline.data import cache as caches
-from pipeline.data import inventory
+from pipeline.data import caches, inventory
 from pipeline.data.cache import Cache
+from pipeline.data.commands import command_of
 from pipeline.data.convert import convert
 from pipeline.data.inventory import State
-from pipeline.data.layout import SITES, STORED, checksum, command_of, directory_of
+from pipeline.data.layout import SITES, STORED, checksum, directory_of
 from pipeline.data.loader import Loader
 from pipeline.data.mergeable import hash_rows
 from pipeline.data.merged import Merged

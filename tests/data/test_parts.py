@@ -20,7 +20,7 @@ from pipeline.data.journal import Journal
 from pipeline.data.layout import directory_of
 from pipeline.data.loader import Loader
 from pipeline.data.options import Write
-from pipeline.data.parts import Locks, Part, local_rank, part_of
+from pipeline.data.parts import Locks, Part, part_of
 from pipeline.data.tokens import Split
 from pipeline.data.writer import Writer
 from pipeline.errors import UserError
@@ -49,7 +49,6 @@ def test_a_part_is_named_by_the_option_or_by_torchrun() -> None:
     assert part_of("3/16", {}) == Part(3, 16)
     assert part_of(None, torchrun) == part_of("1/4", torchrun) == Part(1, 4)
     assert part_of(None, {"RANK": "0", "WORLD_SIZE": "1"}) is None
-    assert (local_rank(torchrun), local_rank({})) == (1, None)
     for wrong in ("16/16", "3", "-1/4", "a/b", "1/0", ""):
         with pytest.raises(UserError, match=f"extract.part={wrong} is no part; write I/N"):
             part_of(wrong, {})
@@ -163,6 +162,7 @@ def test_whoever_would_disturb_is_refused(tmp_path: Path, alone: dict[str, bytes
     assert fake.stored_files(fake.extract(tmp_path, after_block=whole)) == alone
 
 
+@pytest.mark.slow
 def test_of_parts_that_end_at_the_same_moment_one_publishes(tmp_path: Path, alone: dict[str, bytes]) -> None:
     """All have noted their blocks and stepped back before any of them asks for the lock."""
     plan = fake.plan_of(tmp_path, FakeModel(), fake.pack(), "0.0015", 6, seed=7)

@@ -15,8 +15,9 @@ from torch import Tensor
 from pipeline.config import compose
 from pipeline.data import models, recompute
 from pipeline.data.cache import Cache
+from pipeline.data.commands import command_of
 from pipeline.data.convert import convert
-from pipeline.data.layout import JOURNAL, command_of, key_of, request_of
+from pipeline.data.layout import JOURNAL, key_of, request_of
 from pipeline.data.loader import Loader
 from pipeline.data.mlps import Mlps
 from pipeline.data.models import LanguageModel

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data import cache as caches
-from pipeline.data import inventory, local_copies, remote, root, transfer
+from pipeline.data import caches, inventory, local_copies, remote, root, transfer
 from pipeline.data.address import Local, Remote, cache_place, place_of
 from pipeline.data.cache import Cache
 from pipeline.data.inventory import State

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import cache as caches
-from pipeline.data import inventory, local_copies, root, verify
+from pipeline.data import caches, inventory, local_copies, root, verify
 from pipeline.data.address import Local, Remote
 from pipeline.data.cache import Cache
 from pipeline.data.inventory import State

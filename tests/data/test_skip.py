@@ -59,7 +59,9 @@ class Stop(Exception):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("step", [2, 20, 150, 500])
+@pytest.mark.parametrize(
+    "step", [pytest.param(2, marks=pytest.mark.slow), 20, pytest.param(150, marks=pytest.mark.slow), 500]
+)
 def test_an_interruption_changes_nothing(
     asked: DatasetOptions, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

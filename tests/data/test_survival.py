@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 
 from pipeline.data import inventory, journal, root, verify
-from pipeline.data.cache import Cache, with_key
+from pipeline.data.cache import Cache
+from pipeline.data.caches import with_key
+from pipeline.data.commands import command_of
 from pipeline.data.convert import convert
-from pipeline.data.layout import SITES, STORED, command_of, directory_of
+from pipeline.data.layout import SITES, STORED, directory_of
 from pipeline.data.options import Codec
 from pipeline.data.publish import mend_root
 from pipeline.errors import UserError

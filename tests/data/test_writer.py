@@ -17,8 +17,9 @@ import zarr
 
 from pipeline.data import journal, plan, publish, root, shards, writer
 from pipeline.data.cache import Cache
+from pipeline.data.commands import command_of
 from pipeline.data.journal import Journal
-from pipeline.data.layout import command_of, directory_of
+from pipeline.data.layout import directory_of
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 from tests.data import fake

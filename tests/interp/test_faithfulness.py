@@ -29,6 +29,7 @@ def measured(lm: LanguageModel, model: Transcoder, resamples: int = 0) -> Measur
     return faithfulness.measure(lm, model, contexts, lambda rows: x[rows], scored, 30, resamples)
 
 
+@pytest.mark.slow
 def test_a_clt_has_both_and_intervals_where_they_are_asked_for(lm: LanguageModel) -> None:
     model = random("clt", 0.3)
     plain, drawn = measured(lm, model), measured(lm, model, resamples=50)

@@ -61,7 +61,7 @@ def test_an_edit_says_which_feature_where_and_how(text: str, expected: Edit) -> 
         ("1/3@first=0", r"@first: no position; give a number, 2:6, last"),
         ("3/3@4=0", r"there is no feature 3/3; layers are 0 to 2, features 0 to 10"),
         ("2/11@4=0", r"there is no feature 2/11;"),
-        ("France@4=0", r"'France' names no feature; write LAYER/NUMBER, or a name in supernodes=FILE"),
+        ("France@4=0", r"'France' names no feature; write LAYER/INDEX, or a name in supernodes=FILE"),
     ],
 )
 def test_what_is_no_edit_is_refused_with_what_to_write(text: str, says: str) -> None:
@@ -110,7 +110,7 @@ def test_groups_are_read_from_the_forms_they_come_in(tmp_path: Path, content: ob
     ("content", "says"),
     [
         ("[1, 2]", r"holds no supernodes; write"),
-        ('{"a": ["x/3"], "b": ["1-2"]}', r"'1-2' is no feature; write LAYER/NUMBER"),
+        ('{"a": ["x/3"], "b": ["1-2"]}', r"'1-2' names no feature; write LAYER/INDEX"),
         ("{a: [", r"no YAML or JSON .*; mend it"),
         (None, r"there is no such file; give a YAML or JSON file"),
     ],

@@ -164,7 +164,7 @@ def test_the_strongest_are_ranked_by_target_weighted_attribution_where_features_
 def test_features_that_there_are_not_are_refused(tiny_gpt2: Path) -> None:
     model = made(tiny_gpt2)
     gates = typical(model.lm, text())
-    with pytest.raises(UserError, match=r"no feature 3/0: layers are 0 to 2, features 0 to 10; give one"):
+    with pytest.raises(UserError, match=r"no feature 3/0; layers are 0 to 2, features 0 to 10"):
         strongest(model, gates, 3, 0)
     with pytest.raises(UserError, match="arch=molt has no attribution graph"):
         strongest(made(tiny_gpt2, arch="molt"), gates, 1, 0)

@@ -172,18 +172,6 @@ def test_labels_are_the_tokens_that_members_name_most_and_each_its_own() -> None
     assert found[0].nodes == ids(graph, 0, 1, 2)
 
 
-def test_top_tokens_are_those_at_the_peaks_of_the_top_contexts() -> None:
-    examples = [
-        {"tokens": ["a", " France", "b"], "tokens_acts_list": [0, 2.0, 1]},
-        {"tokens": [" Rome", "c"], "tokens_acts_list": [3.0, 0]},
-        {"tokens": ["a", " France"], "tokens_acts_list": [0, 1.5]},
-    ]
-    record = {"examples_quantiles": [{"examples": examples}, {"examples": examples[:1] * 9}]}
-    assert supernodes.top_tokens_of(record) == ["France", "Rome"]
-    assert supernodes.top_tokens_of(None) == []
-    assert supernodes.top_tokens_of({"examples_quantiles": []}) == []
-
-
 def test_without_contexts_a_group_is_named_by_its_place_and_by_what_it_promotes() -> None:
     graph = random_graph(features=3)
     graph.layer[:2], graph.index[:2], graph.position[:2] = torch.tensor([0, 1]), torch.tensor([1, 2]), 2

@@ -10,8 +10,9 @@ from pipeline.data import models
 from pipeline.data.options import ModelOptions
 from pipeline.errors import UserError
 from pipeline.interp.generation import edited_steps, original_steps, under
+from pipeline.interp.naming import Place
 from pipeline.interp.replacement import ReplacementModel
-from pipeline.interp.steering.feature_edits import Edit, Place, Where, where
+from pipeline.interp.steering.feature_edits import Edit, Where, where
 from pipeline.interp.steering.intervene import intervene
 from pipeline.interp.steering.intervene_options import InterveneOptions, Model, Response, SwapOptions
 from pipeline.interp.steering.swaps import swap

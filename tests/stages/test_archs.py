@@ -13,7 +13,7 @@ import pipeline
 from pipeline.arch.table import ARCHS
 from pipeline.config import Request, compose, launch
 from pipeline.core.metrics import Reconstruction
-from pipeline.data import cache as caches
+from pipeline.data import caches
 from pipeline.data.cache import Cache
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError

@@ -13,7 +13,7 @@ from pipeline.data.cache import Cache
 from pipeline.errors import UserError
 from pipeline.stages import bench_cache
 from pipeline.stages import bench_cache_passes as passes
-from pipeline.stages.options import BenchCacheConfig
+from pipeline.stages.bench_options import BenchCacheConfig
 
 TINY = ["bench.mb=1", "bench.n_layers=3", "bench.d_model=20", "bench.batch_tokens=300", "bench.rounds=3"]
 ROW = 3 * 20 * 4
@@ -25,6 +25,7 @@ def composed(*words: str) -> BenchCacheConfig:
     return cfg
 
 
+@pytest.mark.slow
 def test_it_prints_ratios_and_writes_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

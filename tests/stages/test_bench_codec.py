@@ -9,7 +9,7 @@ import pytest
 from pipeline.config import compose
 from pipeline.errors import UserError
 from pipeline.stages import bench_codec
-from pipeline.stages.options import BenchCodecConfig
+from pipeline.stages.bench_options import BenchCodecConfig
 
 TINY = ["bench.rows=30000", "bench.sample=2000"]
 

@@ -9,7 +9,7 @@ import pytest
 from pipeline.config import compose
 from pipeline.errors import UserError
 from pipeline.stages import bench_extract
-from pipeline.stages.options import BenchExtractConfig
+from pipeline.stages.bench_options import BenchExtractConfig
 
 
 def composed(*words: str) -> BenchExtractConfig:

@@ -12,9 +12,9 @@ from pipeline.config import compose
 from pipeline.data.cache import Cache
 from pipeline.errors import UserError
 from pipeline.stages import bench_share
+from pipeline.stages.bench_options import BenchShareConfig
 from pipeline.stages.bench_train_loop import scratch
 from pipeline.stages.bench_train_shapes import Shape
-from pipeline.stages.options import BenchShareConfig
 
 TINY = ["bench.mb=1", "bench.n_layers=3", "bench.d_model=20", "bench.batch_tokens=300", "bench.runs=3"]
 TINY += ["bench.d_features=7", "bench.k=2", "bench.throttle_mb=50", "cache.shard_mb=0.2"]
@@ -26,6 +26,7 @@ def composed(*words: str) -> BenchShareConfig:
     return cfg
 
 
+@pytest.mark.slow
 def test_it_prints_ratios_and_writes_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -13,12 +13,12 @@ from pipeline.config import compose
 from pipeline.core.options import ActivationOptions, LossOptions, ThetaGrad
 from pipeline.errors import UserError
 from pipeline.stages import bench_train, bench_train_parts, bench_train_shapes, bench_train_sides, bench_train_timing
+from pipeline.stages.bench_options import BenchTrainConfig
 from pipeline.stages.bench_train_clock import Clock
 from pipeline.stages.bench_train_dense import Dense
 from pipeline.stages.bench_train_floor import Rates, work
 from pipeline.stages.bench_train_shapes import SHAPES, Shape
 from pipeline.stages.bench_train_sides import Ours, Reference
-from pipeline.stages.options import BenchTrainConfig
 from tests import oracle
 
 SHAPE = Shape(n_layers=3, d_model=6, d_features=22, batch_tokens=14, k=2)

@@ -12,9 +12,10 @@ import yaml
 
 from pipeline.config import compose
 from pipeline.data.cache import Cache
+from pipeline.data.commands import command_of
 from pipeline.data.inventory import State
 from pipeline.data.journal import Journal
-from pipeline.data.layout import command_of, request_of
+from pipeline.data.layout import request_of
 from pipeline.data.options import DatasetKind, DatasetOptions
 from pipeline.errors import UserError
 from pipeline.files import take_lock

@@ -180,6 +180,7 @@ def test_steps_that_were_taken_twice_count_once(tmp_path: Path) -> None:
     assert compare_table.seconds(tmp_path / "timings.jsonl") == pytest.approx(5 * 0.3 + 5 * 0.4 + 2 * 1.0)
 
 
+@pytest.mark.slow
 def test_the_newest_cache_is_trained_on_in_whatever_form_it_is_stored(
     tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

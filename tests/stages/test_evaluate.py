@@ -70,7 +70,7 @@ def test_only_the_contexts_asked_for_are_read(finished: Path, monkeypatch: pytes
     }
 
 
-@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize("other", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_some_contexts_give_what_they_give_in_the_whole(finished: Path, english: Path, other: bool) -> None:
     words = [*OTHER, f"dataset.path={english}", "dataset.n_tokens=1k"] if other else []
     suffix = "-text" if other else ""

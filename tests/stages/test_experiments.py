@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import CONF, compose
+from pipeline.config import compose
+from pipeline.config.table import CONF
 from pipeline.stages import train
 from pipeline.stages.options import TrainConfig
 

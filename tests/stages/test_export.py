@@ -91,7 +91,7 @@ def test_a_refusal_leaves_nothing_behind(finished: Path, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pipeline.interp.exchange.export_circuit_tracer.save_file", full)
+    monkeypatch.setattr("pipeline.interp.exchange.export_circuit_tracer.save_tensors", full)
     with pytest.raises(UserError, match=r"free some space"):
         exported("to=circuit-tracer", "path=a/b/c")
     assert not Path("a").exists()

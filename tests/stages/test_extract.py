@@ -16,10 +16,10 @@ import zarr
 from pipeline.arch.options import Site
 from pipeline.config import compose
 from pipeline.core.normalize import Scaling
-from pipeline.data import cache as caches
-from pipeline.data import models, shards, spill
+from pipeline.data import caches, models, shards, spill
 from pipeline.data.cache import Cache
-from pipeline.data.layout import command_of, request_of
+from pipeline.data.commands import command_of
+from pipeline.data.layout import request_of
 from pipeline.data.loader import Loader
 from pipeline.data.options import (
     CacheOptions,

@@ -393,7 +393,14 @@ def test_a_prompt_shows_the_features_of_each_token(finished: Path, caplog: pytes
             assert entry["label"] == feature_files.label(directory, entry["layer"], entry["feature"])
 
 
-@pytest.mark.parametrize("arch", ["crosscoder", "sae", "molt", "matryoshka", "tied", "skip"])
+@pytest.mark.parametrize(
+    "arch",
+    [
+        "crosscoder",
+        "molt",
+        *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("sae", "matryoshka", "tied", "skip")),
+    ],
+)
 def test_every_architecture_has_features(arch: str, cached: Path) -> None:
     words = ["+experiment=batchtopk", "activation.k=4", f"arch={arch}", "name=it", *SHORT, "train.n_steps=2"]
     words = [word for word in words if arch != "molt" or not word.startswith("arch.d_features")]
@@ -416,9 +423,9 @@ def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(finished: Path, ca
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["features.ids=[0/33]"], r"there is no 0/33; layers go from 0 to 2, features from 0 to 32"),
+        (["features.ids=[0/33]"], r"there is no feature 0/33; layers are 0 to 2, features 0 to 32"),
         (["features.ids=0-3"], r"features.ids=0-3 is no file and no list; write \[0/12,1/7\]"),
-        (["features.ids=[0/1,7]"], r"'7' is no feature; write layer/feature"),
+        (["features.ids=[0/1,7]"], r"'7' names no feature; write LAYER/INDEX"),
         (["features.ids=[0/1]", "features.n=5"], r"leave features.layers and features.n out"),
         (["features.layers=[0,3]"], r"features.layers=\[3\]: the transcoder's layers are 0 to 2"),
         (["features.n=few"], r"'few' is not a count"),

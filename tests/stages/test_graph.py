@@ -155,7 +155,7 @@ def test_features_that_nobody_described_are_seen_in_the_runs_own_text(
         (["prompt=a", "graph.nodes=0"], "graph.nodes=0.0 is no share"),
         (["prompt=a", "graph.heads=-1"], "graph.heads=-1 is no number of edges"),
         (["prompt=a", "graph.slug=../a"], "is no name of a file"),
-        (["prompt=a", "graph.feature=7"], "is not LAYER/INDEX@POSITION"),
+        (["prompt=a", "graph.feature=7"], "names no feature; write LAYER/INDEX@POSITION"),
         (["prompt=a", "graph.targets=[ab]"], '"ab" is 2 tokens'),
         (["prompt=a", "graph.memory_gb=1e-6"], "is too little"),
         (["prompt="], "the prompt is one token"),

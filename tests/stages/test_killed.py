@@ -38,6 +38,13 @@ def files(name: str) -> dict[str, bytes]:
     [
         ["+experiment=batchtopk", "activation.k=4", "loss.resample_every=1024", "train.n_steps=240"],
         ["+experiment=jumprelu", "loss.target_l0=9", "train.accumulate=2", "train.keep_best=1", "train.n_steps=120"],
+        [
+            "+experiment=topk",
+            "activation.k=4",
+            "train.async_checkpoints=always",
+            "train.keep_best=1",
+            "train.n_steps=240",
+        ],
     ],
     ids=" ".join,
 )
@@ -49,9 +56,10 @@ def test_killed_at_twenty_random_moments_it_goes_on_to_the_same_bytes(cached: Pa
 
 
 @pytest.mark.slow
-def test_killed_before_a_touch_of_a_file_it_goes_on_to_the_same_bytes(cached: Path) -> None:
+@pytest.mark.parametrize("beside", ["never", "always"])
+def test_killed_before_a_touch_of_a_file_it_goes_on_to_the_same_bytes(cached: Path, beside: str) -> None:
     words = ["+experiment=topk", "activation.k=4", "train.n_steps=5", "train.checkpoint_every=256", "train.keep_best=1"]
-    names = killed("everywhere", 5, words)
+    names = killed("everywhere", 5, [*words, f"train.async_checkpoints={beside}"])
     assert len(names) > 10, "checkpoints, their removal, the log and the result are many files"
     for name in names:
         assert files(name) == files("whole"), name

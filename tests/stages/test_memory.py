@@ -30,6 +30,7 @@ SHORT = ["arch.init=uniform", "train.n_steps=6", "train.n_tokens=null", "train.b
         ["+experiment=relu", "train.sparse=never", "arch.d_features=12000"],
         ["+experiment=topk", "loss=mse", "activation.k=4", "arch.d_features=60000", "train.batch_tokens=256"],
         ["+experiment=topk", "loss=mse", "activation.k=4", "arch.d_features=60000", "train.kernels=torch"],
+        ["+experiment=topk", "loss=mse", "activation.k=4", "arch.d_features=60000", "train.async_checkpoints=always"],
         ["+experiment=jumprelu", "arch.d_features=12000"],
         ["+experiment=topk", "loss=mse", "activation.k=4", "arch.d_features=12000", "optim=muon", "optim.lr=1e-3"],
     ],

@@ -76,7 +76,7 @@ def test_weights_of_sixteen_bits_are_kept_so_and_finished_in_float32(cached: Pat
     ("words", "message"),
     [
         (["train.weights=bfloat16"], "rounds at random, which optim=adam does not; use optim=adam8bit"),
-        ([*BFLOAT16, "arch.d_features=33"], "tables of 4096 numbers at least"),
+        ([*BFLOAT16, "arch.d_features=33"], "tables that divide into blocks of 256 numbers"),
         (["optim=signsgd", "optim.decay=0.3"], "no meaning for optim=signsgd"),
         (["optim=adam", "optim.momentum=0.5"], "no meaning for optim=adam"),
     ],

@@ -17,9 +17,9 @@ from pipeline.data.options import Content, DatasetKind, DatasetOptions, ModelOpt
 from pipeline.errors import UserError
 from pipeline.stages import pretrain as stage
 from pipeline.stages.options import PretrainConfig
-from pipeline.train import lm_loop, world_report
+from pipeline.train import world_report
 from pipeline.train.options import LmOptions, OptimOptions
-from pipeline.train.schedule import learning_rate
+from tests.train.tiny_lm import Stop, stop_at
 
 TINY = LmOptions(
     name="tiny",
@@ -45,6 +45,7 @@ def text_config(path, to, **changes):
     return PretrainConfig(lm=replace(TINY, **changes), dataset=dataset, to=str(to))
 
 
+@pytest.mark.slow
 def test_the_world_in_its_own_words_is_reported_on(tmp_path, monkeypatch):
     monkeypatch.setattr(world_report, "N_DOCUMENTS", 600)
     to = stage.run(world_config(tmp_path / "new" / "lm"))
@@ -89,23 +90,11 @@ def test_a_model_learns_a_text_and_says_how_well(english, tmp_path, caplog):
     assert model.tokenizer.decode(model.tokenizer(text)["input_ids"]) == text
 
 
-class Stop(Exception):
-    pass
-
-
-@pytest.mark.parametrize("step", [2, 8])
+@pytest.mark.parametrize("step", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_stopped_command_ends_at_the_same_bytes(step, english, tmp_path, monkeypatch):
     files = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "pretrain.json")
     straight = stage.run(text_config(english, tmp_path / "a" / "lm", checkpoint_every=5))
-    taken = []
-
-    def failing(*args):
-        taken.append(args)
-        if len(taken) == step:
-            raise Stop
-        return learning_rate(*args)
-
-    monkeypatch.setattr(lm_loop, "learning_rate", failing)
+    taken = stop_at(step, monkeypatch)
     config = text_config(english, tmp_path / "b" / "lm", checkpoint_every=5)
     with pytest.raises(Stop):
         stage.run(config)

@@ -12,13 +12,13 @@ import pytest
 from pipeline.config import compose
 from pipeline.data import models
 from pipeline.data.cache import Cache
+from pipeline.data.commands import overrides_of
 from pipeline.data.inventory import State, look
-from pipeline.data.layout import overrides_of
 from pipeline.data.options import Targets
 from pipeline.errors import UserError
 from pipeline.stages import bench_cache, cache_list, cache_verify, evaluate, extract, train
 from pipeline.stages import bench_cache_passes as passes
-from pipeline.stages.options import BenchCacheConfig
+from pipeline.stages.bench_options import BenchCacheConfig
 
 RUN = ["+experiment=batchtopk", "activation.k=4", "arch.d_features=33", "train.n_steps=8", "train.n_tokens=null"]
 RUN += ["train.batch_tokens=128", "log.every=1", "train.checkpoint_every=512"]

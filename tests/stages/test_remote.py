@@ -62,6 +62,7 @@ def test_extracted_to_a_store_it_is_what_the_disk_would_hold_and_trains_without_
     assert f"already there, nothing to do: {target}" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_extraction_that_was_stopped_while_it_was_sent_goes_on_without_the_model(
     place: Remote, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,7 @@ def test_every_kind_is_extracted_to_a_store_and_trains_as_from_the_disk(
     assert f"already there, nothing to do: {target}" in caplog.messages[-1]
 
 
+@pytest.mark.slow
 def test_an_address_can_be_named_to_train_on(s3: Server, place: Remote, words: list[str]) -> None:
     local = extract.run(compose("extract", words))
     assert isinstance(local, Path)

@@ -299,6 +299,7 @@ def test_a_batch_that_cannot_be_read_fails_those_who_wait_for_it(cached: Path, m
     assert_same(0)
 
 
+@pytest.mark.slow
 def test_jobs_that_read_other_batches_are_trained_by_themselves(cached: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="pipeline")
     few = [*TOPK, "train.n_steps=2"]
@@ -355,6 +356,7 @@ def test_one_run_has_nobody_to_share_with(cached: Path) -> None:
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_time_is_counted_of_a_runs_own_steps(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10**6))  # every look at it takes a second
     monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))

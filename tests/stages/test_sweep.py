@@ -48,6 +48,7 @@ def test_a_sweep_notes_what_its_jobs_are_and_names_those_that_failed(
     )
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_with_what_is_not_finished(
     cached: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -73,6 +74,7 @@ def cut(name: str, step: int) -> None:
         raise PowerCut("the plug\nwas pulled")
 
 
+@pytest.mark.slow
 def test_another_sweep_of_the_same_name_is_refused_and_what_was_noted_stays(cached: Path) -> None:
     assert start("name=mine", "activation.k=3,4") == 0
     before = noted("mine")
@@ -82,6 +84,7 @@ def test_another_sweep_of_the_same_name_is_refused_and_what_was_noted_stays(cach
     assert after[2] == (["optim.lr=3"], None)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_which_every_job_is_refused_leaves_nothing(cached: Path) -> None:
     assert start("name=mine", "activation.k=400,500") == 2
     assert not Path("runs").exists()
@@ -90,6 +93,7 @@ def test_a_sweep_of_which_every_job_is_refused_leaves_nothing(cached: Path) -> N
     assert not (cached.parent / "mine").exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_a_sweep_writes_nothing(cached: Path) -> None:
     assert start("name=mine", "activation.k=3,4", "dry_run=true") == 0
     assert start("name=mine", "activation.k=3,400", "dry_run=true") == 2
@@ -101,6 +105,7 @@ def test_a_range_is_swept_and_what_all_jobs_have_is_no_override(cached: Path) ->
     assert noted("mine") == {0: (["activation.k=3"], None), 1: (["activation.k=4"], None)}
 
 
+@pytest.mark.slow
 def test_the_command_that_continues_a_sweep_names_it_and_quotes_what_the_shell_would_take(
     cached: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -121,6 +126,7 @@ def test_an_unknown_launcher_is_one_line_with_what_to_install(cached: Path, caps
     assert "pip install 'clt-pipeline[sweep]'" in err
 
 
+@pytest.mark.slow
 def test_a_shared_pass_is_not_for_launchers(cached: Path, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("joblib")
     words = [

@@ -10,7 +10,7 @@ from pyarrow import parquet  # type: ignore[import-untyped]
 
 import pipeline
 from pipeline.config import Request, compose, launch
-from pipeline.data import cache as caches
+from pipeline.data import caches
 from pipeline.data.tokens import Split
 from pipeline.errors import UserError
 from pipeline.interp.circuits import global_weights
@@ -58,9 +58,9 @@ def test_the_strongest_weights_are_shown_and_written(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["run=batchtopk"], "there is no feature; add feature=LAYER/INDEX"),
-        (["run=batchtopk", "feature=17"], "feature=17 names none"),
-        (["run=batchtopk", "feature=1/99"], "no feature 1/99: layers are 0 to 2, features 0 to 32"),
+        (["run=batchtopk"], "no feature is named; add feature=LAYER/INDEX"),
+        (["run=batchtopk", "feature=17"], "feature=17 names no feature; write LAYER/INDEX"),
+        (["run=batchtopk", "feature=1/99"], "no feature 1/99; layers are 0 to 2, features 0 to 32"),
         (["run=batchtopk", "feature=1/4", "to=w.xlsx"], r"ends neither in \.csv nor in \.parquet"),
         (["run=batchtopk", "feature=1/4", "weights.n=0"], r"weights\.n=0 must be 1 or more"),
     ],

@@ -20,7 +20,7 @@ from pipeline.core.options import ActivationOptions, Rank, ThetaGrad
 from pipeline.core.sparse import Sparse
 from pipeline.errors import UserError
 from pipeline.plain import from_plain
-from pipeline.train import artifact
+from pipeline.train import artifact, finished
 from tests import oracle
 
 B, L, F, D = 5, 3, 11, 6
@@ -101,14 +101,14 @@ def test_a_finished_run_works_in_the_models_units(tmp_path: Path) -> None:
     model.fold(maps)
     config = artifact.describe(ArchOptions("clt", d_features=F), model.dims, oracle.activation_options("topk"))
     artifact.save(tmp_path, model, theta, maps.y_mean, config)
-    got = artifact.load(tmp_path)(x.float())
+    got = finished.load(tmp_path)(x.float())
     assert oracle.normwise(got.features, expected.features) < 1e-5
     assert oracle.normwise(got.y_hat, maps.y_inverse(expected.y_hat)) < 1e-5
 
 
 def test_loading_gives_the_transcoder_with_its_description(tmp_path: Path) -> None:
     model, *_ = write(tmp_path)
-    loaded = artifact.load(str(tmp_path))
+    loaded = finished.load(str(tmp_path))
     assert torch.equal(loaded(inputs()).y_hat, model(inputs()).y_hat)
     assert loaded.config == json.loads((tmp_path / "final" / "config.json").read_text())
     assert loaded.config is not None
@@ -179,7 +179,7 @@ def test_an_unfinished_run_is_refused_with_the_command_that_finishes_it(tmp_path
     run = tmp_path / "demo"
     for _ in range(2):
         with pytest.raises(UserError, match=r"demo holds no finished transcoder.*clt train name=demo"):
-            artifact.load(run)
+            finished.load(run)
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
 
 

@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.train import lm_loop, lm_run, pretrain
 from pipeline.train.options import OptimOptions
 from pipeline.train.schedule import learning_rate
-from tests.train.tiny_lm import SETTINGS, TINY, contexts, fit, tiny_model, weights
+from tests.train.tiny_lm import SETTINGS, TINY, Stop, contexts, fit, stop_at, tiny_model, weights
 
 
 def test_a_pattern_is_learnt(tmp_path):
@@ -72,23 +72,11 @@ def test_a_run_is_the_plain_loop_to_the_last_bit_whatever_is_looked_at_on_the_wa
     assert torch.equal(weights(model), plain_loop(options, contexts(7)))
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize("step", [3, 4, 6, 9, 12])
 def test_a_run_that_failed_anywhere_ends_at_the_same_weights_and_losses(step, tmp_path, monkeypatch):
     options = replace(TINY, checkpoint_every=4, log_every=1, eval_every=6)
     straight, last = fit(options, contexts(7), contexts(3), tmp_path / "straight")
-    taken = []
-
-    def failing(*args):
-        taken.append(args)
-        if len(taken) == step:
-            raise Stop
-        return learning_rate(*args)
-
-    monkeypatch.setattr(lm_loop, "learning_rate", failing)
+    taken = stop_at(step, monkeypatch)
     with pytest.raises(Stop):
         fit(options, contexts(7), contexts(3), tmp_path / "lm")
     again, again_last = fit(options, contexts(7), contexts(3), tmp_path / "lm")

@@ -14,9 +14,10 @@ from pipeline.core.options import LossOptions, PreActForm, SparsityForm
 from pipeline.data.loader import Batch
 from pipeline.train import micro, optim
 from pipeline.train.inputs import Inputs
-from pipeline.train.loop import Plan, Trainer
+from pipeline.train.loop import Trainer
 from pipeline.train.objective import Objective
 from pipeline.train.options import OptimOptions
+from pipeline.train.run_plan import Plan
 from tests import oracle
 
 B, L, F, D = 12, 3, 11, 6
@@ -92,9 +93,9 @@ def test_parts_give_the_gradients_and_the_log_of_the_whole(
 
 def test_terms_that_are_no_means_over_tokens_are_there_to_be_tested(tmp_path: Path) -> None:
     aux = trainer(tmp_path, "clt", "topk", LossOptions("auxk", aux_k=1 / 4), 3)
-    assert aux.objective.reads_whole(aux.dead())
-    assert not aux.objective.reads_whole(torch.zeros(L, F, dtype=torch.bool))
-    whole = micro.whole(aux.objective, aux.model, aux.inputs, batch(), 3, aux.dead(), 0)
+    assert aux.objective.reads_whole(aux.objective.counted(aux.dead()))
+    assert not aux.objective.reads_whole([0, 0, 0])
+    whole = micro.whole(aux.objective, aux.model, aux.inputs, batch(), 3, [1, 1, 1], 0)
     assert whole is not None
     x, y = aux.inputs(*batch()[:2])
     error = (y - aux.objective.forward(aux.model, x, 0).y_hat).detach()
@@ -103,7 +104,7 @@ def test_terms_that_are_no_means_over_tokens_are_there_to_be_tested(tmp_path: Pa
 
 def test_what_the_rule_remembers_is_of_the_pass_that_teaches(tmp_path: Path) -> None:
     made = trainer(tmp_path, "clt", "batchtopk", LossOptions("auxk", aux_k=1 / 4), 4)
-    assert made.objective.reads_whole(made.dead())
+    assert made.objective.reads_whole(made.objective.counted(made.dead()))
     made.step(batch(), 0.01)
     assert made.model.activation.ema_weight.tolist() == pytest.approx([1 - 0.999**4] * L)
     assert made.model.activation.training

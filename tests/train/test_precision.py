@@ -53,8 +53,8 @@ def ones(dtype: torch.dtype) -> Parameter:
 def test_rounding_at_random_follows_float32_on_average_where_rounding_to_the_nearest_stalls() -> None:
     torch.manual_seed(0)
     exact, random, stalled = ones(torch.float32), ones(torch.bfloat16), ones(torch.bfloat16)
-    want = moved(exact, optim.build([exact], ADAM8))
-    got = moved(random, optim.build([random], ADAM8))
+    want = moved(exact, optim.build([("encoders.0", exact)], ADAM8))
+    got = moved(random, optim.build([("encoders.0", random)], ADAM8))
     nearest = moved(stalled, torch.optim.Adam([stalled], lr=1e-3))
     assert float(want.mean()) == pytest.approx(-0.025, rel=1e-3)
     error = float(got.std()) / got.numel() ** 0.5
@@ -188,7 +188,7 @@ def test_an_optimiser_that_would_lose_small_steps_is_refused(name: str) -> None:
 
 
 def test_small_tables_and_two_architectures_are_refused() -> None:
-    with pytest.raises(UserError, match=r"tables of 4096 numbers at least, a multiple of 256, not 66; change arch.d_f"):
+    with pytest.raises(UserError, match=r"divide into blocks of 256 numbers, .* one has 66; change arch.d_f"):
         precision.check(Precision.bfloat16, "adam8bit", oracle.transcoder("clt", "topk"))
     for architecture in precision.LEFT_OUT:
         with pytest.raises(UserError, match=f"cannot be had with arch={architecture}; use float32"):

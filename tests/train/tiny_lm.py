@@ -6,6 +6,7 @@ import torch
 from pipeline.data.options import Dtype
 from pipeline.train import lm_loop, lm_run, pretrain
 from pipeline.train.options import LmOptions
+from pipeline.train.schedule import learning_rate
 
 TINY = LmOptions(
     name="tiny", n_layers=2, d_model=12, n_heads=3, d_mlp=20, n_steps=12, batch_tokens=40, dtype=Dtype.float32
@@ -35,6 +36,24 @@ def fit(options, train, held_out, to, show=lambda: None):
         return model, lm_loop.fit(options, plan, model, train, held_out, work, show)
     finally:
         work.release()
+
+
+class Stop(Exception):
+    """What ends a run in the middle."""
+
+
+def stop_at(step, monkeypatch):
+    """Training raises Stop when it has come to so many steps, those of later runs included. -> the steps taken"""
+    taken = []
+
+    def failing(*args):
+        taken.append(args)
+        if len(taken) == step:
+            raise Stop
+        return learning_rate(*args)
+
+    monkeypatch.setattr(lm_loop, "learning_rate", failing)
+    return taken
 
 
 def weights(model):

@@ -33,6 +33,7 @@ from torch import Tensor
 from pipeline.arch.base import Transcoder
 from pipeline.data.models import LanguageModel
 from pipeline.errors import UserError
+from pipeline.interp import naming
 from pipeline.interp.circuits import frozen, paths
 from pipeline.interp.circuits.attribution import check_linear
 from pipeline.interp.circuits.frozen import Gates
@@ -116,7 +117,7 @@ def into(model: ReplacementModel, gates: Gates, layer: int, feature: int) -> Ite
     transcoder = model.transcoder
     last = model.lm.layers[layer]
     names, at_once = _paths(gates, last + 1)
-    target = Target(layer, 1, transcoder.encoders[layer][feature])
+    target = Target(layer, 1, transcoder.encoder_row(layer, feature))
     gradients = paths.effects(model.lm, transcoder, at_once, len(names), _two(model.lm), target).mlp_out[:, :, 1]
     for k, name in enumerate(names):
         read = gradients[k] - gradients[0] if k else gradients[0]
@@ -141,7 +142,7 @@ def out_of(model: ReplacementModel, gates: Gates, layer: int, feature: int) -> I
         found = torch.zeros(transcoder.n_sources, transcoder.d_features, dtype=read[0].dtype)
         for target in range(layer + 1, lm.n_layers):
             x = read[target][k, 1] - read[target][0, 1] if k else read[target][0, 1]
-            found[target] = (transcoder.encoders[target].to(x) @ x).cpu()
+            found[target] = (transcoder.encoder_rows(target).to(x) @ x).cpu()
         yield name, found
 
 
@@ -231,7 +232,4 @@ def check_feature(model: ReplacementModel, layer: int, feature: int) -> None:
     """UserError for a transcoder without virtual weights and for a feature that there is not."""
     transcoder = model.transcoder
     check_linear(transcoder)
-    n_layers, d_features = transcoder.n_sources, transcoder.d_features
-    if layer not in range(n_layers) or feature not in range(d_features):
-        sizes = f"layers are 0 to {n_layers - 1}, features 0 to {d_features - 1}"
-        raise UserError(f"there is no feature {layer}/{feature}: {sizes}; give one of them")
+    naming.check_there([(layer, feature)], transcoder.n_sources, transcoder.d_features)

@@ -134,7 +134,7 @@ def _pre_activations(model: ReplacementModel, graph: Graph, x: dict[int, Tensor]
     for layer, read in sorted(x.items()):
         at = (graph.layer[nodes] == layer).nonzero().squeeze(1).to(read.device)
         ids, position = graph.index[nodes].to(read.device)[at], graph.position[nodes].to(read.device)[at]
-        rows, bias = model.transcoder.encoders[layer][ids], model.transcoder.b_enc[layer, ids]
+        rows, bias = model.transcoder.encoder_rows(layer, ids), model.transcoder.b_enc[layer, ids]
         parts.append((read[:, position] * rows).sum(dim=-1) + bias)
     return torch.cat(parts, dim=1)
 

@@ -176,7 +176,7 @@ class Rows:
         rows[targets >= n] = outputs.rows[targets[targets >= n] - n]
         for l in layer[targets < n].unique().tolist():
             here = (targets < n) & (layer == l)
-            rows[here] = self.model.transcoder.encoders[l][self.active.index[targets[here]]]
+            rows[here] = self.model.transcoder.encoder_rows(l, self.active.index[targets[here]])
         return layer, position, rows
 
     def _add_features(self, rows: Tensor, gradients: Gradients) -> None:
@@ -217,7 +217,7 @@ class Rows:
         lm, transcoder, active, outputs = self.model.lm, self.model.transcoder, self.active, self.outputs
         n, first = active.n, lm.layers.start
         found = self.error.new_zeros(self.n_targets, lm.n_base_layers + 1)
-        rows = [transcoder.encoders[l][active.index[active.of(l)]] for l in range(lm.n_layers)]
+        rows = [transcoder.encoder_rows(l, active.index[active.of(l)]) for l in range(lm.n_layers)]
         for origin, reads, last in held_prompt.of_biases(self.model, self.prompt):
             for l in range(max(origin, 0), lm.n_layers):
                 here = active.of(l)

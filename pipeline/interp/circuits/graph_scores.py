@@ -52,6 +52,8 @@ class Pruned(NamedTuple):
     """bool [n]: those that are kept."""
     edges: Tensor
     """bool [n, n]: those that are kept, as [target, source]."""
+    influence: Tensor
+    """float64 [n]: of each node in the whole graph."""
     cumulative: Tensor
     """float64 [n]: the share of all influence that a node and those before it have, in falling order of influence: a
     small one is important. 1 where there is no influence."""
@@ -162,7 +164,7 @@ def prune(graph: Graph, nodes: float = 0.8, edges: float = 0.98) -> Pruned:
     edge_mask = torch.zeros(graph.n_nodes, graph.n_nodes, dtype=torch.bool)
     targets, sources = (inner_edges & inner_nodes[:, None] & inner_nodes).nonzero(as_tuple=True)
     edge_mask[ids[targets], ids[sources]] = True
-    return Pruned(node_mask, edge_mask, _cumulative(found), nodes, edges)
+    return Pruned(node_mask, edge_mask, found, _cumulative(found), nodes, edges)
 
 
 def _connected(graph: Graph, edges: Tensor) -> Tensor:

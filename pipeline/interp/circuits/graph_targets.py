@@ -7,14 +7,13 @@ of that mean, and every source would otherwise have an edge that moves all token
     bias  b_U[v] - mean_v b_U        b_U[a] - b_U[b]        its b_enc
 """
 
-import re
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipeline.data.models import LanguageModel
 from pipeline.errors import UserError
+from pipeline.interp import naming
 from pipeline.interp.circuits.graph_options import GraphOptions
 from pipeline.interp.circuits.held_prompt import Recorded
 from pipeline.interp.replacement import ReplacementModel
@@ -70,12 +69,12 @@ def outputs(model: ReplacementModel, prompt: Recorded, options: GraphOptions) ->
     b = prompt.head.new_zeros(len(W)) if bias is None else bias.detach()
     probabilities = prompt.logits.softmax(dim=0)
     if options.difference is not None:
-        one, other = (_token(lm, text) for text in options.difference)
+        one, other = (naming.token(lm, text, "graph.difference") for text in options.difference)
         label = " - ".join(lm.tokenizer.decode([token]) for token in (one, other))
         row, added, value = ((t[one] - t[other])[None] for t in (W, b, prompt.head))
         return Outputs([label], [-1], n_layers, last, row, added, value, prompt.head.new_ones(1))
     if options.targets is not None:
-        ids = list(dict.fromkeys(_token(lm, text) for text in options.targets))
+        ids = list(dict.fromkeys(naming.token(lm, text, "graph.targets") for text in options.targets))
     else:
         ids = likely(probabilities, options)
     labels = [lm.tokenizer.decode([token]) for token in ids]
@@ -90,34 +89,22 @@ def likely(probabilities: Tensor, options: GraphOptions) -> list[int]:
     return found.indices[before < options.logit_mass].tolist()
 
 
-def _token(lm: LanguageModel, text: str) -> int:
-    ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
-    if len(ids) == 1 and ids[0] != lm.tokenizer.unk_token_id:
-        return int(ids[0])
-    why = f"is {len(ids)} tokens" if len(ids) != 1 else "is no token"
-    fix = "give one token, with the space in front that it has in a text, as in graph.targets='[\" Paris\"]'"
-    raise UserError(f'"{text}" {why} of model={lm.name}; {fix}')
-
-
 def _feature(model: ReplacementModel, prompt: Recorded, text: str) -> Outputs:
     (layer, index, position), transcoder = _parsed(text), model.transcoder
     n_tokens = prompt.tokens.shape[1]
-    sizes = (("layer", layer, model.lm.n_layers), ("feature", index, transcoder.d_features))
-    for name, number, size in sizes:
-        if number >= size:
-            raise UserError(f"graph.feature={text}: there is no {name} {number}; they go from 0 to {size - 1}")
+    naming.check_there([(layer, index)], model.lm.n_layers, transcoder.d_features, f"graph.feature={text}: ")
     if not 1 <= position < n_tokens:
         raise UserError(
             f"graph.feature={text}: the prompt has positions 0 to {n_tokens - 1}, and features are traced from 1 on"
         )
-    row, bias = transcoder.encoders[layer][index], transcoder.b_enc[layer, index]
+    row, bias = transcoder.encoder_row(layer, index), transcoder.b_enc[layer, index]
     value = transcoder.encode_layer(prompt.x[layer][position][None], layer)[0, index]
     rows, biases, values = (t.detach()[None] for t in (row, bias, value))
     return Outputs([text], [index], layer, position, rows, biases, values, torch.ones_like(values))
 
 
 def _parsed(text: str) -> tuple[int, int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)@(\d+)", text)
-    if match is None:
-        raise UserError(f"graph.feature={text} is not LAYER/INDEX@POSITION; give it as in graph.feature=2/731@4")
-    return int(match[1]), int(match[2]), int(match[3])
+    found = naming.place(text)
+    if found is None or found.position is None:
+        raise naming.no_feature(f"graph.feature={text}", "LAYER/INDEX@POSITION, such as 2/731@4")
+    return found.layer, found.feature, found.position

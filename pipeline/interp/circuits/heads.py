@@ -86,7 +86,7 @@ def strongest(crossings: Crossings, source: int, n: int = 5) -> list[tuple[str, 
 def moving(graph: Graph, pruned: Pruned, n: int) -> list[tuple[int, int]]:
     """The n strongest kept edges between two positions, (target, source), whose parts `of_edges` can tell: by the
     target's influence times the source's share of it."""
-    reached = graph_scores.influence(graph) + graph_scores.weights(graph)
+    reached = pruned.influence + graph_scores.weights(graph)
     found = []
     for target, source in pruned.pairs().tolist():
         told = graph.kind[source] in SOURCES and (graph.kind[target] == Kind.feature or _is_token(graph, target))
@@ -130,7 +130,7 @@ def _from(gates: Gates, layer: int) -> Gates:
 def _target(model: ReplacementModel, graph: Graph, i: int) -> Target:
     layer, position, index = int(graph.layer[i]), int(graph.position[i]), int(graph.index[i])
     if graph.kind[i] == Kind.feature:
-        return Target(layer, position, model.transcoder.encoders[layer][index])
+        return Target(layer, position, model.transcoder.encoder_row(layer, index))
     if _is_token(graph, i):
         unembed = model.lm.weights.get_output_embeddings().weight.detach()
         return Target(model.lm.n_layers, position, unembed[index] - unembed.mean(dim=0))

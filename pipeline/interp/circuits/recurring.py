@@ -63,14 +63,13 @@ class Counts:
     def add(self, graph: Graph, nodes: float = 0.8, edges: float = 0.98) -> None:
         """Count one graph, pruned to these shares."""
         pruned = graph_scores.prune(graph, nodes, edges)
-        influence = graph_scores.influence(graph)
-        total = float(influence.sum()) or 1.0
+        total = float(pruned.influence.sum()) or 1.0
         kept = pruned.nodes[graph.of(Kind.feature)].nonzero().flatten().tolist()
         places = {i: (int(graph.layer[i]), int(graph.index[i])) for i in kept}
         here: dict[Place, tuple[float, float]] = {}
         for i, place in places.items():
             activation, part = here.get(place, (0.0, 0.0))
-            here[place] = (max(activation, float(graph.activation[i])), part + float(influence[i]) / total)
+            here[place] = (max(activation, float(graph.activation[i])), part + float(pruned.influence[i]) / total)
         between: dict[tuple[Place, Place | None], float] = {}
         output = graph.of(Kind.logit).start
         for target, source in pruned.pairs().tolist():

@@ -23,9 +23,9 @@ the group's value, as the nodes' own rows do; effects among members are the edge
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -146,24 +146,12 @@ def labelled(
             for rank, token in enumerate(dict.fromkeys(token.strip() for token in names)):
                 votes[token] = votes.get(token, 0.0) + float(graph.activation[i]) / (1 + rank)
         places = dict.fromkeys(graph.texts[int(graph.position[i])].strip() for i in group)
-        label = ", ".join(_most(votes, n_tokens)) or "at " + ", ".join(places)
+        best = [token for token in sorted(votes, key=lambda token: -votes[token]) if token]
+        label = ", ".join(best[:n_tokens]) or "at " + ", ".join(places)
         if promoted is not None and (not votes or _is_last(graph, group)):
             label += f" ({', '.join([token.strip() for token in promoted(group)][:n_tokens])})"
         found.append(Supernode(label, tuple(ids[i] for i in group)))
     return _distinct(found, set(ids))
-
-
-def top_tokens_of(record: Mapping[str, Any] | None, n_tokens: int = 3) -> list[str]:
-    """The tokens at which a feature is most active in its top contexts, from its JSON; none for no JSON."""
-    if record is None or not record["examples_quantiles"]:
-        return []
-    votes: dict[str, float] = {}
-    for example in record["examples_quantiles"][0]["examples"]:
-        activations = example["tokens_acts_list"]
-        at = max(range(len(activations)), key=activations.__getitem__)
-        token = example["tokens"][at].strip()
-        votes[token] = votes.get(token, 0.0) + activations[at]
-    return _most(votes, n_tokens)
 
 
 def promoted_by(
@@ -284,10 +272,6 @@ def _is_last(graph: Graph, group: Sequence[int]) -> bool:
     """Whether a group is at the last position, with members in the upper half of the layers."""
     at = torch.tensor(list(group))
     return bool((graph.position[at] == len(graph.texts) - 1).all()) and 2 * int(graph.layer[at].max()) >= graph.n_layers
-
-
-def _most(votes: dict[str, float], n: int) -> list[str]:
-    return [token for token in sorted(votes, key=lambda token: -votes[token]) if token][:n]
 
 
 def _cosines(rows: Tensor) -> Tensor:

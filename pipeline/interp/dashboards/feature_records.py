@@ -4,7 +4,6 @@ features.parquet    a row a feature: layer, feature, label, counts, quantiles, l
 contexts.parquet    a row an example: layer, feature, part, activation, tokens with their activations
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.arch.base import Transcoder
 from pipeline.data.models import LanguageModel
-from pipeline.interp.dashboards import feature_activity, feature_weights
+from pipeline.interp.dashboards import feature_activity, feature_labels, feature_weights
 from pipeline.interp.dashboards.feature_activity import Activity, Together
 from pipeline.interp.dashboards.feature_examples import part_name
 from pipeline.interp.dashboards.feature_files import Record
@@ -25,11 +24,6 @@ from pipeline.interp.dashboards.features import Chosen, Measured
 
 if TYPE_CHECKING:
     import pyarrow as pa  # type: ignore[import-untyped]
-
-LABELLING = 3
-"""Most tokens in a label."""
-LEAST_SHARE = 0.15
-"""Of a token in a label but the first: its part of the activation at the peaks of the top contexts."""
 
 
 class Weights(NamedTuple):
@@ -49,18 +43,18 @@ def weights(
 ) -> Weights:
     """None where an architecture, or the options, have none."""
     norms, tops, bottoms, near = [], [], [], []
-    all_norms = transcoder.decoder_norms() if transcoder.directions else None
+    all_norms = transcoder.decoder_norms() if transcoder.directions and options.related else None
     for source in range(transcoder.n_sources):
         _, ids = chosen.of(source)
-        if not len(ids) or all_norms is None:
+        if not len(ids) or not transcoder.directions:
             continue
-        ids = ids.to(all_norms.device)
+        ids = ids.to(transcoder.b_dec.device)
         norms.append(feature_weights.norms_by_target(transcoder, source, ids))
         if options.logits and feature_weights.has_logits(transcoder):
             top, bottom = feature_weights.logits(lm, transcoder, source, ids, options.logits)
             tops.append(top)
             bottoms.append(bottom)
-        if options.related:
+        if all_norms is not None:
             near.append(feature_weights.alike(transcoder, source, ids, all_norms, options.related))
     empty = torch.zeros(len(chosen.source), transcoder.dims.n_layers)
     met = None
@@ -95,13 +89,13 @@ class Records:
         sums, found = self._measured.sums, self._weights
         count = int(sums.count[i])
         parts = self._examples(i)
-        top_tokens = labelling(parts[0]["examples"])
+        top_tokens = feature_labels.top_tokens(parts[0]["examples"])
         low, high = rounded(np.array([sums.lowest[i], sums.highest[i]])).tolist() if count else (0.0, 0.0)
         return {
             "transcoder_id": self._name,
             "index": int(self._chosen.feature[i]),
             "layer": int(self._chosen.source[i]),
-            "label": label(top_tokens),
+            "label": feature_labels.label(top_tokens),
             "examples_quantiles": [part for part in parts if part["examples"]],
             "top_logits": self._texts(found.top, i),
             "bottom_logits": self._texts(found.bottom, i),
@@ -151,23 +145,6 @@ class Records:
             return []
         rows = zip(met.ids[i], met.score[i], met.tokens[i], strict=True)
         return [[*divmod(n, self._d_features), float(f"{score:.5g}"), tokens] for n, score, tokens in rows]
-
-
-def labelling(examples: list[Record]) -> list[list[Any]]:
-    """The tokens at the peaks of examples, [text, share of the activation there], the largest share first."""
-    mass: Counter[str] = Counter()
-    for example in examples:
-        at = example["train_token_ind"]
-        text = example["tokens"][at]
-        mass[text.strip() or repr(text)] += example["tokens_acts_list"][at]
-    total = sum(mass.values())
-    return [[text, float(f"{value / total:.3g}")] for text, value in mass.most_common(10)] if total else []
-
-
-def label(top_tokens: list[list[Any]]) -> str:
-    """What names a feature: the first tokens of `labelling`; empty for one that never fires."""
-    named = [text for i, (text, share) in enumerate(top_tokens[:LABELLING]) if i == 0 or share >= LEAST_SHARE]
-    return " / ".join(named)
 
 
 def rounded(values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:

@@ -21,6 +21,9 @@ from torch import Tensor
 
 from pipeline.arch.base import Transcoder
 from pipeline.core.activations import FixedThreshold
+from pipeline.dist import pieces
+from pipeline.dist.pieces import ALONE
+from pipeline.dist.wire import Group
 from pipeline.files import write_aside
 from pipeline.interp.dashboards import feature_examples
 from pipeline.interp.dashboards.feature_examples import Examples, Windows
@@ -29,6 +32,10 @@ from pipeline.interp.dashboards.feature_sums import Sums, pairs
 from pipeline.interp.dashboards.feature_text import Block, FeatureText
 
 SECONDS_BETWEEN_NOTES = 5.0
+
+LEAST_ROWS = 64
+"""Of an encoder in a product. A CPU computes narrow products in another way, whose last digits differ, and a feature's
+activations are not to depend on how many others are described beside it."""
 
 
 class Chosen(NamedTuple):
@@ -41,6 +48,10 @@ class Chosen(NamedTuple):
         """(place of the first one of a source, their numbers)"""
         first, stop = np.searchsorted(self.source, [source, source + 1])
         return int(first), torch.from_numpy(self.feature[first:stop])
+
+    def part(self, some: range) -> "Chosen":
+        """These of them."""
+        return Chosen(self.source[some.start : some.stop], self.feature[some.start : some.stop])
 
     def identity(self, d_features: int) -> NDArray[np.int64]:
         """source * F + feature"""
@@ -71,15 +82,16 @@ class Encoder:
             first, ids = chosen.of(source)
             if len(ids):
                 ids = ids.to(transcoder.b_enc.device)
-                bias, threshold = transcoder.b_enc[source][ids], transcoder.activation.threshold[source][ids]
-                self._rows[source] = (first, transcoder.encoders[source].detach()[ids], bias.detach(), threshold)
+                rows = torch.cat([ids, ids[-1:].expand(max(0, LEAST_ROWS - len(ids)))])
+                bias, threshold = transcoder.b_enc[source][rows], transcoder.activation.threshold[source][ids]
+                self._rows[source] = (first, transcoder.encoder_rows(source, rows).detach(), bias.detach(), threshold)
 
     def __call__(self, x: Tensor) -> list[tuple[int, Tensor]]:
         """x [B, L, D] -> for each source (place of its first feature, activations [B, n], 0 where not active)"""
         inputs = self._transcoder.inputs(x)
         found = []
         for source, (first, encoder, bias, threshold) in self._rows.items():
-            pre_acts = torch.nn.functional.linear(inputs[source], encoder, bias)
+            pre_acts = torch.nn.functional.linear(inputs[source], encoder, bias)[:, : len(threshold)]
             found.append((first, torch.where((pre_acts > threshold) & (pre_acts > 0), pre_acts, 0.0)))
         return found
 
@@ -147,15 +159,18 @@ def measure(
 
 
 @torch.inference_mode()
-def counts(transcoder: Transcoder, text: FeatureText, chosen: Chosen, done: Callable[[int], None]) -> NDArray[np.int64]:
-    """On how many tokens each of the features is active. -> [n]"""
+def counts(
+    transcoder: Transcoder, text: FeatureText, chosen: Chosen, done: Callable[[int], None], group: Group = ALONE
+) -> NDArray[np.int64]:
+    """On how many tokens each of the features is active. The ranks divide the tokens. -> [n]"""
     encode = Encoder(transcoder, chosen)
-    found = np.zeros(len(chosen.source), dtype=np.int64)
-    for block in text.blocks():
+    found = torch.zeros(len(chosen.source), dtype=torch.int64)
+    blocks = text.blocks()
+    for block in [blocks[i] for i in pieces.mine(len(blocks), group)]:
         for first, activations in encode(text.read(block)):
-            found[first : first + activations.shape[1]] += (activations > 0).sum(dim=0).cpu().numpy()
+            found[first : first + activations.shape[1]] += (activations > 0).sum(dim=0).cpu()
         done(block.n_rows)
-    return found
+    return pieces.added(found, group, "active tokens").numpy()
 
 
 def bytes_of(options: FeatureOptions) -> int:

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.files import save_tensors
 from pipeline.interp.exchange import export_weights
 from pipeline.interp.exchange.export_options import ExportOptions, StoredDtype
 from pipeline.interp.exchange.export_weights import DTYPES, OUTPUT_HOOK, Layer, Source
@@ -62,11 +62,11 @@ def write(source: Source, folder: Path, options: ExportOptions) -> None:
     with Progress(source.n_layers, "layers", "export") as progress:
         for l, layer in enumerate(source.layers()):
             if per_layer:
-                save_file(_of_set(layer, source.is_relu, dtype), folder / f"layer_{l}.safetensors")
+                save_tensors(_of_set(layer, source.is_relu, dtype), folder / f"layer_{l}.safetensors")
             else:
                 tail = source.n_layers - l
-                save_file(_encoder(layer, l, source.is_relu, dtype), folder / f"W_enc_{l}.safetensors")
-                save_file({f"W_dec_{l}": padded(layer.W_dec, tail).to(dtype)}, folder / f"W_dec_{l}.safetensors")
+                save_tensors(_encoder(layer, l, source.is_relu, dtype), folder / f"W_enc_{l}.safetensors")
+                save_tensors({f"W_dec_{l}": padded(layer.W_dec, tail).to(dtype)}, folder / f"W_dec_{l}.safetensors")
             progress.update(1)
     (folder / "config.yaml").write_text(yaml.safe_dump(config(source, options), sort_keys=False))
 

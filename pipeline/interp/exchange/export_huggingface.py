@@ -11,8 +11,9 @@ from typing import Any
 
 import jinja2
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from pipeline.files import save_tensors
 from pipeline.interp.exchange import export_weights
 from pipeline.interp.exchange.export_options import ExportOptions, StoredDtype
 from pipeline.interp.exchange.export_weights import DTYPES, Source
@@ -41,14 +42,19 @@ def check(source: Source) -> None:
 
 def write(source: Source, folder: Path, options: ExportOptions) -> None:
     """Fill a directory."""
-    target = folder / artifact.WEIGHTS
-    if options.dtype is StoredDtype.float32:
-        shutil.copyfile(source.weights_file, target)
-    else:
-        dtype = DTYPES[options.dtype]
-        tensors = load_file(source.weights_file)
-        wide = {name for name in tensors if name.split(".")[0] in WIDE}
-        save_file({name: t if name in wide else t.to(dtype) for name, t in tensors.items()}, target)
+    for file in artifact.weight_files(source.folder):
+        if options.dtype is StoredDtype.float32:
+            shutil.copyfile(file, folder / file.name)
+        elif file.suffix == ".safetensors":
+            tensors = load_file(file)
+            wide = {name for name in tensors if name.split(".")[0] in WIDE}
+            dtype = DTYPES[options.dtype]
+            save_tensors({name: t if name in wide else t.to(dtype) for name, t in tensors.items()}, folder / file.name)
+        else:
+            index = json.loads(file.read_text())
+            for name, entry in index["files"][artifact.STEM].items():
+                entry["dtype"] = entry["dtype"] if name.split(".")[0] in WIDE else options.dtype.value
+            (folder / file.name).write_text(json.dumps(index) + "\n")
     kept = {key: value for key, value in source.config.items() if key != "cache"}
     cache = {key: value for key, value in source.config["cache"].items() if key != "path"}
     config = kept | {"cache": cache, "exported": export_weights.about(source, options.dtype)}

@@ -10,11 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.arch.options import Target
 from pipeline.errors import UserError
+from pipeline.files import save_tensors
 from pipeline.interp.exchange import export_weights
 from pipeline.interp.exchange.export_options import ExportOptions, StoredDtype
 from pipeline.interp.exchange.export_weights import DTYPES, OUTPUT_HOOK, Layer, Source
@@ -48,7 +48,7 @@ def write(source: Source, folder: Path, options: ExportOptions) -> None:
             tensors = _tensors(layer, source.is_relu)
             # One dtype for all: SAELens has a single one in cfg.json, and takes it for products as well.
             stored = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
-            save_file(stored, place / "sae_weights.safetensors")
+            save_tensors(stored, place / "sae_weights.safetensors")
             (place / "cfg.json").write_text(json.dumps(config(source, l, options), indent=2) + "\n")
             progress.update(1)
 

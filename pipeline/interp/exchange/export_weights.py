@@ -1,12 +1,10 @@
 """A finished run's weights a layer at a time, in the model's units, and what of a run other formats can say."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.arch.options import ArchOptions, Site, Target
@@ -48,17 +46,13 @@ class Source:
         self.config: dict[str, Any] = artifact.config_of(self.folder)
         self.arch = from_plain(ArchOptions, self.config["arch"])
         self.n_layers, self.d_model = (int(self.config["dims"][name]) for name in ("n_layers", "d_model"))
-        with self._open() as file:
-            self.threshold: Tensor = file.get_tensor("threshold")
+        with artifact.stored(self.folder) as tensors:
+            self.threshold: Tensor = tensors.read("threshold")
         if not bool((self.threshold >= 0).all()):
             raise UserError(
                 f"{run}: some thresholds are below 0 or not numbers, under which a = h 1[h > threshold] would be "
                 "negative elsewhere; convert or train the run again"
             )
-
-    @property
-    def weights_file(self) -> Path:
-        return self.folder / artifact.WEIGHTS
 
     @property
     def is_relu(self) -> bool:
@@ -88,32 +82,31 @@ class Source:
         return self.arch.name in {"per_layer", "skip", "sae"} or self.arch.max_reach == 0 or self.n_layers == 1
 
     def layers(self) -> Iterator[Layer]:
-        """All layers, one in memory at a time (of a tied run: its tables, which stand for several layers, as well)."""
+        """All layers, one in memory at a time."""
         if self.arch.name == "tied":
             yield from self._tied()
             return
-        with self._open() as file:
-            names = set(file.keys())
-            W_enc, b_enc, b_dec = (file.get_slice(name) for name in ("W_enc", "b_enc", "b_dec"))
+        with artifact.stored(self.folder) as tensors:
             for layer in range(self.n_layers):
-                skip = file.get_slice("W_skip")[layer] if "W_skip" in names else None
-                W_dec = file.get_tensor(f"W_dec.{layer}")
-                yield Layer(W_enc[layer], b_enc[layer], W_dec, b_dec[layer], self.threshold[layer], skip)
+                skip = tensors.read("W_skip", layer=layer) if "W_skip" in tensors else None
+                W_enc, b_enc, b_dec = (tensors.read(name, layer=layer) for name in ("W_enc", "b_enc", "b_dec"))
+                yield Layer(W_enc, b_enc, tensors.read(f"W_dec.{layer}"), b_dec, self.threshold[layer], skip)
 
     def _tied(self) -> Iterator[Layer]:
-        model = artifact.read(self.run).transcoder
+        model = artifact.read(self.run, on_disk=True).transcoder
         with torch.no_grad():
             for layer in range(self.n_layers):
                 W_dec = torch.stack([model.table(layer, target) for target in model.targets(layer)], dim=1)
                 skip = None if model.W_skip is None else model.W_skip[layer]
-                parts = (model.encoders[layer], model.b_enc[layer], W_dec, model.b_dec[layer], self.threshold[layer])
+                parts = (
+                    model.encoder_rows(layer),
+                    model.b_enc[layer],
+                    W_dec,
+                    model.b_dec[layer],
+                    self.threshold[layer],
+                )
                 W_enc, b_enc, table, b_dec, threshold = (part.detach() for part in parts)
                 yield Layer(W_enc, b_enc, table, b_dec, threshold, skip)
-
-    @contextmanager
-    def _open(self) -> Iterator[Any]:
-        with safe_open(self.weights_file, framework="pt") as file:
-            yield file
 
 
 OUTPUT_HOOK = "hook_mlp_out"

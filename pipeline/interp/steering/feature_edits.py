@@ -1,8 +1,8 @@
 """Edits of features, as they are written and as they are applied.
 
-    LAYER/FEATURE[@WHERE]=VALUE      set            1/342@4=0       ablate
-    LAYER/FEATURE[@WHERE]*FACTOR     scale          0/17@-1*2
-    LAYER/FEATURE[@WHERE]+VALUE      add            2/5@2:6+-1.5
+    LAYER/INDEX[@WHERE]=VALUE      set            1/342@4=0       ablate
+    LAYER/INDEX[@WHERE]*FACTOR     scale          0/17@-1*2
+    LAYER/INDEX[@WHERE]+VALUE      add            2/5@2:6+-1.5
     NAME[@WHERE]...                  the same for each feature of a supernode
 
 WHERE is a position, several with commas (2,5,-1), a range (2:6, :4, 3:), `last`, `prompt` (every position of the
@@ -25,6 +25,8 @@ from torch import Tensor
 
 from pipeline.core.pattern import Pattern, from_pairs
 from pipeline.errors import UserError
+from pipeline.interp import naming
+from pipeline.interp.naming import Place
 
 PATTERN = re.compile(r"(?P<what>[^@=*+]+?)\s*(?:@(?P<where>[^=*+]+?))?\s*(?P<how>[=*+])\s*(?P<value>[^=*+]+)")
 
@@ -32,16 +34,8 @@ Values = tuple[Pattern, Tensor]
 """Features of one layer: a pattern over n T tokens, and values [nnz]."""
 
 
-class Place(NamedTuple):
-    """A feature, and where it is edited if a supernode says so."""
-
-    layer: int
-    feature: int
-    position: int | None = None
-
-
 Supernodes = Mapping[str, Sequence[Place]]
-"""Features by the name of their group."""
+"""Features by the name of their group, with positions where they are edited there."""
 
 
 class Where(NamedTuple):
@@ -70,7 +64,7 @@ def parse(
     found = PATTERN.fullmatch(text.strip())
     if found is None:
         raise UserError(
-            f"edit {text.strip()!r}: not of the form LAYER/FEATURE@WHERE=VALUE; write 1/342@4=0 (set), 0/17@last*2 "
+            f"edit {text.strip()!r}: not of the form LAYER/INDEX@WHERE=VALUE; write 1/342@4=0 (set), 0/17@last*2 "
             "(scale) or 2/5@all+1.5 (add)"
         )
     value = number(found["value"], text)
@@ -114,23 +108,18 @@ def position(text: str, n_tokens: int) -> int:
 
 
 def features(text: str, n_layers: int, d_features: int, supernodes: Supernodes | None = None) -> Iterator[Place]:
-    """Features by LAYER/NUMBER or by the name of their group, with commas. UserError for those that there are not."""
+    """Features by LAYER/INDEX or by the name of their group, with commas. UserError for those that there are not."""
     for piece in _names(text, supernodes or {}):
-        found = re.fullmatch(r"(\d+)/(\d+)", piece)
+        found = naming.place(piece)
         if supernodes is not None and piece in supernodes:
             places = list(supernodes[piece])
-        elif found is not None:
-            places = [Place(int(found[1]), int(found[2]))]
+        elif found is not None and found.position is None:
+            places = [found]
         else:
             known = f"; the supernodes are {', '.join(supernodes)}" if supernodes else ""
-            raise UserError(f"{piece!r} names no feature; write LAYER/NUMBER, or a name in supernodes=FILE{known}")
-        for place in places:
-            if place.layer not in range(n_layers) or place.feature not in range(d_features):
-                raise UserError(
-                    f"{piece}: there is no feature {place.layer}/{place.feature}; layers are 0 to {n_layers - 1}, "
-                    f"features 0 to {d_features - 1}"
-                )
-            yield place
+            raise naming.no_feature(repr(piece), f"LAYER/INDEX, or a name in supernodes=FILE{known}")
+        naming.check_there([(place.layer, place.feature) for place in places], n_layers, d_features, f"{piece}: ")
+        yield from places
 
 
 def _names(text: str, supernodes: Supernodes) -> Iterator[str]:
@@ -172,7 +161,7 @@ def read(text: str) -> list[str]:
 
 def read_supernodes(file: Path, n_layers: int) -> dict[str, list[Place]]:
     """Groups by name, from {"name": ["0/17", "1/3@4", ...]}, or from a graph's JSON or the list in it,
-    [["name", "LAYER_FEATURE_POSITION", ...], ...]. Nodes that are no features (layer n_layers or more: logits) are left
+    [["name", "LAYER_INDEX_POSITION", ...], ...]. Nodes that are no features (layer n_layers or more: logits) are left
     out. UserError for a file of another form."""
     content = _loaded(file, "supernodes")
     for key in ("qParams", "supernodes"):
@@ -188,13 +177,13 @@ def read_supernodes(file: Path, n_layers: int) -> dict[str, list[Place]]:
 
 def _members(file: Path, members: list[Any], n_layers: int) -> Iterator[Place]:
     for member in map(str, members):
-        node = re.fullmatch(r"(\d+)_(\d+)_(\d+)", member)
-        if node and int(node[1]) >= n_layers:
-            continue
-        if found := node or re.fullmatch(r"(\d+)/(\d+)(?:@(\d+))?", member):
-            yield Place(int(found[1]), int(found[2]), None if found[3] is None else int(found[3]))
+        if node := re.fullmatch(r"(\d+)_(\d+)_(\d+)", member):
+            if int(node[1]) < n_layers:
+                yield Place(int(node[1]), int(node[2]), int(node[3]))
+        elif found := naming.place(member):
+            yield found
         elif not re.match(r"[A-Za-z]", member):
-            raise UserError(f"{file}: {member!r} is no feature; write LAYER/NUMBER or LAYER_NUMBER_POSITION")
+            raise naming.no_feature(f"{file}: {member!r}", "LAYER/INDEX or LAYER_INDEX_POSITION")
 
 
 def _loaded(file: Path, what: str) -> Any:

@@ -66,7 +66,7 @@ class InterveneOptions:
 @dataclass
 class SwapOptions:
     features: str | None = None
-    """Which features take the values that they have elsewhere: LAYER/NUMBER or names of supernodes, with commas; `all`:
+    """Which features take the values that they have elsewhere: LAYER/INDEX or names of supernodes, with commas; `all`:
     every feature that is active in one of the two places. Null: nothing is swapped."""
 
     from_prompt: str | None = None
