@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 LOCK = "lock"
 """File in a directory that the one at work on it has locked."""
 
+MAX_RACES = 1000
+"""How often in a row a directory may be gone before it is locked. Each time another process has ended its work there,
+unless the system makes no directory of that name at all."""
+
 
 def write_aside(file: Path, data: bytes) -> None:
     """Write a file so that it is there as a whole or not at all, even after a loss of power."""
@@ -149,14 +153,15 @@ def take_lock(directory: Path, what: object, name: str = LOCK, shared: bool = Fa
     """
     file = directory / name
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    races = 0
     while True:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # the one at work has just finished and removed the directory
-            continue
-        except FileExistsError as error:  # likewise; or it is no directory
-            if os.path.lexists(error.filename) and not os.path.isdir(error.filename):
+        except (FileNotFoundError, FileExistsError):
+            # Another process has just finished there and removed the directory, or none of that name can be made.
+            races += 1
+            if races == MAX_RACES:
                 raise
             continue
         try:

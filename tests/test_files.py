@@ -84,6 +84,12 @@ def test_a_lock_where_a_file_or_a_dead_link_is_is_refused(tmp_path: Path, inside
             take_lock(tmp_path / name / inside, "this")
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that makes no directories")
+def test_a_lock_where_no_directory_can_be_made_is_refused() -> None:
+    with pytest.raises(FileNotFoundError, match="/proc/none"):
+        take_lock(Path("/proc/none/deeper"), "this")
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
 def test_a_file_of_tensors_may_be_read_by_whom_any_new_file_may(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)

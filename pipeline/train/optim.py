@@ -184,8 +184,8 @@ def check_borders(name: str, whole: Transcoder, parts: Sequence[Shard]) -> None:
             unit = len(parts) * BLOCK // math.gcd(BLOCK, width)
             raise UserError(
                 f"optim={name} has moments in blocks of {BLOCK} numbers, and borders of {len(parts)} feature ranks lie "
-                f"inside blocks of tables that are {width} wide; use arch.d_features (and prefixes) in multiples of "
-                f"{unit}, optim=adam, or dist=ddp"
+                f"inside blocks of tables that are {width} wide; use arch.d_features (and prefixes, and groups of "
+                f"groupmax) in multiples of {unit}, optim=adam, or dist=ddp"
             )
 
 

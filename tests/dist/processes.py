@@ -42,22 +42,26 @@ def run(n: int, work: Callable[..., T], *args: Any, **kwargs: Any) -> list[T]:
 
 
 def _results(pipes: list[Connection]) -> list[Any]:
-    found: dict[int, Any] = {}
+    said: dict[int, tuple[str | None, Any]] = {}
     deadline = time.monotonic() + PATIENCE
-    while len(found) < len(pipes):
-        left = [pipe for rank, pipe in enumerate(pipes) if rank not in found]
+    while len(said) < len(pipes):
+        left = [pipe for rank, pipe in enumerate(pipes) if rank not in said]
         ready = wait(left, max(0.0, deadline - time.monotonic()))
-        assert ready, f"ranks {[rank for rank in range(len(pipes)) if rank not in found]} said nothing"
+        if not ready:
+            break
         for pipe in ready:
             assert isinstance(pipe, Connection)
             rank = pipes.index(pipe)
             try:
-                failure, result = pipe.recv()
+                said[rank] = pipe.recv()
             except EOFError:
                 raise AssertionError(f"rank {rank} ended without a word") from None
-            assert failure is None, f"rank {rank}:\n{failure}"
-            found[rank] = result
-    return [found[rank] for rank in range(len(pipes))]
+            if said[rank][0] is not None:  # perhaps because of another, which has ended without a word
+                deadline = min(deadline, time.monotonic() + 1)
+    for rank, (failure, _) in said.items():
+        assert failure is None, f"rank {rank}:\n{failure}"
+    assert len(said) == len(pipes), f"ranks {[rank for rank in range(len(pipes)) if rank not in said]} said nothing"
+    return [said[rank][1] for rank in range(len(pipes))]
 
 
 def _rank(

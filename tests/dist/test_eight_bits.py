@@ -94,7 +94,9 @@ write to bfloat16 before it is summed over them."""
 
 def halved(architecture: str, activation: str) -> Case:
     case = wide(architecture, activation, dtype=torch.float32, weights=Precision.bfloat16, n_steps=12)
-    return replace(case, loss=LossOptions("mse"))
+    # Groups of 256 features: the borders of ranks, which keep a group together, are borders of blocks.
+    rule = replace(case.rule, k=3) if activation == "groupmax" else case.rule
+    return replace(case, rule=rule, loss=LossOptions("mse"))
 
 
 @pytest.mark.slow
@@ -120,8 +122,8 @@ def test_other_noise_changes_as_little() -> None:
 # What is refused
 
 
-def borders(arch: ArchOptions, width: int, n: int) -> None:
-    rule = oracle.activation_options("topk")
+def borders(arch: ArchOptions, width: int, n: int, activation: str = "topk", **changes: int) -> None:
+    rule = replace(oracle.activation_options(activation), **changes)
     dims = Dims(2, width)
     with torch.device("meta"):
         whole = table.build(arch, dims, activations.build(rule, 2, arch.d_features))
@@ -138,7 +140,10 @@ def test_ranks_whose_borders_lie_inside_blocks_are_refused_in_a_line() -> None:
     ):
         borders(ArchOptions("clt", WIDE), 6, 4)
     borders(ArchOptions("matryoshka", WIDE, prefixes=[256, WIDE]), 6, 2)
-    with pytest.raises(UserError, match=r"\(and prefixes\)"):
+    with pytest.raises(UserError, match=r"\(and prefixes, "):
         borders(ArchOptions("matryoshka", WIDE, prefixes=[130, WIDE]), 6, 2)
+    borders(ArchOptions("clt", WIDE), 6, 3, "groupmax", k=3)
+    with pytest.raises(UserError, match="groups of groupmax"):  # 4 groups of 192 features, of which one rank has 2
+        borders(ArchOptions("clt", WIDE), 6, 3, "groupmax", k=4)
     with pytest.raises(UserError, match="borders of 2"):  # the last block is not whole
         borders(ArchOptions("clt", WIDE + 2), 6, 2)

@@ -22,6 +22,7 @@ from pipeline.interp.replacement import ReplacementModel
 from pipeline.stages import plot, train
 from pipeline.web import plot_tokens
 from tests.stages.conftest import SHORT
+from tests.web.browser import CHROMIUM
 
 PROMPT = "The old river"
 
@@ -227,6 +228,7 @@ def test_an_architecture_without_directions_has_all_but_a_map(cached: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium or Chrome")
 def test_an_image_lies_beside_the_page(finished: Path) -> None:
     page = plot.run(compose("plot", ["run=batchtopk", f"prompt={PROMPT}", "plot.png=true"]))
     assert page == Path("runs/batchtopk/plots/heatmap-the-old-river.html")

@@ -4,7 +4,6 @@ import csv
 import logging
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -15,12 +14,9 @@ from pipeline.errors import UserError
 from pipeline.stages import report
 from pipeline.stages.options import ReportConfig
 from pipeline.web import images
+from tests.web.browser import CHROMIUM
 from tests.web.made import make_run, measured
 from tests.web.reading import Page
-
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
 
 
 def run(*words: str) -> Path:
