@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline.arch.base import Transcoder
 from pipeline.arch.options import Site
 from pipeline.data.models import LanguageModel
+from pipeline.interp.dashboards.feature_rows import widened
 
 AT_ONCE = 256
 """Features whose rows are held against all others in one product."""
@@ -52,8 +53,9 @@ def logits(lm: LanguageModel, transcoder: Transcoder, source: int, ids: Tensor, 
 
 
 def _logits(lm: LanguageModel, transcoder: Transcoder, source: int, ids: Tensor, k: int) -> tuple[Named, Named]:
-    written = torch.stack([transcoder.table(source, target, ids).float() for target in transcoder.targets(source)])
-    effect = lm.read_out(written.sum(dim=0))[:, : len(lm.tokenizer)]
+    rows = widened(ids)
+    written = torch.stack([transcoder.table(source, target, rows).float() for target in transcoder.targets(source)])
+    effect = lm.read_out(written.sum(dim=0))[: len(ids), : len(lm.tokenizer)]
     k = min(k, effect.shape[1])
     top, bottom = effect.topk(k), effect.topk(k, largest=False)
     return Named(top.indices, top.values), Named(bottom.indices, bottom.values)
@@ -70,14 +72,15 @@ def alike(transcoder: Transcoder, source: int, ids: Tensor, norms: Tensor, k: in
 
 def _alike(transcoder: Transcoder, source: int, ids: Tensor, norms: Tensor, k: int) -> Named:
     d_features = transcoder.d_features
-    products = norms.new_zeros(len(ids), transcoder.n_sources, d_features)
+    wide = widened(ids)
+    products = norms.new_zeros(len(wide), transcoder.n_sources, d_features)
     for other in range(transcoder.n_sources):
         for target in transcoder.targets(source):
             if target in transcoder.targets(other):
-                rows = transcoder.table(source, target, ids)
+                rows = transcoder.table(source, target, wide)
                 products[:, other] += (rows @ transcoder.table(other, target).T).to(products.dtype)
     scale = norms[source][ids][:, None, None] * norms
-    cosine = torch.where(scale > 0, products / scale, 0.0).flatten(1)
+    cosine = torch.where(scale > 0, products[: len(ids)] / scale, 0.0).flatten(1)
     cosine[torch.arange(len(ids)), source * d_features + ids] = -torch.inf
     best = cosine.topk(min(k, cosine.shape[1] - 1))
     return Named(best.indices.cpu(), best.values.cpu())

@@ -28,14 +28,11 @@ from pipeline.files import write_aside
 from pipeline.interp.dashboards import feature_examples
 from pipeline.interp.dashboards.feature_examples import Examples, Windows
 from pipeline.interp.dashboards.feature_options import FeatureOptions
+from pipeline.interp.dashboards.feature_rows import widened
 from pipeline.interp.dashboards.feature_sums import Sums, pairs
 from pipeline.interp.dashboards.feature_text import Block, FeatureText
 
 SECONDS_BETWEEN_NOTES = 5.0
-
-LEAST_ROWS = 64
-"""Of an encoder in a product. A CPU computes narrow products in another way, whose last digits differ, and a feature's
-activations are not to depend on how many others are described beside it."""
 
 
 class Chosen(NamedTuple):
@@ -82,7 +79,7 @@ class Encoder:
             first, ids = chosen.of(source)
             if len(ids):
                 ids = ids.to(transcoder.b_enc.device)
-                rows = torch.cat([ids, ids[-1:].expand(max(0, LEAST_ROWS - len(ids)))])
+                rows = widened(ids)
                 bias, threshold = transcoder.b_enc[source][rows], transcoder.activation.threshold[source][ids]
                 self._rows[source] = (first, transcoder.encoder_rows(source, rows).detach(), bias.detach(), threshold)
 
