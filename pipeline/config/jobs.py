@@ -32,6 +32,8 @@ class Job:
         """Jobs that are to be trained together (train.share_pass), when all are known."""
         self.bases: dict[str, str] = {}
         """Default names that a sweep has taken: experiment -> base of `name`."""
+        self.tasks = 1
+        """Of a job that a dry run prices in place of its launcher."""
         self.parent = os.getpid()
         self.searchpath = [f"hydra.searchpath=[file://{request.config_dir.resolve()}]"] if request.config_dir else []
 
@@ -76,6 +78,8 @@ class Job:
         config = with_jobs(config, [*words, *self.searchpath])
         config = with_own_settings(config, words)
         _number(config, number)
+        if self.tasks > 1 and type(config) is TrainConfig:
+            _plan_for(config, self.tasks)
         if type(config) is TrainConfig and config.train.share_pass and number is not None:
             if is_away or settings.runtime.choices.get("hydra/launcher") != "basic":
                 raise UserError(
@@ -85,6 +89,16 @@ class Job:
             self.sharing[number] = config
             return
         importlib.import_module(STAGES[self.stage].module).run(config)
+
+
+def _plan_for(config: TrainConfig, n_ranks: int) -> None:
+    """The ranks that a launcher would start, for a dry run that it does not."""
+    if config.dist.name == "single":
+        raise UserError(
+            f"dist=single is for 1 rank and the launcher starts {n_ranks} for a job; add dist=feature_shard (ddp, "
+            "mesh), or take hydra.launcher.nodes and tasks_per_node out"
+        )
+    config.dist.world = config.dist.world or n_ranks
 
 
 def _number(config: Config, job: int | None) -> None:

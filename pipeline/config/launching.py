@@ -24,7 +24,7 @@ from pipeline import ranks
 from pipeline.config.jobs import Job
 from pipeline.config.refusals import one_line, refusal_of
 from pipeline.config.request import Request, check_flags
-from pipeline.config.sweeps import is_of_launcher, new_sweep, of_launcher, show_sbatch, sweep_name
+from pipeline.config.sweeps import is_of_launcher, new_sweep, of_launcher, show_sbatch, sweep_name, tasks
 from pipeline.config.table import CONF
 from pipeline.config.terminal import log_as_rank, log_to_stderr
 from pipeline.config.words import choices_of, prepare
@@ -54,6 +54,7 @@ def launch(stage: str, request: Request) -> int:
         sweep = new_sweep(stage, request, words) if request.multirun else None
         job = Job(stage, request, sweep)
         is_dry = "dry_run=true" in words  # which costs nothing, and is done in this process
+        job.tasks = tasks(stage, words) if is_dry and sweep is not None else 1
         here = [word for word in words if not (is_dry and is_of_launcher(word))]
         name = sweep_name(request, words) if sweep is not None and stage == "train" else stage
         folder = Path("runs", name) if stage == "train" else Path()

@@ -6,6 +6,7 @@ import shlex
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -76,12 +77,24 @@ def is_of_launcher(word: str) -> bool:
     return re.match(r"\+{0,2}hydra[/.]launcher\b", word) is not None
 
 
+def tasks(stage: str, words: list[str]) -> int:
+    """Processes that a launcher starts for a job."""
+    if choices_of(words, "hydra/launcher") not in (["submitit_slurm"], ["submitit_local"]):
+        return 1
+    settings = _launcher(stage, words)
+    return int(settings.get("nodes") or 1) * int(settings.get("tasks_per_node") or 1)
+
+
 def show_sbatch(stage: str, words: list[str], directory: Path, name: str, n_jobs: int) -> None:
     """Say what Slurm would be given for the jobs of a sweep."""
     keys = {word.lstrip("+").partition("=")[0] for word in words}
     more = [f"{key}={value}" for key, value in of_launcher(words, directory, name).items() if key not in keys]
+    logger.info("for Slurm, as sbatch is given it:\n%s", slurm.sbatch_text(_launcher(stage, [*words, *more]), n_jobs))
+
+
+def _launcher(stage: str, words: list[str]) -> dict[str, Any]:
+    """The settings of Hydra's launcher."""
     given = [word for word in words if is_of_launcher(word)]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        launcher = hydra.compose(stage, [*given, *more], return_hydra_config=True).hydra.launcher
-    settings = {str(key): value for key, value in OmegaConf.to_container(launcher).items()}  # type: ignore[union-attr]
-    logger.info("for Slurm, as sbatch is given it:\n%s", slurm.sbatch_text(settings, n_jobs))
+        launcher = hydra.compose(stage, given, return_hydra_config=True).hydra.launcher
+    return {str(key): value for key, value in OmegaConf.to_container(launcher).items()}  # type: ignore[union-attr]

@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def resolve_device(device: str) -> torch.device:
+def resolve_device(device: str, here: bool = True) -> torch.device:
     """auto is the first CUDA device, else the CPU (mps only on request: its kernels have given wrong numbers before).
-    Raises UserError for a device that this machine does not have."""
+    Raises UserError for a device that this machine does not have. here: False for one of another machine."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     match = re.fullmatch(r"(cpu|mps|cuda)(?::(\d+))?", device)
     if match is None:
         raise UserError(f"device '{device}' is unknown; use auto, cpu, cuda, cuda:N or mps")
     n_found = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[match[1]]
-    if int(match[2] or 0) >= n_found:
+    if here and int(match[2] or 0) >= n_found:
         raise UserError(
             f"device '{device}' is not there: this machine has {n_found} {match[1]} devices; use auto or cpu"
         )

@@ -23,7 +23,6 @@ from pipeline.data.cache import Cache
 from pipeline.data.layout import gb
 from pipeline.data.loader import EVERYTHING, Loader
 from pipeline.data.mlps import Mlps
-from pipeline.data.models import resolve_device
 from pipeline.data.options import Targets
 from pipeline.data.plan import disk_of, free_bytes
 from pipeline.data.recompute import mlps_of
@@ -87,8 +86,9 @@ def run(cfg: TrainConfig) -> Path:
             "train.share_pass=true lets the jobs of a sweep read each batch once; add -m and values to sweep over, or "
             "leave it out"
         )
+    cfg = train_plan.with_grid(cfg)
     train_ranks.check(cfg)
-    device = meshes.local_device(resolve_device(cfg.train.device))
+    device = meshes.local_device(train_ranks.device(cfg))
     with products.using(cfg.train.kernels, device), train_plan.mesh_of(cfg, device) as mesh:
         first(mesh, lambda: check_resume(cfg))
         checked = check(cfg, find_cache(cfg), mesh)
@@ -111,7 +111,7 @@ def check(cfg: TrainConfig, cache: Cache, mesh: Mesh | None = None) -> Checked:
     loggers.check(cfg.log)
     plan = train_numbers.resolved(cfg, cache)
     Share(mesh.data.rank, mesh.data.size, plan.accumulate).check(plan.batch_tokens)
-    device = meshes.local_device(resolve_device(cfg.train.device))
+    device = meshes.local_device(train_ranks.device(cfg))
     dims = Dims(cache.n_layers, cache.d_model)
     earlier = _earlier(cfg, dims, mesh)
     if cfg.train.init_from is None:

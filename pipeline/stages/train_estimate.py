@@ -11,10 +11,10 @@ from pipeline.core import products
 from pipeline.core.activations import BatchTopKAcross, JumpReLU
 from pipeline.data.cache import Cache
 from pipeline.data.layout import gb, prefix
-from pipeline.data.models import resolve_device
 from pipeline.data.plan import disk_of, free_bytes
 from pipeline.data.tokens import Split
 from pipeline.dist import plan_gradients
+from pipeline.stages import train_ranks
 from pipeline.stages.options import TrainConfig
 from pipeline.train import checkpoint_writer, optim, precision
 from pipeline.train import run as runs
@@ -148,7 +148,7 @@ def gradient_bytes(cfg: TrainConfig, model: Transcoder) -> int:
     torch's kernels make that of one table at a time; a dense layer, and AuxK, write those of all weights."""
     weights = kept_bytes(cfg, model)[0]
     adam = cfg.optim.name in ("adam", "adamw") and cfg.optim.clip is None and cfg.train.weights is Precision.float32
-    terms = adam and (products.module() is not None or resolve_device(cfg.train.device).type == "cpu")
+    terms = adam and (products.module() is not None or train_ranks.device(cfg).type == "cpu")
     sparse = model.activation.chooses and cfg.train.sparse is not SparseStep.never and cfg.loss.aux_k == 0
     if not (terms and sparse and cfg.arch.name in plan_gradients.LEAVES):
         return weights
@@ -158,12 +158,12 @@ def gradient_bytes(cfg: TrainConfig, model: Transcoder) -> int:
 def copied_bytes(cfg: TrainConfig, model: Transcoder) -> int:
     """What a checkpoint that is written beside the training is written from: a copy of weights and optimiser state in
     the CPU's memory."""
-    device = resolve_device(cfg.train.device)
+    device = train_ranks.device(cfg)
     return sum(kept_bytes(cfg, model)) if checkpoint_writer.beside(cfg.train.async_checkpoints, device) else 0
 
 
 def _on_cpu(cfg: TrainConfig) -> bool:
-    return resolve_device(cfg.train.device).type == "cpu"
+    return train_ranks.device(cfg).type == "cpu"
 
 
 def held_out_rows(cache: Cache) -> int:

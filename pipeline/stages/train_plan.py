@@ -5,7 +5,10 @@ Shapes alone are read: nothing is allocated, no rank is started. The formulas of
 time is `dist/times.py`'s, at rates that are given, measured or assumed.
 """
 
+import logging
+import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -26,6 +29,8 @@ from pipeline.train import optim
 from pipeline.train.objective import Objective
 from pipeline.train.options import Precision, SparseStep
 from pipeline.train.run_plan import Plan
+
+logger = logging.getLogger(__name__)
 
 KEPT = ("weights", "gradients", "optimiser", "activations", "buffers")
 """Of `Planned.bytes`, what lies in memory in a step."""
@@ -81,6 +86,17 @@ def check(cfg: TrainConfig) -> None:
             f"dist.world={cfg.dist.world} plans for so many ranks and starts none; add --dry-run, or leave it out and "
             "start them with torchrun"
         )
+
+
+def with_grid(cfg: TrainConfig) -> TrainConfig:
+    """For ranks to plan for, where nothing says what they share: features within a machine, tokens between machines, as
+    `clt plan` has it. UserError as `check`."""
+    check(cfg)
+    if cfg.dist.name != "single" or cfg.dist.world is None or cfg.dist.world < 2:
+        return cfg
+    features = math.gcd(cfg.dist.world, PlanOptions().ranks_per_machine)
+    logger.info("dist=single is one process; %d are planned as dist=mesh dist.features=%d", cfg.dist.world, features)
+    return replace(cfg, dist=replace(cfg.dist, name="mesh", features=features, data=None))
 
 
 def mesh_of(cfg: TrainConfig, device: torch.device) -> AbstractContextManager[Mesh]:

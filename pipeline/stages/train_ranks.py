@@ -3,8 +3,11 @@
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
+
 from pipeline import ranks
 from pipeline.arch.base import Transcoder
+from pipeline.data.models import resolve_device
 from pipeline.dist import mesh as meshes
 from pipeline.dist.mesh import Mesh
 from pipeline.dist.shard import shards
@@ -31,6 +34,11 @@ def first(mesh: Mesh, work: Callable[[], T]) -> T:
         raise UserError(said["mistake"])
     result: T = said["found"]
     return result
+
+
+def device(cfg: TrainConfig) -> torch.device:
+    """What a rank computes on, of a machine that may be another where ranks are only planned for."""
+    return resolve_device(cfg.train.device, here=cfg.dist.world is None)
 
 
 def check(cfg: TrainConfig) -> None:

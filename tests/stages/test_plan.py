@@ -204,9 +204,25 @@ def test_a_dry_run_of_training_plans_for_ranks_that_nobody_started(
         assert line in said.text, line
 
 
+@pytest.mark.parametrize(
+    ("world", "grid"), [(64, "8 share the features, 8 the tokens"), (12, "4 share the features, 3 the tokens")]
+)
+def test_ranks_of_which_nothing_is_said_share_features_within_machines(
+    cached: Path, said: pytest.LogCaptureFixture, world: int, grid: str
+) -> None:
+    train.run(compose_train(*RUN, f"dist.world={world}", "train.batch_tokens=192", "dry_run=true"))
+    assert f"dist=single is one process; {world} are planned as dist=mesh dist.features={grid[0]}" in said.text
+    assert f"{world}: {grid}" in said.text
+    said.clear()
+    train.run(compose_train(*RUN, "dist.world=1", "dry_run=true"))
+    assert "dist=mesh" not in said.text
+
+
 def test_a_run_on_ranks_that_are_only_planned_is_refused(cached: Path) -> None:
     with pytest.raises(UserError, match=r"dist\.world=8 plans for so many ranks and starts none; add --dry-run"):
         train.run(compose_train(*RUN, "dist=mesh", "dist.world=8"))
+    with pytest.raises(UserError, match=r"dist\.world=8 plans for so many ranks and starts none; add --dry-run"):
+        train.run(compose_train(*RUN, "dist.world=8"))
     assert sorted(path.name for path in cached.iterdir()) == ["cache"]
 
 

@@ -19,7 +19,9 @@ SLURM = ["hydra/launcher=submitit_slurm", "hydra.launcher.nodes=2", "hydra.launc
 def test_a_dry_run_shows_the_file_that_slurm_would_be_given(cached: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("submitit")
     with caplog.at_level("INFO", "pipeline"):
-        assert start("name=mine", "activation.k=3,4", "dry_run=true", *SLURM, "hydra.launcher.partition=gpu") == 0
+        words = ["name=mine", "activation.k=3,4", "dry_run=true", *SLURM, "hydra.launcher.partition=gpu"]
+        assert start(*words, "dist=mesh", "dist.features=4", "train.batch_tokens=128", "train.device=cuda") == 0
+    assert caplog.text.count("8: 4 share the features, 2 the tokens") == 2
     text = next(record.getMessage() for record in caplog.records if "#!/bin/bash" in record.getMessage())
     lines = text.splitlines()
     assert {
@@ -34,6 +36,12 @@ def test_a_dry_run_shows_the_file_that_slurm_would_be_given(cached: Path, caplog
     } <= set(lines)
     assert lines[-1].startswith(f"srun --unbuffered --output {cached}/runs/mine/.submitit/")
     assert not Path("runs").exists()
+
+
+def test_a_dry_run_refuses_tasks_that_would_share_nothing(cached: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("submitit")
+    assert start("name=mine", "dry_run=true", *SLURM) == 2
+    assert "dist=single is for 1 rank and the launcher starts 8 for a job; add dist=feature_shard" in caplog.text
 
 
 def tasks() -> list[int]:
