@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing import synchronize
 from pathlib import Path
 
 import torch
@@ -26,8 +27,16 @@ from pipeline.config import Request, launch
 KILLS = 10
 
 
+def polled(event: synchronize.Event, timeout: float | None = None) -> bool:
+    """Event.wait without a sleeper: whoever sets an event waits for each sleeper to wake, a killed one too."""
+    while not event.is_set():
+        time.sleep(0.05)
+    return True
+
+
 def train(words: list[str]) -> None:
-    """What a rank does, as `python -m pipeline train` would."""
+    """What a rank does, as `python -m pipeline train` would. Its agent's word that all have ended is polled for."""
+    synchronize.Event.wait = polled  # type: ignore[assignment]
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # the agent's, inherited by the fork
         signal.signal(number, signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL)
